@@ -1,0 +1,67 @@
+"""The ``lowtide`` command: one file per verb; what a verb needs is imported when it runs.
+
+Exit codes: 0 all is well, 1 the verb worked and found something broken, 2 it could not do what was
+asked (wrong arguments, missing files: one line on stderr says which), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import lowtide
+from lowtide.cli import doctor, report, schema
+from lowtide.core.errors import LowtideError
+
+DEBUG_VARIABLE = "LOWTIDE_DEBUG"
+
+
+class _Verbs(TyperGroup):
+    """Turns Lowtide's own errors into one line and an exit code, for every verb."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LowtideError as error:
+            if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+                raise
+            typer.echo(f"lowtide: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="lowtide",
+    cls=_Verbs,
+    help="Plugins for an unmodified DeepSpeed and Megatron-core that move fewer bytes.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"lowtide {lowtide.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("doctor")(doctor.doctor)
+app.command("schema")(schema.schema)
+app.command("report")(report.report)
+
+
+def main() -> None:
+    """Run the ``lowtide`` command with the process's arguments."""
+    app(prog_name="lowtide")

@@ -1,0 +1,1 @@
+"""The shared kernel: what plugins and hosts rely on, and nothing that knows one of them."""

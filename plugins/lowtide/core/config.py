@@ -1,0 +1,385 @@
+"""The ``"lowtide"`` block of a DeepSpeed JSON: found, validated, explained.
+
+A setting lives with the class that uses it: each plugin owns one `PluginConfig` model, and this
+module only assembles them. Errors carry the JSON path, what was found, what is allowed and the
+nearest known name. Everything here works on plain JSON values and imports no plugin until the
+block asks for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lowtide.core.errors import ConfigError, LowtideError, listed, near, problems_text
+from lowtide.core.registry import plugins
+
+BLOCK = "lowtide"
+Auto = Literal["auto"]
+
+
+class PluginConfig(BaseModel):
+    """Base of every plugin's settings: unknown keys are errors, types are not coerced.
+
+    Sizes end in ``_bytes``, times in ``_s``; a value that Lowtide should choose is ``"auto"``.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    enabled: bool = True
+    """``false`` is the same as leaving the plugin's key out."""
+
+    def check_host(self, host_config: Mapping[str, Any]) -> None:
+        """Refuse combinations with the host's own settings.
+
+        Args:
+            host_config: The whole DeepSpeed JSON (empty for hosts without one).
+
+        Raises:
+            ConfigError: a combination that cannot work; names both keys.
+        """
+
+
+class TelemetryConfig(BaseModel):
+    """What is recorded about a run, and where (see docs/telemetry.md)."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    dir: str | None = None
+    """Folder for ``rank<R>.jsonl`` and ``trace.rank<R>.json``. Null keeps everything in memory."""
+
+    every_n_steps: int = Field(default=1, ge=1)
+    """Write one step record every this many optimizer steps."""
+
+    trace: bool | Auto = "auto"
+    """Write a Chrome/Perfetto trace of all lanes. Auto: yes when `dir` is set."""
+
+    trace_spans: int = Field(default=50_000, ge=1)
+    """Newest spans kept for the trace; older ones are dropped."""
+
+    flush_interval_s: float = Field(default=2.0, gt=0)
+    """Longest time that records wait in memory before they are written."""
+
+    monitor: bool = True
+    """Also send scalars to DeepSpeed's monitor (TensorBoard, CSV, W&B) when it is configured."""
+
+    @model_validator(mode="after")
+    def _trace_needs_a_folder(self) -> TelemetryConfig:
+        if self.trace is True and self.dir is None:
+            raise ValueError('"trace": true needs "dir"; set "dir" or drop "trace"')
+        return self
+
+
+_CORE_MODELS: dict[str, type[BaseModel]] = {"telemetry": TelemetryConfig}
+
+
+@dataclass
+class Resolved:
+    """A validated block: core settings, one config per enabled plugin, and decided ``"auto"``s."""
+
+    telemetry: TelemetryConfig
+    plugins: dict[str, PluginConfig]
+    host_config: dict[str, Any] | None = None
+    decisions: dict[str, Any] = field(default_factory=dict)
+
+    def decide(self, path: str, value: Any) -> None:
+        """Record what an ``"auto"`` became; `path` is relative to the block ("telemetry.trace").
+
+        Raises:
+            ConfigError: `path` is not a setting of this block.
+        """
+        top, _, rest = path.partition(".")
+        models: dict[str, BaseModel] = {"telemetry": self.telemetry, **self.plugins}
+        known = models[top].model_dump(mode="json") if top in models else {}
+        if top not in models or not _has_path(known, rest):
+            raise ConfigError(f"{BLOCK}.{path}: not a setting of this run, so no value to decide")
+        self.decisions[path] = value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the block as plain JSON with every default filled in and every auto decided."""
+        block: dict[str, Any] = {"telemetry": self.telemetry.model_dump(mode="json")}
+        for name, config in self.plugins.items():
+            block[name] = config.model_dump(mode="json")
+        for path, value in self.decisions.items():
+            *parents, last = path.split(".")
+            node = block
+            for part in parents:
+                node = node[part]
+            node[last] = value
+        return block
+
+
+def _has_path(node: Any, path: str) -> bool:
+    for part in path.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def load_config(source: Any) -> dict[str, Any]:
+    """Return a whole DeepSpeed configuration as a dict.
+
+    Args:
+        source: Path of a JSON file, a dict, or base64 text of a JSON object (DeepSpeed takes all
+            three).
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, repeats a key, or holds no object.
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(
+            f"config: got {type(source).__name__}, allowed are the path of a JSON file or a dict"
+        )
+    path = Path(source)
+    if path.is_file():
+        return _parse_object(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8")
+    except (binascii.Error, UnicodeError, ValueError):
+        text = ""
+    if not text.lstrip().startswith("{"):
+        raise ConfigError(_missing_file(path))
+    return _parse_object(text, "base64 config")
+
+
+def _missing_file(path: Path) -> str:
+    what = "is a folder" if path.is_dir() else "does not exist"
+    siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
+    where = "" if path.parent.is_dir() else f" (nor does its folder, seen from {Path.cwd()})"
+    hint = near(path.name, siblings)
+    return f"config file {path} {what}{where}; give the path of a JSON file.{hint}"
+
+
+def _parse_object(text: str, where: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ConfigError(f'{where}: key "{key}" stands twice in one object; keep one')
+            result[key] = value
+        return result
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        parsed = _parse_lenient(text, unique)
+        if parsed is None:
+            raise ConfigError(
+                f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
+                f"check commas, quotes and brackets there"
+            ) from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{where}: holds {_json_type(parsed)}, a JSON object is needed")
+    return parsed
+
+
+def _parse_lenient(text: str, unique: Callable[[list[tuple[str, Any]]], Any]) -> Any:
+    # DeepSpeed reads its file with hjson (comments, trailing commas): what stock accepts must not
+    # start to fail because Lowtide is switched on.
+    try:
+        import hjson  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    try:
+        return hjson.loads(text, object_pairs_hook=unique)
+    except hjson.HjsonDecodeError:
+        return None
+
+
+def load_block(source: Any) -> dict[str, Any] | None:
+    """Return the ``"lowtide"`` block of a DeepSpeed configuration, or None when it has none.
+
+    Raises:
+        ConfigError: as `load_config`, or the block is not a JSON object, or a key of the file is
+            a misspelt ``"lowtide"``.
+    """
+    config = load_config(source)
+    if BLOCK not in config:
+        for key in config:
+            if near(key, [BLOCK]):
+                raise ConfigError(
+                    f'{key}: unknown top-level key. Did you mean "{BLOCK}"? '
+                    f"DeepSpeed would silently ignore it"
+                )
+        return None
+    block = config[BLOCK]
+    if not isinstance(block, dict):
+        raise ConfigError(
+            f"{BLOCK}: got {_json_type(block)}, a JSON object is needed; "
+            f"{{}} switches telemetry on, leaving the key out switches everything off"
+        )
+    return block
+
+
+def resolve(block: Mapping[str, Any], *, host_config: Mapping[str, Any] | None = None) -> Resolved:
+    """Validate a block: core keys and every enabled plugin's keys.
+
+    Args:
+        block: The value of ``"lowtide"``.
+        host_config: The whole DeepSpeed JSON, for checks across the two.
+
+    Raises:
+        ConfigError: anything unknown, of a wrong type, out of range or contradictory. One line,
+            all problems of the block in it.
+    """
+    problems: list[str] = []
+    models: dict[str, Any] = {}
+    for key, value in block.items():
+        try:
+            models[key] = _resolve_key(key, value)
+        except ConfigError as error:
+            problems.append(str(error))
+    if not problems:
+        for model in models.values():
+            if isinstance(model, PluginConfig):
+                try:
+                    model.check_host(host_config or {})
+                except ConfigError as error:
+                    problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    telemetry = models.pop("telemetry", None) or TelemetryConfig()
+    active = {name: model for name, model in models.items() if model is not None}
+    resolved = Resolved(telemetry, active, dict(host_config) if host_config else None)
+    if telemetry.trace == "auto":
+        resolved.decide("telemetry.trace", telemetry.dir is not None)
+    return resolved
+
+
+def _resolve_key(key: str, value: Any) -> Any:
+    path = f"{BLOCK}.{key}"
+    known = [*_CORE_MODELS, *plugins.names()]
+    if key not in known:
+        raise ConfigError(f"{path}: unknown key.{near(key, known)} Known: {listed(known)}")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: got {_json_type(value)}, a JSON object is needed, e.g. {{}}")
+    if value.get("enabled") is False and key not in _CORE_MODELS:
+        return None
+    return _validated(_CORE_MODELS.get(key) or plugin_config_class(key), value, path)
+
+
+def plugin_config_class(name: str) -> type[PluginConfig]:
+    """Return the settings class of plugin `name`.
+
+    Raises:
+        LowtideError: the plugin's class carries no `Config` derived from `PluginConfig`.
+    """
+    config_class = getattr(plugins.get(name), "Config", None)
+    if not (isinstance(config_class, type) and issubclass(config_class, PluginConfig)):
+        raise LowtideError(
+            f'plugin "{name}": its class has no attribute Config derived from PluginConfig'
+        )
+    return config_class
+
+
+def _validated(model: type[BaseModel], value: dict[str, Any], path: str) -> BaseModel:
+    try:
+        # Through JSON text: strict JSON rules (no "1" for 1, lists may become tuples) apply
+        # equally to a file and to a dict built in Python.
+        text = json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: holds a value that JSON cannot express: {error}") from None
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(problems_text(model, error.errors(), path)) from None
+
+
+def _json_type(value: Any) -> str:
+    names: list[tuple[type | tuple[type, ...], str]] = [
+        (bool, "true/false"), (dict, "an object"), (list, "an array"),
+        (str, f"text {value!r}"), ((int, float), f"number {value}"),
+    ]  # fmt: skip
+    return next((name for kind, name in names if isinstance(value, kind)), "null")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRow:
+    """One setting, as `lowtide schema` and the docs list it."""
+
+    path: str
+    type: str
+    default: str
+    description: str
+
+
+def _all_models() -> dict[str, type[BaseModel]]:
+    return _CORE_MODELS | {name: plugin_config_class(name) for name in plugins.names()}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a DeepSpeed file's ``"lowtide"`` block.
+
+    Keys beside the block are DeepSpeed's own and are left unchecked.
+    """
+    properties: dict[str, Any] = {}
+    definitions: dict[str, Any] = {}
+    for key, model in _all_models().items():
+        schema = model.model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(schema.pop("$defs", {}))
+        properties[key] = schema
+    block = {"type": "object", "additionalProperties": False, "properties": properties}
+    result: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "DeepSpeed configuration with a lowtide block",
+        "type": "object",
+        "properties": {BLOCK: block},
+    }
+    if definitions:
+        result["$defs"] = definitions
+    return result
+
+
+def key_table() -> list[KeyRow]:
+    """Return every key of the block with type, default and description, in schema order."""
+    schema = json_schema()
+    rows: list[KeyRow] = []
+    _rows(schema["properties"][BLOCK], BLOCK, schema.get("$defs", {}), rows)
+    return rows
+
+
+def _rows(node: dict[str, Any], path: str, defs: dict[str, Any], rows: list[KeyRow]) -> None:
+    for key, entry in node.get("properties", {}).items():
+        target = defs[entry["$ref"].rsplit("/", 1)[1]] if "$ref" in entry else entry
+        if "properties" in target:
+            _rows(target, f"{path}.{key}", defs, rows)
+            continue
+        default = json.dumps(entry["default"]) if "default" in entry else "required"
+        description = " ".join(str(entry.get("description", "")).replace("``", "`").split())
+        rows.append(
+            KeyRow(
+                path=f"{path}.{key}",
+                type=_schema_type(target, defs),
+                default=default,
+                description=description,
+            )
+        )
+
+
+def _schema_type(node: dict[str, Any], defs: dict[str, Any]) -> str:
+    if "$ref" in node:
+        return _schema_type(defs[node["$ref"].rsplit("/", 1)[1]], defs)
+    if "anyOf" in node:
+        return " or ".join(_schema_type(option, defs) for option in node["anyOf"])
+    if "const" in node:
+        return json.dumps(node["const"])
+    if "enum" in node:
+        return " or ".join(json.dumps(value) for value in node["enum"])
+    if node.get("type") == "array":
+        return f"array of {_schema_type(node.get('items', {}), defs)}"
+    return str(node.get("type", "any"))

@@ -1,0 +1,96 @@
+"""The drop-in examples, each started as a user would: torchrun, 2 ranks, its own JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import REPOSITORY, free_port, run_command
+
+pytestmark = pytest.mark.dist
+EXAMPLES = REPOSITORY / "examples"
+
+
+def torchrun(folder: Path, *argv: str) -> list[float]:
+    """Run a script in `folder` and return the losses it printed."""
+    command = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), *argv]
+    log = run_command(command, timeout_s=150, cwd=folder).check().logs[0]
+    # Each step once: a rank that took itself for a world of one would print its own lines.
+    steps = re.findall(r"^step (\d+) loss (\S+)$", log, flags=re.MULTILINE)
+    assert [number for number, _ in steps] == sorted({n for n, _ in steps}, key=int), log[-3000:]
+    return [float(loss) for _, loss in steps]
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def check_telemetry(folder: Path, *, steps: int, micro_batches: int) -> None:
+    """Both ranks' files: readable as strict JSON, all spans there, as often as they happened."""
+    for rank in range(2):
+        lines = (folder / f"rank{rank}.jsonl").read_text().splitlines()
+        records = [strict(line) for line in lines]
+        assert records[0]["kind"] == "run"
+        assert (records[0]["rank"], records[0]["world_size"]) == (rank, 2)
+        assert records[0]["config"]["telemetry"]["trace"] is True  # what "auto" became
+        assert records[-1]["kind"] == "end"
+        counts: dict[str, int] = {}
+        for record in records:
+            for name, span in record.get("spans", {}).items():
+                counts[name] = counts.get(name, 0) + span["count"]
+        expected = {"forward": steps * micro_batches, "backward": steps * micro_batches}
+        assert counts == expected | {"update": steps}
+        trace = strict((folder / f"trace.rank{rank}.json").read_text())["traceEvents"]
+        assert {"forward", "backward", "update"} <= {event["name"] for event in trace}
+
+
+def check_block_holds_auto(example: str) -> None:
+    block = json.loads((EXAMPLES / example / "ds.json").read_text())["lowtide"]
+    assert block["telemetry"]["trace"] == "auto"  # the value that trips Accelerate
+
+
+@pytest.mark.parametrize(
+    ("example", "steps", "micro_batches"),
+    [("hf_trainer", 20, 2), ("accelerate", 40, 1), ("megatron_core", 30, 2)],
+)
+def test_example_learns_and_leaves_its_telemetry(
+    tmp_path: Path, example: str, steps: int, micro_batches: int
+) -> None:
+    check_block_holds_auto(example)
+    losses = torchrun(tmp_path, str(EXAMPLES / example / "train.py"))
+    assert losses[0] > 5.0
+    assert sum(losses[-3:]) / 3 < losses[0] - 1.0
+    folder = tmp_path / "runs" / example / "telemetry"
+    check_telemetry(folder, steps=steps, micro_batches=micro_batches)
+
+
+def test_stock_script_is_bit_identical_with_and_without_the_switch(tmp_path: Path) -> None:
+    check_block_holds_auto("stock_deepspeed")
+    source = EXAMPLES / "stock_deepspeed"
+    assert "lowtide" not in re.sub(r'""".*?"""', "", (source / "train.py").read_text(), flags=re.S)
+    script = str(shutil.copy(source / "train.py", tmp_path))
+    bare = json.loads((source / "ds.json").read_text())
+    del bare["lowtide"]
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    config = ["--config", str(source / "ds.json"), "--steps", "15"]
+
+    plain = torchrun(tmp_path, script, *config)
+    assert not (tmp_path / "runs").exists()
+    removed = ["--config", str(tmp_path / "bare.json"), "--steps", "15"]
+    without_block = torchrun(tmp_path, "-m", "lowtide.run", script, *removed)
+    assert not (tmp_path / "runs").exists()
+    switched_on = torchrun(tmp_path, "-m", "lowtide.run", script, *config)
+
+    assert len(plain) == 15
+    assert plain[-1] < plain[0] - 1.0
+    assert without_block == plain
+    assert switched_on == plain
+    check_telemetry(tmp_path / "runs" / "stock_deepspeed" / "telemetry", steps=15, micro_batches=2)

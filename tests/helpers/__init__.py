@@ -1,0 +1,1 @@
+"""What several test folders share: starting ranks, devices, conformance suites."""

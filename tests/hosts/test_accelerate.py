@@ -1,0 +1,172 @@
+"""Accelerate adapter: our block passes, everything else stays as it was, undo leaves no trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lowtide.hosts import accelerate as adapter
+from tests.helpers.ranks import run_command
+
+BLOCK = {"telemetry": {"trace": "auto"}}
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    adapter.uninstall()
+    yield
+    adapter.uninstall()
+
+
+@pytest.fixture
+def plugin_class() -> Any:
+    return pytest.importorskip("accelerate.utils").DeepSpeedPlugin
+
+
+def make(plugin_class: Any, **extra: Any) -> Any:
+    return plugin_class(
+        hf_ds_config={
+            "train_micro_batch_size_per_gpu": "auto",
+            "lowtide": BLOCK,
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
+            **extra,
+        }
+    )
+
+
+def process(plugin: Any, **known: Any) -> None:
+    known.setdefault("train_micro_batch_size_per_gpu", 3)
+    plugin.deepspeed_config_process(must_match=False, **known)
+
+
+def test_auto_in_our_block_raises_without_the_adapter(plugin_class: Any) -> None:
+    # When this starts to fail, accelerate has changed and the adapter may go.
+    with pytest.raises(ValueError, match=r"lowtide\.telemetry\.trace"):
+        process(make(plugin_class))
+
+
+def test_auto_in_our_block_passes_untouched(plugin_class: Any) -> None:
+    adapter.install()
+    plugin = make(plugin_class)
+    keys, block = list(plugin.deepspeed_config), plugin.deepspeed_config["lowtide"]
+    process(plugin)
+    assert list(plugin.deepspeed_config) == keys
+    assert plugin.deepspeed_config["lowtide"] is block
+    assert block == BLOCK
+    assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 3
+
+
+@pytest.mark.parametrize("extra", [{"own": "auto"}, {"own": {"deep": {"key": "auto"}}}])
+def test_auto_elsewhere_raises_as_before(plugin_class: Any, extra: dict[str, Any]) -> None:
+    stock = plugin_class(hf_ds_config={"zero_optimization": {"stage": 1}, **extra})
+    with pytest.raises(ValueError, match="own") as before:
+        process(stock)
+    adapter.install()
+    plugin = make(plugin_class, **extra)
+    with pytest.raises(ValueError, match="own") as after:
+        process(plugin)
+    assert str(after.value) == str(before.value)
+    assert plugin.deepspeed_config["lowtide"] == BLOCK  # put back although the walk raised
+
+
+def test_mismatch_elsewhere_raises_as_before(plugin_class: Any) -> None:
+    adapter.install()
+    plugin = make(plugin_class, gradient_clipping=1.0)
+    with pytest.raises(ValueError, match=r"gradient_clipping=1\.0 vs arg gradient_clipping=2"):
+        plugin.deepspeed_config_process(gradient_clipping=2.0, train_micro_batch_size_per_gpu=3)
+
+
+def test_config_without_block_is_walked_as_before(plugin_class: Any) -> None:
+    adapter.install()
+    plugin = plugin_class(hf_ds_config={"zero_optimization": {"stage": 1}, "lowtide": None})
+    process(plugin)
+    assert plugin.deepspeed_config["lowtide"] is None
+
+
+def test_uninstall_leaves_no_trace(plugin_class: Any) -> None:
+    stock, names, finders = (
+        plugin_class.deepspeed_config_process,
+        dict(vars(plugin_class)),
+        list(sys.meta_path),
+    )
+    adapter.install()
+    adapter.install()
+    assert plugin_class.deepspeed_config_process is not stock
+    adapter.uninstall()
+    adapter.uninstall()
+    assert plugin_class.deepspeed_config_process is stock
+    assert dict(vars(plugin_class)) == names
+    assert sys.meta_path == finders
+
+
+def test_version_without_the_walk_is_left_alone_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = ModuleType("accelerate.utils")
+    fake.DeepSpeedPlugin = type("DeepSpeedPlugin", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "accelerate.utils", fake)
+    adapter.install()
+    assert "accelerate.utils.DeepSpeedPlugin.deepspeed_config_process" in caplog.text
+    assert "write the value out" in caplog.text
+    adapter.uninstall()
+
+
+@pytest.fixture
+def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A package that looks like Accelerate and has not been imported yet."""
+    package = tmp_path / "lowtide_later" / "utils"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / "__init__.py").write_text(
+        "class DeepSpeedPlugin:\n"
+        "    deepspeed_config = {'lowtide': {'a': 'auto'}, 'b': 1}\n"
+        "    def deepspeed_config_process(self):\n"
+        "        return dict(self.deepspeed_config)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(adapter, "_MODULE", "lowtide_later.utils")
+    yield "lowtide_later.utils"
+    adapter.uninstall()
+    for name in ("lowtide_later", "lowtide_later.utils"):
+        sys.modules.pop(name, None)
+
+
+def test_late_import_is_patched_and_the_import_hook_goes(later: str) -> None:
+    finders = list(sys.meta_path)
+    adapter.install()
+    assert len(sys.meta_path) == len(finders) + 1
+    assert later not in sys.modules
+    module = __import__(later, fromlist=["DeepSpeedPlugin"])
+    assert sys.meta_path == finders
+    assert module.DeepSpeedPlugin().deepspeed_config_process() == {"lowtide": None, "b": 1}
+    assert module.__spec__ is not None
+    assert "exec_module" not in vars(module.__spec__.loader)
+    adapter.uninstall()
+    assert module.DeepSpeedPlugin().deepspeed_config_process()["lowtide"] == {"a": "auto"}
+
+
+def test_late_import_is_stock_when_uninstalled_before_it(later: str) -> None:
+    finders = list(sys.meta_path)
+    adapter.install()
+    adapter.uninstall()
+    assert sys.meta_path == finders
+    module = __import__(later, fromlist=["DeepSpeedPlugin"])
+    assert module.DeepSpeedPlugin().deepspeed_config_process()["lowtide"] == {"a": "auto"}
+
+
+def test_install_does_not_import_accelerate() -> None:
+    script = (
+        "import sys\n"
+        "from lowtide.hosts import accelerate\n"
+        "accelerate.install()\n"
+        "assert 'accelerate' not in sys.modules\n"
+        "from accelerate.utils import DeepSpeedPlugin\n"
+        "config = {'zero_optimization': {'stage': 1}, 'lowtide': {'a': 'auto'}}\n"
+        "DeepSpeedPlugin(hf_ds_config=config).deepspeed_config_process(must_match=False)\n"
+    )
+    run_command([sys.executable, "-c", script], timeout_s=100).check()
