@@ -67,14 +67,11 @@ format: $(STAMPS)/lowtide ## Apply the style
 	@if command -v clang-format >/dev/null; then \
 	    find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format -i; fi
 
-bench: install ## Run every benchmarks/bench_*.py
-	@found=0; for script in benchmarks/bench_*.py; do \
-	    [ -e "$$script" ] || continue; found=1; \
-	    printf '\n== %s\n' "$$script"; $(PY) "$$script" $(ARGS); \
-	done; [ $$found = 1 ] || echo 'benchmarks/ holds no bench_*.py'
+bench: install ## Run every benchmarks/bench_*.py, write a report to benchmarks/results/
+	@$(PY) benchmarks/report.py $(ARGS)
 
 gpu: install ## Run GPU tests and benchmarks, write a report to benchmarks/results/
-	@$(PY) benchmarks/gpu_report.py $(ARGS)
+	@$(PY) benchmarks/report.py --gpu $(ARGS)
 
 clean: ## Remove what was built and cached; .venv and runs/ stay
 	@rm -rf build dist .cache .hypothesis $(STAMPS)/lowtide plugins/*.egg-info
