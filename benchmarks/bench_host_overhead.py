@@ -6,7 +6,7 @@ the pairwise ratios with a 95 % bootstrap interval, the absolute cost in microse
 for stock against a second stock engine, which shows what the method itself can tell apart. It runs
 twice: steps of about a millisecond find the microseconds, longer ones show the share.
 
-    python benchmarks/bench_host_overhead.py [--pairs 300] [--width 512] [--ranks 1]
+    python benchmarks/bench_host_overhead.py [--pairs 1000] [--width 512] [--ranks 1]
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shape:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=300, help="counted steps of each engine")
+    parser.add_argument("--pairs", type=int, default=1000, help="counted steps of each engine")
     parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--width", type=int, default=512, help="model width; sets the step time")
     parser.add_argument("--depth", type=int, default=8)
@@ -155,7 +155,7 @@ def main() -> None:
     if arguments.telemetry_dir:
         block = {"telemetry": {"dir": arguments.telemetry_dir}}
     shapes = [
-        Shape("small steps", 32, 2, 8, arguments.pairs * 10),
+        Shape("small steps", 32, 2, 8, arguments.pairs * 5),
         Shape("steps", arguments.width, arguments.depth, arguments.batch, arguments.pairs),
     ]
     for shape in shapes:
