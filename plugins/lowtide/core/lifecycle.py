@@ -44,6 +44,9 @@ class Event(str, enum.Enum):
     STOP_REQUESTED = "stop_requested"
     CLOSED = "closed"  # listeners run in reverse order
 
+    # Enum's own is a Python function, called at every look-up.
+    __hash__ = str.__hash__
+
 
 @dataclass(slots=True)
 class Moment:

@@ -171,33 +171,37 @@ class Telemetry:
     def end_step(self, step: int) -> None:
         """Close the record of optimizer step `step`, and write files when it is time to."""
         now_s = time.perf_counter()
+        if now_s - self._last_memory_s >= _MEMORY_INTERVAL_S:
+            self._last_memory_s = now_s
+            self.gauge("memory.rss_bytes", _resident_bytes())
+        if self._dir is None:
+            return
         if step % self.config.every_n_steps == 0:
-            if now_s - self._last_memory_s >= _MEMORY_INTERVAL_S:
-                self._last_memory_s = now_s
-                self.gauge("memory.rss_bytes", _resident_bytes())
-            with self._lock:
-                spans = {
-                    name: {"count": int(entry[0]), "total_s": round(entry[1], 6)}
-                    for name, entry in self._step_spans.items()
-                }
-                self._step_spans.clear()
-                counters, gauges = dict(self._counters), dict(self._gauges)
-            steps = max(step - self._last_record_step, 1)
-            self._record(
-                "step",
-                step=step,
-                steps=steps,
-                duration_s=round(now_s - self._last_record_s, 6),
-                spans=spans,
-                counters=counters,
-                gauges=gauges,
-            )
-            self._last_record_s = now_s
-            self._last_record_step = step
+            self._record_step(step, now_s)
         if now_s - self._last_flush_s >= self.config.flush_interval_s:
             self.flush()
         if self._is_tracing and now_s >= self._next_trace_s:
             self._write_trace()
+
+    def _record_step(self, step: int, now_s: float) -> None:
+        with self._lock:
+            spans = {
+                name: {"count": int(entry[0]), "total_s": round(entry[1], 6)}
+                for name, entry in self._step_spans.items()
+            }
+            self._step_spans.clear()
+            counters, gauges = dict(self._counters), dict(self._gauges)
+        self._record(
+            "step",
+            step=step,
+            steps=max(step - self._last_record_step, 1),
+            duration_s=round(now_s - self._last_record_s, 6),
+            spans=spans,
+            counters=counters,
+            gauges=gauges,
+        )
+        self._last_record_s = now_s
+        self._last_record_step = step
 
     def start_from(self, step: int) -> None:
         """Continue counting after a resume: the next step record starts at `step`, now."""

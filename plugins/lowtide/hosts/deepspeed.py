@@ -15,7 +15,6 @@ Where the events come from (DeepSpeed 0.19.8):
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import json
@@ -228,8 +227,10 @@ def _engine_class(base: type) -> type:
 
 def _plain_methods(base: Any) -> dict[str, Any]:
     def forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
-        with _micro_batch_forward(self):
-            return base.forward(self, *inputs, **kwargs)
+        begin_s = _begin_forward(self)
+        outputs = base.forward(self, *inputs, **kwargs)
+        _end_forward(self, begin_s)
+        return outputs
 
     def _backward_prologue(self: Any) -> Any:
         # Into __dict__: an engine is a torch module, whose __setattr__ takes microseconds.
@@ -256,8 +257,10 @@ def _pipeline_methods(base: Any) -> dict[str, Any]:
     from deepspeed.runtime.pipe import schedule
 
     def forward_pass(self: Any, **kwargs: Any) -> Any:
-        with _micro_batch_forward(self):
-            return base._INSTRUCTION_MAP[schedule.ForwardPass](self, **kwargs)
+        begin_s = _begin_forward(self)
+        result = base._INSTRUCTION_MAP[schedule.ForwardPass](self, **kwargs)
+        _end_forward(self, begin_s)
+        return result
 
     def backward_pass(self: Any, **kwargs: Any) -> Any:
         session = self.lowtide
@@ -274,14 +277,21 @@ def _pipeline_methods(base: Any) -> dict[str, Any]:
     return {"_INSTRUCTION_MAP": instructions}
 
 
-@contextlib.contextmanager
-def _micro_batch_forward(engine: Any) -> Any:
+# Not a context manager: this runs with caches that a large step has left cold, where each Python
+# call costs microseconds.
+def _begin_forward(engine: Any) -> float:
     session: Session = engine.lowtide
-    is_training = engine.module.training
-    session.fire(Event.BEFORE_FORWARD, model=engine.module, training=is_training)
-    with session.telemetry.span("forward" if is_training else "evaluation"):
-        yield
-    session.fire(Event.AFTER_FORWARD, model=engine.module, training=is_training)
+    module = engine.module
+    session.fire(Event.BEFORE_FORWARD, model=module, training=module.training)
+    return time.perf_counter()
+
+
+def _end_forward(engine: Any, begin_s: float) -> None:
+    session: Session = engine.lowtide
+    module = engine.module
+    name = "forward" if module.training else "evaluation"
+    session.telemetry.add_span(name, "host", begin_s, time.perf_counter())
+    session.fire(Event.AFTER_FORWARD, model=module, training=module.training)
 
 
 def _step_methods(base: Any) -> dict[str, Any]:
