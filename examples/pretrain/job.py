@@ -18,11 +18,11 @@ from model import Decoder, ModelConfig, parameter_groups
 from pace import Plan, StepTimer, plan_from_budget, plan_from_steps
 from progress import Display
 from run_folder import Progress, RunFolder
-from stop import StopSignal
 from torch import distributed
 from validation import WINDOWS_AT_THE_END, WINDOWS_WHILE_TRAINING, Score, validate
 
 import lowtide
+from lowtide.core.restart import choose
 
 DEFAULT_MINUTES = 5.0
 SPEED_EVERY_STEPS = 10
@@ -37,7 +37,6 @@ class Job:
         data: the prepared tokens.
         folder: the run folder.
         seed: seed of the weights and of the order of the data.
-        stop: tells whether the user wants to stop.
         launched_s: unix time at which this start began.
     """
 
@@ -49,12 +48,10 @@ class Job:
         data: PreparedData,
         folder: RunFolder,
         seed: int,
-        stop: StopSignal,
         launched_s: float,
     ) -> None:
         self.data = data
         self.folder = folder
-        self.stop = stop
         self._launched_s = launched_s
         self._follows_plan, config = _fill_scheduler(config)
         torch.manual_seed(seed)
@@ -86,18 +83,25 @@ class Job:
         """Seconds spent on this run over all starts, set-up included."""
         return self._used_before_s + time.time() - self._launched_s
 
+    @property
+    def stop_reason(self) -> str:
+        """Why all ranks are to stop now, or empty; only a `"stop"` key listens to signals."""
+        session = getattr(self.engine, "lowtide", None)
+        stop = None if session is None else session.stop
+        return stop.reason if stop is not None and stop.requested else ""
+
     def resume(self) -> None:
         """Go on from the newest complete checkpoint, if there is one."""
-        found = [None]
+        found: list[Any] = [None]
         if self.rank == 0:
-            found = [checkpoints.choose(self.folder.checkpoints, distributed.get_world_size())]
+            found = [choose(self.folder.checkpoints, world_size=distributed.get_world_size())]
         distributed.broadcast_object_list(found)  # all ranks take rank 0's choice
         choice = found[0]
         for line in choice.skipped:
             self.display.say(line)
-        if choice.step is None:
+        if choice.tag is None:
             return
-        tag = checkpoints.tag_of(choice.step)
+        tag = choice.tag
         path, state = self.engine.load_checkpoint(str(self.folder.checkpoints), tag=tag)
         if path is None:
             raise UsageError(
@@ -119,7 +123,7 @@ class Job:
             steps: number of steps instead of a budget.
 
         Returns:
-            Whether the end was reached; False when the user stopped it (a checkpoint is saved).
+            Whether the end was reached; False when the run was asked to stop (it saves first).
         """
         saved = self.plan
         if steps is not None and (saved is None or saved.total_steps != steps):
@@ -133,16 +137,15 @@ class Job:
             self._record_score(self._validate(WINDOWS_WHILE_TRAINING))
             validation_s = time.perf_counter() - begin_s
         timer = StepTimer()
-        self.stop.is_training = True
         with self.display:
             while self.plan is None or self.step < self.plan.total_steps:
                 begin_s = time.perf_counter()
-                wants_stop = self._train_step(begin_s)
+                self._train_step(begin_s)
                 timer.add(time.perf_counter() - begin_s)
                 if self.plan is None and timer.is_complete:
                     self._set_plan(self._agree(minutes, timer.step_s, validation_s))
                     self.save()  # so that a killed run keeps the plan
-                elif wants_stop:
+                elif self.stop_reason:
                     self.save(status="stopped")
                     return False
                 elif self.plan is not None and self.step < self.plan.total_steps:
@@ -155,21 +158,18 @@ class Job:
         if self.step % plan.save_every == 0:
             self.save()
 
-    def _train_step(self, begin_s: float) -> bool:
-        """Do one optimizer step; says whether any rank was asked to stop."""
+    def _train_step(self, begin_s: float) -> None:
         passes = self.engine.gradient_accumulation_steps()
         device = self.engine.device
-        # The mean loss and the wish to stop travel together: one small exchange per step.
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        total_loss = torch.zeros((), dtype=torch.float64, device=device)
         for micro_step in range(passes):
             inputs_BT, targets_BT = self.batches.batch(self.step, micro_step, self.rank)
             loss = self.engine(inputs_BT.to(device), targets_BT.to(device))
             self.engine.backward(loss)
             self.engine.step()
-            sums[0] += loss.detach() / passes
-        sums[1] = float(self.stop.is_set)
-        distributed.all_reduce(sums)
-        mean_loss, stops = float(sums[0]) / distributed.get_world_size(), float(sums[1])
+            total_loss += loss.detach() / passes
+        distributed.all_reduce(total_loss)
+        mean_loss = float(total_loss) / distributed.get_world_size()
         self.step += 1
         if not math.isfinite(mean_loss):
             raise UsageError(
@@ -183,7 +183,6 @@ class Job:
         )
         if self.step % SPEED_EVERY_STEPS == 0:
             self._scalar("train/tokens_per_s", self.display.tokens_per_s)
-        return stops > 0
 
     def _agree(self, minutes: float, step_s: float, validation_s: float) -> Plan:
         """Let rank 0 turn its measurements into a plan, and give it to all ranks."""

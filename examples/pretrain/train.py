@@ -6,7 +6,8 @@ Two ranks on one machine, five minutes in all:
         examples/pretrain/train.py --config examples/pretrain/ds.json --minutes 5
 
 Run the same line again after a crash, and it goes on; after the end, and it says so.
-Exit codes: 0 finished, 2 wrong input (one line says what), 130 stopped by the user.
+Exit codes: 0 finished, or stopped by a signal of the cluster (stop.json in the run folder says
+which); 2 wrong input (one line says what); 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from errors import UsageError, tell_launcher
 from pace import launch_time_s
 from rich.console import Console
-from stop import EXIT_STOPPED, StopSignal
 
 if TYPE_CHECKING:
     from job import Job
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from validation import Score
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 _HERE = Path(__file__).resolve().parent
 
 
@@ -73,8 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         options = parse_options(arguments)
-        stop = StopSignal()
-        return _run(options, rank=rank, stop=stop, launched_s=launched_s)
+        return _run(options, rank=rank, launched_s=launched_s)
     except UsageError as error:
         tell_launcher(str(error))
         if rank == 0:  # the others found the same, or heard it from rank 0
@@ -83,10 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if rank == 0:
             console.print("stopped before training began; run again to start")
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED
 
 
-def _run(options: argparse.Namespace, *, rank: int, stop: StopSignal, launched_s: float) -> int:
+def _run(options: argparse.Namespace, *, rank: int, launched_s: float) -> int:
     # Wrong input is found before anything slow or collective starts, by every rank for itself.
     config = _read_config(options)
     _check_vocabulary(options.vocabulary)
@@ -112,13 +112,16 @@ def _run(options: argparse.Namespace, *, rank: int, stop: StopSignal, launched_s
         limit_bytes=options.max_mib * 2**20,
     )
     _prepare_environment()
-    job = _build_job(config, options, data=data, folder=folder, stop=stop, launched_s=launched_s)
+    job = _build_job(config, options, data=data, folder=folder, launched_s=launched_s)
     job.display.say(_describe(job))
     job.resume()
     if not job.train(minutes=options.minutes, steps=options.steps):
-        job.display.say(f"stopped at step {job.step}; the same command goes on from there")
+        reason = job.stop_reason
+        job.display.say(
+            f"stopped at step {job.step} ({reason}); the same command goes on from there"
+        )
         job.close()
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED if reason == "interrupted" else 0
     score = job.score()
     job.save(status="finished")
     used_s = job.used_s
@@ -137,10 +140,13 @@ def _read_config(options: argparse.Namespace) -> dict[str, Any]:
         block = load_block(config)
         if block is None:
             return config
+        block = dict(block)
         telemetry = dict(block.get("telemetry") or {})
         if telemetry.get("dir") is None:
             telemetry["dir"] = str(Path(options.run_dir) / "telemetry")
-        block = {**block, "telemetry": telemetry}
+        block["telemetry"] = telemetry
+        if block.get("stop") and block["stop"].get("run_dir") is None:
+            block["stop"] = {**block["stop"], "run_dir": options.run_dir}
         resolve(block)
     except ConfigError as error:
         raise UsageError(str(error)) from error

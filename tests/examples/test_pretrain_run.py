@@ -127,7 +127,7 @@ def test_run_goes_on_with_the_same_losses_after_kill(
     part = next((run / "checkpoints" / tags[-1]).glob("*rank_1*optim_states.pt"))
     part.write_bytes(part.read_bytes()[:1000])
     log = run_ranks(_arguments(text, run), timeout_s=LIMIT_S).check().logs[0]
-    assert f"{tags[-1]} is not complete" in log
+    assert f"{tags[-1]} is not used" in log
     assert f"resumed from {tags[-2]}" in log
     assert _losses(run) == _losses(uninterrupted)  # exactly, at every step
     assert sorted(_losses(run)) == list(range(1, STEPS + 1))
@@ -146,7 +146,10 @@ def test_stop_signal_saves_a_checkpoint(
     assert state["status"] == "stopped"
     assert 6 <= state["step"] < STEPS
     assert (run / "checkpoints" / f"step-{state['step']:06d}").is_dir()
-    assert f"stopped at step {state['step']}" in log.read_text()
+    assert f"stopped at step {state['step']} (interrupted)" in log.read_text()
+    record = json.loads((run / "stop.json").read_text())
+    assert (record["step"], record["reason"]) == (state["step"], "interrupted")
+    assert Path(record["checkpoint"]).name == f"step-{state['step']:06d}"
     assert "Traceback" not in log.read_text() + (run.parent / "log1").read_text()
 
 

@@ -418,33 +418,9 @@ def saved(tmp_path: Path) -> Iterator[Path]:
     return tmp_path
 
 
-def test_newest_complete_checkpoint_is_chosen(saved: Path) -> None:
-    choice = job.checkpoints.choose(saved, 2)
-    assert (choice.step, choice.skipped) == (30, [])
-    assert job.checkpoints.choose(saved / "missing", 2).step is None
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda p: p.unlink(), "1 of 2 optimizer parts"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-100]), "cannot be read"),
-        (lambda p: p.write_bytes(b""), "cannot be read"),
-        (lambda p: p.write_bytes(_flip_byte(p.read_bytes())), "wrong checksum"),
-    ],
-)
-def test_damaged_checkpoint_is_passed_over(saved: Path, damage: object, message: str) -> None:
-    damage(saved / "step-000030" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    choice = job.checkpoints.choose(saved, 2)
-    assert choice.step == 20
-    assert message in choice.skipped[0]
+def test_newer_half_written_checkpoints_are_removed(saved: Path) -> None:
     job.checkpoints.remove_newer(saved, 20)
     assert job.checkpoints.steps_on_disk(saved) == [20, 10]
-
-
-def _flip_byte(raw: bytes) -> bytes:
-    place = raw.index(torch.arange(1000).numpy().tobytes()) + 4000
-    return raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
 
 
 def test_old_checkpoints_are_removed_and_two_stay(saved: Path) -> None:

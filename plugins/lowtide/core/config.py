@@ -82,7 +82,31 @@ class TelemetryConfig(BaseModel):
         return self
 
 
-_CORE_MODELS: dict[str, type[BaseModel]] = {"telemetry": TelemetryConfig}
+class StopConfig(BaseModel):
+    """How a run ends when it is asked to, by a signal or by its script (see docs/launch.md)."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    signals: tuple[Literal["USR1", "TERM", "INT", "USR2"], ...] = ("USR1", "TERM")
+    """Signals that ask for a stop. A second Ctrl-C (INT) ends the process at once."""
+
+    then: Literal["exit", "tell"] = "exit"
+    """``exit``: save a checkpoint, write ``stop.json`` and leave with exit code 0. ``tell``: only
+    set ``engine.lowtide.stop.requested``; the script saves and leaves by itself."""
+
+    save_dir: str | None = None
+    """Folder of the last checkpoint for ``exit``. Null: where the run last saved or loaded one."""
+
+    run_dir: str | None = None
+    """Folder of ``stop.json``. Null: ``$LOWTIDE_RUN_DIR``, which the launcher sets; else none."""
+
+    every_n_steps: int = Field(default=1, ge=1)
+    """The ranks agree on a stop every this many optimizer steps."""
+
+
+_CORE_MODELS: dict[str, type[BaseModel]] = {"telemetry": TelemetryConfig, "stop": StopConfig}
 
 
 @dataclass
@@ -92,7 +116,12 @@ class Resolved:
     telemetry: TelemetryConfig
     plugins: dict[str, PluginConfig]
     host_config: dict[str, Any] | None = None
+    stop: StopConfig | None = None
     decisions: dict[str, Any] = field(default_factory=dict)
+
+    def _models(self) -> dict[str, BaseModel]:
+        stop = {"stop": self.stop} if self.stop is not None else {}
+        return {"telemetry": self.telemetry, **stop, **self.plugins}
 
     def decide(self, path: str, value: Any) -> None:
         """Record what an ``"auto"`` became; `path` is relative to the block ("telemetry.trace").
@@ -101,7 +130,7 @@ class Resolved:
             ConfigError: `path` is not a setting of this block.
         """
         top, _, rest = path.partition(".")
-        models: dict[str, BaseModel] = {"telemetry": self.telemetry, **self.plugins}
+        models = self._models()
         known = models[top].model_dump(mode="json") if top in models else {}
         if top not in models or not _has_path(known, rest):
             raise ConfigError(f"{BLOCK}.{path}: not a setting of this run, so no value to decide")
@@ -109,9 +138,7 @@ class Resolved:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the block as plain JSON with every default filled in and every auto decided."""
-        block: dict[str, Any] = {"telemetry": self.telemetry.model_dump(mode="json")}
-        for name, config in self.plugins.items():
-            block[name] = config.model_dump(mode="json")
+        block = {name: model.model_dump(mode="json") for name, model in self._models().items()}
         for path, value in self.decisions.items():
             *parents, last = path.split(".")
             node = block
@@ -254,8 +281,10 @@ def resolve(block: Mapping[str, Any], *, host_config: Mapping[str, Any] | None =
     if problems:
         raise ConfigError("; ".join(problems))
     telemetry = models.pop("telemetry", None) or TelemetryConfig()
+    stop = models.pop("stop", None)
     active = {name: model for name, model in models.items() if model is not None}
-    resolved = Resolved(telemetry, active, dict(host_config) if host_config else None)
+    host = dict(host_config) if host_config else None
+    resolved = Resolved(telemetry, active, host, stop)
     if telemetry.trace == "auto":
         resolved.decide("telemetry.trace", telemetry.dir is not None)
     return resolved

@@ -66,6 +66,10 @@ class BoundViolationError(LowtideError, ArithmeticError):
     """A decoded value is outside the error bound that its codec promised."""
 
 
+class CheckpointError(LowtideError, RuntimeError):
+    """A checkpoint, or the record of how a run ended, is missing, incomplete or damaged."""
+
+
 class StaleLockError(LowtideError, RuntimeError):
     """A lock left by a killed extension build would make the host wait for ever."""
 

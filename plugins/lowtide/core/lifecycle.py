@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from lowtide.core.config import PluginConfig, Resolved, resolve
 from lowtide.core.errors import LowtideError, PluginError, listed
 from lowtide.core.registry import plugins
+from lowtide.core.restart import StopControl
 from lowtide.core.state import StateAuthority
 from lowtide.core.telemetry import Telemetry
 
@@ -41,7 +42,7 @@ class Event(str, enum.Enum):
     BEFORE_SAVE = "before_save"  # data: path, tag
     AFTER_SAVE = "after_save"
     LOADED = "loaded"  # data: path, tag
-    STOP_REQUESTED = "stop_requested"
+    STOP_REQUESTED = "stop_requested"  # all ranks stop after this step; data: reason
     CLOSED = "closed"  # listeners run in reverse order
 
     # Enum's own is a Python function, called at every look-up.
@@ -158,13 +159,14 @@ class Session:
         self.hooks = Hooks()
         self.state = StateAuthority()
         self.telemetry = Telemetry(resolved.telemetry, rank=rank, world_size=world_size)
+        self.stop = StopControl(resolved.stop, rank=rank) if resolved.stop is not None else None
         self.plugins: dict[str, Plugin] = {}
         self.step = 0
         self.is_closed = False
         self._update_begin_s: float | None = None
         self._owner_pid = os.getpid()
         # An engine that is dropped without destroy() must still end its files properly.
-        self._finalizer = weakref.finalize(self, Telemetry.close, self.telemetry, status="exited")
+        self._finalizer = weakref.finalize(self, _end, self.telemetry, self.stop)
 
     @classmethod
     def open(
@@ -186,6 +188,8 @@ class Session:
         resolved = resolve(block, host_config=host_config)
         session = cls(resolved, host=host, rank=rank, world_size=world_size)
         try:
+            if session.stop is not None:
+                session.stop.listen()
             session.attach_plugins()
             session.telemetry.begin_run(
                 host=host,
@@ -277,6 +281,19 @@ class Session:
         self.fire(Event.AFTER_UPDATE, model=model, optimizer=optimizer, applied=applied)
         self.telemetry.end_step(self.step)
 
+    def poll_stop(self, *, model: Any = None, optimizer: Any = None) -> bool:
+        """Tell whether all ranks stop after this step, once; fires STOP_REQUESTED before it does.
+
+        Called by hosts when a step is over in every respect, by every rank.
+        """
+        if self.stop is None or not self.stop.poll(self.step):
+            return False
+        if self.rank == 0:
+            logger.info("stopping after step %d: %s", self.step, self.stop.reason)
+        reason = self.stop.reason
+        self.fire(Event.STOP_REQUESTED, model=model, optimizer=optimizer, reason=reason)
+        return True
+
     def report(self) -> dict[str, Any]:
         """Return active plugins, resolved settings, recorded figures and each plugin's summary."""
         return {
@@ -311,6 +328,8 @@ class Session:
                     failure = PluginError(f'plugin "{name}" failed in detach: {error}')
                     failure.__cause__ = error
             self.hooks.off(name)
+        if self.stop is not None:
+            self.stop.finish(self.step)
         self._finalizer.detach()
         self.telemetry.close(status=status if failure is None else "failed")
         if failure is not None:
@@ -324,6 +343,12 @@ class Session:
             f'no active plugin "{name}"; active in this run: {listed(active)}. '
             f'Add "{name}" to the "lowtide" block to switch it on'
         )
+
+
+def _end(telemetry: Telemetry, stop: StopControl | None) -> None:
+    if stop is not None:
+        stop.disconnect()
+    telemetry.close(status="exited")
 
 
 def _plain(value: Any) -> Any:

@@ -92,7 +92,18 @@ def open_session(config: str | os.PathLike[str] | Mapping[str, Any], *, host: st
     if block is None:
         raise ConfigError('config: has no "lowtide" block; add one ({} is enough)')
     rank, world_size = process_rank()
-    return Session.open(block, host=host, rank=rank, world_size=world_size, host_config=host_config)
+    session = Session.open(
+        block, host=host, rank=rank, world_size=world_size, host_config=host_config
+    )
+    if session.stop is not None:
+        if session.stop.config.then == "exit":
+            session.close(status="failed")
+            raise ConfigError(
+                f'lowtide.stop.then: "exit" is for DeepSpeed, whose checkpoints Lowtide can write; '
+                f'under host "{host}" set it to "tell" and look at session.stop.requested'
+            )
+        session.stop.connect()
+    return session
 
 
 def process_rank() -> tuple[int, int]:

@@ -167,6 +167,8 @@ class MegatronLoop:
         self.session.fire(Event.BEFORE_SAVE, model=model, optimizer=self.optimizer, **where)
         with self.session.telemetry.span("save"):
             yield
+        if self.session.stop is not None:
+            self.session.stop.saved(self.session.step, os.fspath(path))
         self.session.fire(Event.AFTER_SAVE, model=model, optimizer=self.optimizer, **where)
 
     @contextlib.contextmanager
@@ -302,6 +304,7 @@ class _TorchUpdate:
 
     def _after(self, optimizer: Any, *_: Any) -> None:
         self._session.after_update(model=self._model, optimizer=optimizer)
+        self._session.poll_stop(model=self._model, optimizer=optimizer)
 
 
 class _MegatronUpdate:
@@ -359,6 +362,7 @@ class _MegatronUpdate:
         self._session.after_update(
             applied=self._applied, model=self._model, optimizer=self._optimizer
         )
+        self._session.poll_stop(model=self._model, optimizer=self._optimizer)
 
 
 def _set_on_instance(

@@ -62,6 +62,8 @@ class TorchLoop:
             scratch = Path(f"{os.fspath(path)}.part")
             torch.save(state, scratch)
             scratch.replace(path)
+        if self.session.stop is not None:
+            self.session.stop.saved(self.session.step, os.fspath(path))
         self.session.fire(Event.AFTER_SAVE, model=self.model, path=os.fspath(path), tag=None)
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class TorchLoop:
 
     def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         self.session.after_update(model=self.model, optimizer=optimizer)
+        self.session.poll_stop(model=self.model, optimizer=optimizer)
 
 
 def attach(

@@ -1,0 +1,189 @@
+"""Which checkpoint a start goes on from, and how a stop is asked for, agreed and written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowtide.core import restart
+from lowtide.core.config import StopConfig
+from lowtide.core.errors import CheckpointError
+
+# ---- checkpoints
+
+
+def _checkpoint(folder: Path, step: int, *, recorded: bool, ranks: int = 2) -> Path:
+    path = folder / f"global_step{step}"
+    path.mkdir(parents=True)
+    for rank in range(ranks):
+        for kind in ("optim", "model"):
+            name = f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+            torch.save({"x": torch.arange(1000)}, path / name)
+    if recorded:
+        restart.write_record(path, step=step, world_size=ranks, config={"telemetry": {}})
+    return path
+
+
+def _flip_byte(raw: bytes) -> bytes:
+    place = raw.index(torch.arange(1000).numpy().tobytes()) + 4000
+    return raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+
+
+PART = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_newest_complete_checkpoint_is_chosen(tmp_path: Path, recorded: bool) -> None:
+    for step in (10, 9, 100):  # by number, not by name
+        _checkpoint(tmp_path, step, recorded=recorded)
+    choice = restart.choose(tmp_path, world_size=2)
+    assert (choice.tag, choice.step, choice.skipped) == ("global_step100", 100, [])
+    assert restart.choose(tmp_path / "missing").tag is None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "damage", "message"),
+    [
+        (True, lambda p: (p / PART).unlink(), "cannot be read"),
+        (True, lambda p: (p / PART).write_bytes(b""), "has 0 bytes"),
+        (True, lambda p: os.truncate(p / PART, 3000), "has 3000 bytes"),
+        (True, lambda p: (p / PART).write_bytes(bytes((p / PART).stat().st_size)), "no longer"),
+        (False, lambda p: (p / PART).unlink(), "1 of 2 optimizer parts"),
+        (False, lambda p: os.truncate(p / PART, 3000), "cannot be read"),
+        (False, lambda p: (p / PART).write_bytes(_flip_byte((p / PART).read_bytes())), "checksum"),
+        (False, lambda p: [x.unlink() for x in p.glob("*model*")], "no model part"),
+    ],
+)
+def test_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, recorded: bool, damage: Callable[[Path], object], message: str
+) -> None:
+    _checkpoint(tmp_path, 10, recorded=recorded)
+    damage(_checkpoint(tmp_path, 20, recorded=recorded))
+    choice = restart.choose(tmp_path, world_size=2)
+    assert choice.tag == "global_step10"
+    assert len(choice.skipped) == 1
+    assert message in choice.skipped[0]
+
+
+def test_checkpoint_of_other_ranks_is_passed_over_unless_any_will_do(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 10, recorded=True, ranks=4)
+    assert "4 ranks wrote it, 2 are" in restart.choose(tmp_path, world_size=2).skipped[0]
+    assert restart.choose(tmp_path).step == 10
+
+
+def test_half_written_record_is_no_record(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10, recorded=True)
+    whole = (path / restart.RECORD_FILE).read_text()
+    for cut in range(0, len(whole) - 2, 7):
+        (path / restart.RECORD_FILE).write_text(whole[:cut])
+        assert restart.find_damage(path, world_size=2) is None  # read from end to end instead
+        (path / PART).rename(path / "away")
+        assert "1 of 2" in (restart.find_damage(path, world_size=2) or "")
+        (path / "away").rename(path / PART)
+
+
+# ---- stop
+
+
+def _control(tmp_path: Path, **settings: object) -> restart.StopControl:
+    return restart.StopControl(StopConfig(run_dir=str(tmp_path), **settings))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "wants_restart"),
+    [
+        (signal.SIGUSR1, "time_limit", True),
+        (signal.SIGTERM, "preempted", True),
+        (signal.SIGINT, "interrupted", False),
+    ],
+)
+def test_signal_becomes_a_stop_and_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str, wants_restart: bool
+) -> None:
+    monkeypatch.setenv(restart.ATTEMPT_VARIABLE, "7.2")
+    before = signal.getsignal(number)
+    stop = _control(tmp_path, signals=("USR1", "TERM", "INT"))
+    stop.listen()
+    assert not stop.poll(1)
+    os.kill(os.getpid(), number)
+    assert not stop.requested  # nothing happens before the step is over
+    assert stop.poll(2)
+    assert not stop.poll(3)  # said once
+    assert restart.read_stop(tmp_path) is None
+    stop.saved(2, "ckpt/step-2")
+    record = restart.read_stop(tmp_path)
+    assert record is not None
+    assert (record.reason, record.step, record.checkpoint) == (reason, 2, "ckpt/step-2")
+    assert (record.attempt, record.wants_restart) == ("7.2", wants_restart)
+    assert abs(record.time_s - time.time()) < 60
+    stop.finish(2)
+    assert signal.getsignal(number) == before
+
+
+def test_stop_without_a_save_names_the_last_one(tmp_path: Path) -> None:
+    stop = _control(tmp_path)
+    stop.saved(5, "ckpt/step-5")
+    stop.request()
+    assert stop.poll(9)
+    stop.finish(9)
+    record = restart.read_stop(tmp_path)
+    assert record is not None
+    assert (record.reason, record.step, record.checkpoint) == ("requested", 9, "ckpt/step-5")
+
+
+def test_run_that_ends_by_itself_leaves_no_record(tmp_path: Path) -> None:
+    (tmp_path / restart.STOP_FILE).write_text("{}")  # of an earlier start
+    stop = _control(tmp_path)
+    stop.listen()
+    assert not (tmp_path / restart.STOP_FILE).exists()
+    stop.saved(5, "ckpt/step-5")
+    stop.finish(5)
+    assert not (tmp_path / restart.STOP_FILE).exists()
+
+
+def test_first_signal_gives_the_reason(tmp_path: Path) -> None:
+    stop = _control(tmp_path, signals=("INT", "TERM"))
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)  # what torchrun sends after Ctrl-C
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)  # the second one means now
+    assert stop.poll(1)
+    assert stop.reason == "interrupted"
+    stop.finish(1)
+
+
+def test_ranks_agree_only_where_it_is_due(tmp_path: Path) -> None:
+    stop = _control(tmp_path, every_n_steps=4)
+    stop.request()
+    assert [stop.poll(step) for step in range(1, 5)] == [False, False, False, True]
+
+
+def test_forked_child_dies_of_sigterm_as_before(tmp_path: Path) -> None:
+    stop = _control(tmp_path)
+    stop.listen()
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    os.kill(child, signal.SIGUSR1)  # no reason to die for a data loader
+    time.sleep(0.2)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert not stop.poll(1)
+    stop.finish(1)
+
+
+def test_unreadable_stop_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for text in ("{", "[]", json.dumps({"reason": "done"})):
+        (tmp_path / restart.STOP_FILE).write_text(text)
+        with pytest.raises(CheckpointError, match=r"stop\.json: cannot be read"):
+            restart.read_stop(tmp_path)
