@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "plugins" / "lowtide"
-NOT_PLUGINS = {"core", "hosts", "cli", "report"}
+NOT_PLUGINS = {"core", "hosts", "cli", "launch", "report"}
 OF_CORE = {None, "core", "__version__", "_native", "_native_cuda"}
 PLUGINS = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name[0] != "_"} - NOT_PLUGINS
 HEAVY = {"deepspeed", "megatron", "apex", "transformers", "accelerate", "pynvml", "matplotlib"}

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import lowtide
-from lowtide.cli import doctor, report, schema
+from lowtide.cli import doctor, launch, report, schema
 from lowtide.core.errors import LowtideError
 
 DEBUG_VARIABLE = "LOWTIDE_DEBUG"
@@ -60,8 +60,9 @@ def _options(
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("report")(report.report)
+app.add_typer(launch.app, name="launch")
 
 
-def main() -> None:
-    """Run the ``lowtide`` command with the process's arguments."""
-    app(prog_name="lowtide")
+def main(arguments: list[str] | None = None) -> None:
+    """Run the ``lowtide`` command with `arguments`, or with the process's own."""
+    app(arguments, prog_name="lowtide")

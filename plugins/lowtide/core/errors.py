@@ -70,6 +70,10 @@ class CheckpointError(LowtideError, RuntimeError):
     """A checkpoint, or the record of how a run ended, is missing, incomplete or damaged."""
 
 
+class LaunchError(LowtideError, RuntimeError):
+    """A job cannot be started or started again the way it was asked for."""
+
+
 class StaleLockError(LowtideError, RuntimeError):
     """A lock left by a killed extension build would make the host wait for ever."""
 
