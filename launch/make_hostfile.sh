@@ -2,8 +2,10 @@
 # Inside a Slurm job: print the nodes for DeepSpeed's own launcher.
 #
 #   launch/make_hostfile.sh > hostfile
-#   deepspeed --hostfile hostfile --launcher slurm train.py ...
+#   deepspeed --hostfile hostfile --launcher slurm --no_ssh_check \
+#       --master_addr "$(awk 'NR == 1 {print $1}' hostfile)" train.py ...
 #
+# Without --master_addr DeepSpeed asks the first node by ssh, which many clusters forbid.
 # Ranks per node: LOWTIDE_NPROC, else the node's GPUs, else 1.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -37,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"lowtide.run: script {target} does not exist (in {os.getcwd()})\n")
         return 2
     try:
+        if "SLURM_STEP_ID" in os.environ:  # plain srun sets no RANK, which torch needs
+            from lowtide.launch.node import slurm_rank_variables
+
+            os.environ.update(slurm_rank_variables())
         from lowtide.hosts.deepspeed import enable
 
         enable()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.pretrain import EXAMPLE, arguments, losses, write_text
 from tests.helpers.ranks import (
-    REPOSITORY,
     environment,
     free_port,
     kill_group,
@@ -21,7 +21,6 @@ from tests.helpers.ranks import (
     run_ranks,
 )
 
-EXAMPLE = REPOSITORY / "examples" / "pretrain"
 STEPS = 48
 LIMIT_S = 150.0
 
@@ -30,34 +29,11 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("source") / "text"
-    root.mkdir()
-    for number, path in enumerate(sorted((REPOSITORY / "plugins" / "lowtide").rglob("*.py"))):
-        (root / f"{number}.txt").write_bytes(path.read_bytes())
-    return root
+    return write_text(tmp_path_factory.mktemp("source") / "text")
 
 
 def _arguments(text: Path, run: Path, steps: int = STEPS) -> list[str]:
-    config = json.loads((EXAMPLE / "ds.json").read_text(encoding="utf-8"))
-    # DeepSpeed's C++ Adam carries beta**t along as a product and starts again with a power when
-    # it resumes, which differs in the last bit. With torch's Adam everything can be exact.
-    config["optimizer"]["params"]["torch_adam"] = True
-    config["scheduler"]["params"]["warmup_num_steps"] = 10
-    (text.parent / "ds.json").write_text(json.dumps(config), encoding="utf-8")
-    shape = "--layers 2 --width 32 --heads 2 --sequence 32 --vocabulary 300".split()  # noqa: SIM905
-    place = ["--config", str(text.parent / "ds.json"), "--data", str(text), "--run-dir", str(run)]
-    return [str(EXAMPLE / "train.py"), *shape, *place, "--steps", str(steps)]
-
-
-def _losses(run: Path) -> dict[int, float]:
-    """Losses by step; a step done again after a crash counts as it was the last time."""
-    lines = (run / "telemetry" / "rank0.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return {
-        r["step"]: r["value"]
-        for r in records
-        if r["kind"] == "scalar" and r["name"] == "train/loss"
-    }
+    return arguments(text, run, steps)
 
 
 def _validation(run: Path) -> list[float]:
@@ -129,8 +105,8 @@ def test_run_goes_on_with_the_same_losses_after_kill(
     log = run_ranks(_arguments(text, run), timeout_s=LIMIT_S).check().logs[0]
     assert f"{tags[-1]} is not used" in log
     assert f"resumed from {tags[-2]}" in log
-    assert _losses(run) == _losses(uninterrupted)  # exactly, at every step
-    assert sorted(_losses(run)) == list(range(1, STEPS + 1))
+    assert losses(run) == losses(uninterrupted)  # exactly, at every step
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
     assert _validation(run)[-1] == _validation(uninterrupted)[-1]
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from lowtide.core.errors import LaunchError
 from lowtide.core.restart import ATTEMPT_VARIABLE, RUN_DIR_VARIABLE
-from lowtide.launch.plan import Plan
+from lowtide.launch import slurm
+from lowtide.launch.plan import FIRST_PORT, PORTS, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,30 @@ def _rank_variables(plan: Plan, environment: Mapping[str, str]) -> dict[str, str
         "LOCAL_WORLD_SIZE": str(plan.procs_per_node),
         "MASTER_ADDR": plan.addresses[0],
         "MASTER_PORT": str(plan.port),
+    }
+
+
+def slurm_rank_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return RANK and the like for a task of plain ``srun python -m lowtide.run train.py``.
+
+    Every task derives the same meeting point for itself. Empty where a launcher has set the rank
+    already, and outside a step of several tasks.
+
+    Raises:
+        LaunchError: the first node has no address that others can reach.
+    """
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if "RANK" in environment or "SLURM_STEP_ID" not in environment or tasks == "1":
+        return {}
+    nodes = slurm.node_names(environment.get("SLURM_STEP_NODELIST", ""))
+    number = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    head = environment.get("LOWTIDE_HEAD_ADDRESS")
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": tasks,
+        "MASTER_ADDR": head or slurm.node_address(nodes[0], is_only=len(nodes) == 1),
+        "MASTER_PORT": environment.get("LOWTIDE_PORT") or str(FIRST_PORT + number % PORTS),
     }
 
 
