@@ -17,6 +17,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPS := $(VENV)/.stamps
 comma := ,
+CXX_FILES = $(shell find csrc tests/csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+SHELL_FILES = $(shell find launch -name '*.sh' -o -name '*.sbatch')
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
 SYSTEM_PATH := $(PATH)
@@ -51,21 +53,18 @@ train: install ## Train the example on real text for MINUTES (5), with a report 
 test: install ## Run the tests that need no GPU (FAST=1: without the slow ones)
 	@$(PY) -m pytest -m "not gpu$(if $(filter 1,$(FAST)), and not slow)" $(ARGS)
 
-lint: $(STAMPS)/lowtide ## Check style, types and spelling
+lint: $(STAMPS)/lowtide ## Check style, types, spelling, C++ and shell
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/codespell $(wildcard plugins csrc tests examples benchmarks docs launch *.md *.py *.toml)
-	@if command -v clang-format >/dev/null; then \
-	    find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \
-	    | xargs clang-format --dry-run --Werror; \
-	else echo 'clang-format is not installed: csrc/ is not checked'; fi
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	@$(VENV)/bin/shellcheck -x .ci/run $(SHELL_FILES)
 
 format: $(STAMPS)/lowtide ## Apply the style
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
-	@if command -v clang-format >/dev/null; then \
-	    find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format -i; fi
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 bench: install ## Run every benchmarks/bench_*.py, write a report to benchmarks/results/
 	@$(PY) benchmarks/report.py $(ARGS)

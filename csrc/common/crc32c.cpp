@@ -67,7 +67,9 @@ constexpr std::array<Table, 8> make_slices() {
 
 constexpr std::array<Table, 8> slices = make_slices();
 
-inline std::uint32_t byte_of(std::uint32_t word, int index) { return (word >> (8 * index)) & 0xFFu; }
+inline std::uint32_t byte_of(std::uint32_t word, int index) {
+    return (word >> (8 * index)) & 0xFFu;
+}
 
 inline std::uint32_t little_endian_32(const unsigned char *p) {
     return std::uint32_t{p[0]} | std::uint32_t{p[1]} << 8 | std::uint32_t{p[2]} << 16 |
@@ -144,7 +146,8 @@ std::uint32_t three_lanes(std::uint32_t state, const unsigned char *&p, const un
             b = step(b, p + Lane + i);
             c = step(c, p + 2 * Lane + i);
         }
-        const std::uint32_t ab = shift(static_cast<std::uint32_t>(a)) ^ static_cast<std::uint32_t>(b);
+        const std::uint32_t ab =
+            shift(static_cast<std::uint32_t>(a)) ^ static_cast<std::uint32_t>(b);
         state = shift(ab) ^ static_cast<std::uint32_t>(c);
         p += 3 * Lane;
     }
