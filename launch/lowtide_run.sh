@@ -30,15 +30,23 @@ trap '' USR1
 LOWTIDE_PLAN=$(lowtide_launch plan --line)
 export LOWTIDE_PLAN
 lowtide_launch begin
-[ "${LOWTIDE_PREFLIGHT:-1}" = 0 ] || lowtide_launch preflight
 
-status=0
 if [ -z "${SLURM_JOB_ID:-}" ]; then
+    [ "${LOWTIDE_PREFLIGHT:-1}" = 0 ] || lowtide_launch preflight
+    status=0
     lowtide_launch step -- "$@" || status=$?
-else
-    # In the background, for the shell must outlive a TERM that is meant for the workers: what
-    # follows their end is decided below.
-    trap : TERM
+    lowtide_launch resubmit --exit-code "$status"
+    exit
+fi
+
+# From here on the shell must outlive a TERM that is meant for the workers: what follows their end
+# is decided at the very end. Ctrl-C (in salloc) ends the step, which ignores it in the background.
+step=
+trap : TERM
+trap '[ -z "$step" ] || kill -TERM "$step"' INT
+status=0
+[ "${LOWTIDE_PREFLIGHT:-1}" = 0 ] || lowtide_launch preflight || status=$?
+if [ "$status" = 0 ]; then
     lowtide_launch step -- "$@" &
     step=$!
     while true; do

@@ -20,6 +20,7 @@
 # export LOWTIDE_CHECKPOINTS=/pfs/mine/checkpoints           # default: $LOWTIDE_RUN_DIR/checkpoints
 # export LOWTIDE_MAX_STARTS=3                                # starts from one step before giving up
 # export LOWTIDE_ON_FAILURE=requeue                          # default: fail. A crash is tried again too
+# export LOWTIDE_PREFLIGHT_S=120                             # default: 60, time for all nodes to answer
 # export LOWTIDE_PREFLIGHT=0                                 # default: 1, check the nodes first
 
 # --- what sbatch reads itself; set these in the shell in which you submit

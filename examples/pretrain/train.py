@@ -40,7 +40,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain a small language model.")
     add = parser.add_argument
     add("--config", default=str(_HERE / "ds.json"), help="DeepSpeed JSON with a lowtide block")
-    add("--run-dir", default="runs/pretrain", help="everything the run writes goes here")
+    add("--run-dir", default=os.environ.get("LOWTIDE_RUN_DIR", "runs/pretrain"),
+        help="everything the run writes goes here ($LOWTIDE_RUN_DIR, runs/pretrain)")  # fmt: skip
     add("--data", help="folder of text files, or a Megatron-core dataset prefix "
         "(default: the source of Python's standard library)")  # fmt: skip
     length = parser.add_mutually_exclusive_group()

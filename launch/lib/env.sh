@@ -12,11 +12,12 @@ lowtide_env() {
     export LOWTIDE_TASK=$home/launch/lib/task.sh
     local site=${LOWTIDE_SITE:-$home/launch/site.sh}
     if [ -e "$site" ]; then
-        # Modules and environments of other people's making: they may use unset variables.
-        set +u
+        # Modules and environments of other people's making: they use unset variables, and their
+        # last command may be a test that is false.
+        set +eu
         # shellcheck source=/dev/null
         source "$site"
-        set -u
+        set -eu
     elif [ -n "${LOWTIDE_SITE:-}" ]; then
         lowtide_die "LOWTIDE_SITE: $site does not exist on $(uname -n)"
     fi

@@ -28,6 +28,8 @@ WRONG_BLOCKS: list[tuple[str, Any, list[str]]] = [
     ("list for object", {"telemetry": []}, ["lowtide.telemetry", "an array", "JSON object"]),
     ("true for object", {"probe": True}, ["lowtide.probe", "true/false", "JSON object"]),
     ("null for object", {"probe": None}, ["lowtide.probe: got null"]),
+    ("missing folder", {"stop": {}}, ['"then": "exit" needs "save_dir"']),
+    ("misspelt signal", {"stop": {"signals": ["USR3"]}}, ["stop.signals.0", '"USR3"', "'USR1'"]),
     ("conflicting keys", {"telemetry": {"trace": True}}, ['"trace": true needs "dir"']),
     ("size with unit", {"probe": {"buffer_bytes": "4GiB"}}, ["write 4294967296"]),
     ("size with decimal unit", {"probe": {"buffer_bytes": "1.5 MB"}}, ["write 1500000"]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,10 +74,27 @@ def test_damaged_checkpoint_is_passed_over(
     assert message in choice.skipped[0]
 
 
-def test_checkpoint_of_other_ranks_is_passed_over_unless_any_will_do(tmp_path: Path) -> None:
+def test_checkpoint_of_other_ranks_is_left_to_the_host(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 10, recorded=True, ranks=4)
-    assert "4 ranks wrote it, 2 are" in restart.choose(tmp_path, world_size=2).skipped[0]
-    assert restart.choose(tmp_path).step == 10
+    assert restart.choose(tmp_path, world_size=2).step == 10  # DeepSpeed says itself what it lacks
+
+
+def test_overwritten_checkpoint_has_no_record_meanwhile(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10, recorded=True)
+    restart.forget_record(path)
+    (path / PART).unlink()
+    assert "1 of 2 optimizer parts" in restart.choose(tmp_path, world_size=2).skipped[0]
+
+
+def test_other_file_formats_are_complete_too(tmp_path: Path) -> None:
+    path = tmp_path / "global_step3"
+    path.mkdir()
+    torch.save({"x": 1}, path / "mp_rank_00_model_states.pt", _use_new_zipfile_serialization=False)
+    restart.write_record(path, step=3, world_size=1, config={}, client_keys=["epoch"])
+    assert restart.choose(tmp_path, world_size=1).step == 3
+    record = restart.read_record(path)
+    assert record is not None
+    assert record["client_keys"] == ["epoch"]
 
 
 def test_half_written_record_is_no_record(tmp_path: Path) -> None:
@@ -93,7 +112,15 @@ def test_half_written_record_is_no_record(tmp_path: Path) -> None:
 
 
 def _control(tmp_path: Path, **settings: object) -> restart.StopControl:
-    return restart.StopControl(StopConfig(run_dir=str(tmp_path), **settings))
+    return restart.StopControl(StopConfig(run_dir=str(tmp_path), then="tell", **settings))
+
+
+def _send(number: int, *stops: restart.StopControl) -> None:
+    """Signal this process and wait until it has been heard."""
+    os.kill(os.getpid(), number)
+    deadline_s = time.monotonic() + 5
+    while not all(stop._wish for stop in stops) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +139,7 @@ def test_signal_becomes_a_stop_and_a_record(
     stop = _control(tmp_path, signals=("USR1", "TERM", "INT"))
     stop.listen()
     assert not stop.poll(1)
-    os.kill(os.getpid(), number)
+    _send(number, stop)
     assert not stop.requested  # nothing happens before the step is over
     assert stop.poll(2)
     assert not stop.poll(3)  # said once
@@ -180,6 +207,45 @@ def test_forked_child_dies_of_sigterm_as_before(tmp_path: Path) -> None:
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
     assert not stop.poll(1)
     stop.finish(1)
+
+
+def test_children_that_replace_themselves_survive_the_warning(tmp_path: Path) -> None:
+    threads, stop = threading.active_count(), _control(tmp_path)
+    stop.listen()
+    child = subprocess.Popen(["sleep", "30"])  # a spawned data loader, a compiler, a logger
+    try:
+        child.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        assert child.poll() is None
+        _send(signal.SIGUSR1, stop)  # while this process hears it
+        assert stop.poll(1)
+    finally:
+        child.kill()
+        child.wait()
+    stop.finish(1)
+    assert threading.active_count() == threads
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_every_engine_of_a_process_hears_the_signal(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    first, second = _control(tmp_path / "a"), _control(tmp_path / "b")
+    first.listen()
+    second.listen()
+    _send(signal.SIGTERM, first, second)
+    assert first.poll(1)
+    assert second.poll(1)
+    first.finish(1)
+    assert signal.getsignal(signal.SIGTERM) != before  # the second still listens
+    second.finish(1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_launchers_folder_comes_before_the_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(restart.RUN_DIR_VARIABLE, str(tmp_path / "launcher"))
+    assert _control(tmp_path).run_dir == tmp_path / "launcher"
 
 
 def test_unreadable_stop_file_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Cluster:
     folder: Path
     env: dict[str, str]
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    nodes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self, *command: str, timeout_s: float = 60.0, **env: str) -> str:
         """Run a Slurm command to its end and return what it printed.
@@ -87,6 +88,16 @@ class Cluster:
             time.sleep(0.2)
         raise AssertionError(f"job {job_id} is {state}, not {states}\n{self.evidence(log)}")
 
+    def lose_node(self, index: int) -> None:
+        """Kill a node's daemon, as if the machine had lost its power."""
+        daemon = self.nodes[index]
+        daemon.kill()
+        daemon.wait()
+
+    def start_node(self, index: int) -> None:
+        """Start a node's daemon."""
+        self.nodes[index] = _start(self, ["slurmd", "-D", "-N", f"n{index}"])
+
     def evidence(self, log: Path | None = None) -> str:
         """Return the ends of the logs, for a failing test."""
         parts = [self.folder / "log" / "slurmctld.log", *([log] if log is not None else [])]
@@ -117,16 +128,19 @@ def cluster(folder: Path, *, nodes: int = 2) -> Iterator[Cluster]:
             del shared[name]
     made = Cluster(folder, shared)
     try:
-        for command in _daemons(folder, key, nodes):
+        for command in _daemons(folder, key):
             made.daemons.append(_start(made, command))
             if command[0] == "munged":
                 _wait_for(lambda: (folder / "munge.sock").exists(), made)
+        for index in range(1, nodes + 1):
+            made.start_node(index)
         _wait_for(lambda: _idle_nodes(made) == nodes, made)
         yield made
     finally:
-        for daemon in reversed(made.daemons):
+        running = [*made.nodes.values(), *reversed(made.daemons)]
+        for daemon in running:
             daemon.send_signal(signal.SIGTERM)
-        for daemon in reversed(made.daemons):
+        for daemon in running:
             try:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
@@ -134,17 +148,16 @@ def cluster(folder: Path, *, nodes: int = 2) -> Iterator[Cluster]:
                 daemon.wait()
 
 
-def _daemons(folder: Path, key: Path, nodes: int) -> list[list[str]]:
+def _daemons(folder: Path, key: Path) -> list[list[str]]:
     force = ["--force"] if os.geteuid() == 0 else []
     ends = {"socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     files = [f"--{name}={folder / f'munge.{end}'}" for name, end in ends.items()]
     daemons = [["munged", "--foreground", *force, f"--key-file={key}", *files]]
-    daemons += [["slurmctld", "-D", "-i"]]
-    return daemons + [["slurmd", "-D", "-N", f"n{index}"] for index in range(1, nodes + 1)]
+    return [*daemons, ["slurmctld", "-D", "-i"]]
 
 
 def _start(made: Cluster, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    with open(made.folder / "log" / f"{command[0]}{len(made.daemons)}.out", "wb") as log:
+    with open(made.folder / "log" / f"{command[0]}{command[-1]}.out", "ab") as log:
         return subprocess.Popen(
             command, env=made.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,

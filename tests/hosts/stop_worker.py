@@ -38,7 +38,10 @@ def main(mode: str, folder: Path) -> None:
         },
     )
     if mode == "client_state":
-        engine.save_checkpoint(folder / "ckpt", client_state={"epoch": 3})
+        own = {"epoch": 3} if engine.global_rank == 0 else {}  # rank 0's view must do for all
+        engine.save_checkpoint(folder / "ckpt", client_state=own)
+    if mode == "again":
+        engine.load_checkpoint(folder / "ckpt")
     if mode in ("resume", "damaged"):
         path, _ = engine.load_checkpoint(folder / "ckpt")
         leave_result({"path": path, "step": engine.global_steps})

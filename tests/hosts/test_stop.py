@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ def test_unchanged_script_saves_stops_and_goes_on(tmp_path: Path) -> None:
     assert (record.reason, record.step, record.wants_restart) == ("time_limit", stopped, True)
     tag = f"global_step{record.step}"
     assert record.checkpoint == str(tmp_path / "ckpt" / tag)
+    _run("again", tmp_path)  # resumed, and stopped before the script has saved anything itself
+    later = read_stop(tmp_path)
+    assert later is not None
+    assert later.step >= record.step + 6
+    assert later.checkpoint == str(tmp_path / "ckpt" / f"global_step{later.step}")
+    shutil.rmtree(later.checkpoint)
     # A newer one, cut short: `latest` names it, and the restart must not believe that.
     newer = tmp_path / "ckpt" / "global_step9"
     newer.mkdir()

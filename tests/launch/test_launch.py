@@ -39,7 +39,8 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "if 'hostnames' in words: print('n1\\nn2')\n"
         "elif 'node' in words: print(f'NodeName={words[-1]} NodeAddr={answers[words[-1]]} X=1')\n"
         "elif words[0] == 'requeue': sys.exit('Requested operation is not allowed')\n"
-        "else: print(f'JobId={words[-1]} JobState={answers[words[-1]]} Reason=None')\n"
+        "else: print(f'JobId={words[-1]} JobState={answers[words[-1]]} Reason=None',\n"
+        "            f\"PreemptTime={answers.get('preempted', 'None')}\")\n"
     )
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
@@ -120,7 +121,7 @@ def test_lead_time_follows_what_saves_have_cost(tmp_path: Path) -> None:
     (tmp_path / "telemetry").mkdir()
     (tmp_path / "telemetry" / "rank0.jsonl").write_text(json.dumps(step) + '\n{"kind": "step", ')
     made = make_plan(Request(run_dir=tmp_path), {})
-    assert (made.lead_s, made.is_lead_measured) == (130, True)  # 60 + 12 + 25 + 30, rounded up
+    assert (made.lead_s, made.is_lead_measured) == (140, True)  # 60 + 2 * 12 + 25 + 30
 
 
 # ---- what a task becomes
@@ -192,6 +193,38 @@ def test_stop_file_decides_what_follows(
         _stop(tmp_path / "run", **stop)
     decision = attempts.decide(made, exit_code)
     assert (decision.action, decision.exit_code) == expected
+
+
+def test_job_that_could_not_save_is_started_again_if_it_was_not_its_fault(
+    scontrol: Path, tmp_path: Path
+) -> None:
+    made = plan_of(tmp_path / "run")
+    decision = attempts.decide(made, 1, find_silent=lambda: ["n2"])
+    assert (decision.action, decision.reason) == ("requeue", "n2 no longer answer(s)")
+    facts = {**json.loads(scontrol.read_text()), "preempted": "2026-11-25T22:00:00"}
+    scontrol.write_text(json.dumps(facts))
+    assert attempts.decide(made, 1).reason == "preempted before it could save"
+
+
+@pytest.mark.usefixtures("scontrol")
+def test_task_of_an_array_is_named_as_one(tmp_path: Path) -> None:
+    # The task whose number is the array's own: Slurm would take that number for the whole array.
+    place = {**IN_A_JOB, "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "2"}
+    assert make_plan(Request(run_dir=tmp_path), place).job_id == "41_2"
+
+
+@pytest.mark.usefixtures("scontrol")
+def test_checkpoints_elsewhere_are_found_through_the_last_stop(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "output" / "global_step7"
+    checkpoint.mkdir(parents=True)
+    write_record(checkpoint, step=7, world_size=2, config={})
+    record = StopRecord(attempt="41.0", reason="time_limit", step=7, checkpoint=str(checkpoint),
+                        wants_restart=True, time_s=0.0)  # fmt: skip
+    write_stop(tmp_path / "run", record)
+    made = plan_of(tmp_path / "run")
+    assert made.resume_step == 7
+    attempts.begin(made)
+    assert not (tmp_path / "run" / "stop.json").exists()  # it was about the start before
 
 
 @pytest.mark.usefixtures("scontrol")
@@ -287,6 +320,18 @@ def test_wrong_settings_end_with_one_line(
     assert done.returncode == 2
     assert expected in done.log
     assert "Traceback" not in done.log
+
+
+def test_site_file_may_end_with_a_false_test(tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text('export LOWTIDE_NPROC=3\n[ "$NO_SUCH_VARIABLE" = n2 ]\n')
+    done = run_command(
+        [str(REPOSITORY / "launch" / "lowtide_run.sh"), "--dry-run", WORKER],
+        env={"LOWTIDE_RUN_DIR": str(tmp_path / "run"), "LOWTIDE_SITE": str(site),
+             "LOWTIDE_PYTHON": sys.executable},
+        timeout_s=60,
+    ).check()  # fmt: skip
+    assert "--nproc-per-node 3" in done.log
 
 
 def test_shell_scripts_are_clean() -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lowtide.core.restart import read_stop
@@ -75,9 +76,10 @@ def test_warning_before_the_limit_saves_requeues_and_goes_on(
     slurm: Cluster, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(slurm, run, WORKER, "plain", "60", "0.2")
-    wait_for_step(slurm, run, 3)
-    slurm.run("scancel", "--signal=USR1", job)  # to every process of the step, as at the limit
+    # 50 s of work and a minute per start, of which Slurm's warning leaves about half.
+    limit = ["--time=1", "--signal=USR1@20"]
+    job = submit(slurm, run, WORKER, "plain", "250", "0.2", options=limit)
+    slurm.wait(job, "RUNNING", timeout_s=LIMIT_S, log=log_of(run))
     slurm.wait(job, "PENDING", timeout_s=LIMIT_S, log=log_of(run))
     stop = read_stop(run)
     assert stop is not None
@@ -117,6 +119,28 @@ def test_job_of_a_node_that_goes_down_comes_back_by_itself(slurm: Cluster, tmp_p
     starts = begun(run)
     assert len(starts) == 2
     assert starts[1] >= 3
+
+
+def test_job_of_a_node_that_dies_comes_back(slurm: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(slurm, run, WORKER, "plain", "60", "0.2", TINY_PEERS="1")
+    wait_for_step(slurm, run, 3, rank=1)
+    found = re.search(r"rank 1 of 2 on n2, pid (\d+)", log_of(run).read_text())
+    assert found is not None
+    worker = psutil.Process(int(found[1]))
+    step_daemon = worker.parent()
+    assert step_daemon is not None
+    assert step_daemon.name().startswith("slurmstepd")
+    slurm.lose_node(2)
+    step_daemon.kill()
+    worker.kill()  # nothing of the node is left, and Slurm has not been told
+    try:
+        slurm.wait(job, "PENDING", timeout_s=LIMIT_S, log=log_of(run))
+    finally:
+        slurm.start_node(2)
+    wait_until(lambda: revive(slurm, "n2"), "n2 does not come back")
+    slurm.wait(job, "COMPLETED", timeout_s=LIMIT_S, log=log_of(run))
+    assert len(begun(run)) == 2
 
 
 def revive(slurm: Cluster, node: str) -> bool:
@@ -186,16 +210,19 @@ def test_crash_is_not_started_again_unless_asked(slurm: Cluster, tmp_path: Path)
 
 def test_sweep_runs_each_line_in_a_folder_of_its_own(slurm: Cluster, tmp_path: Path) -> None:
     run, sweep = tmp_path / "sweep", tmp_path / "sweep.txt"
-    sweep.write_text("plain 2 0.1\nplain 3 0.1\nplain 4 0.1\n")
+    sweep.write_text("plain 2 0.1\nplain 3 0.1\nstuck 4 0.1\n")
     log = tmp_path / "task%a.log"
     job = slurm.submit("array.sbatch", log, WORKER, options=["--time=5", "--array=0-2"],
                        **settings(run, LOWTIDE_SWEEP=str(sweep)))  # fmt: skip
-    for task in range(3):
-        slurm.wait(
-            f"{job}_{task}", "COMPLETED", timeout_s=LIMIT_S, log=tmp_path / f"task{task}.log"
-        )
+    for task in range(2):
+        own = tmp_path / f"task{task}.log"
+        slurm.wait(f"{job}_{task}", "COMPLETED", timeout_s=LIMIT_S, log=own)
         steps = [path.name for path in (run / str(task) / "checkpoints").iterdir()]
         assert steps == [f"step-{task + 2:06d}"]
+    # The last task of an array bears the array's own number: it must requeue itself alone.
+    wait_until(lambda: len(read_attempts(run / "2")) == 2, "task 2 is not started again")
+    assert [len(read_attempts(run / str(task))) for task in range(2)] == [1, 1]
+    slurm.run("scancel", job)
 
 
 def test_evaluation_knows_the_run_and_leaves_its_records_alone(

@@ -19,6 +19,13 @@ def save(run: Path, step: int, stop: StopControl) -> None:
     stop.saved(step, str(folder))
 
 
+def is_a_peer_gone(run: Path) -> bool:
+    files = run.glob("rank*.step")
+    return os.environ.get("TINY_PEERS") == "1" and any(
+        time.time() - path.stat().st_mtime > 4 for path in files
+    )
+
+
 def all_stop(run: Path) -> bool:
     wanted = [run / f"rank{rank}.stops" for rank in range(int(os.environ["WORLD_SIZE"]))]
     end_s = time.monotonic() + 3
@@ -29,7 +36,7 @@ def all_stop(run: Path) -> bool:
 
 def main(mode: str, steps: int, step_s: float) -> None:
     run, rank = Path(os.environ["LOWTIDE_RUN_DIR"]), int(os.environ["RANK"])
-    stop = StopControl(StopConfig(), rank=rank)
+    stop = StopControl(StopConfig(then="tell"), rank=rank)
     stop.listen()
     (run / f"rank{rank}.stops").unlink(missing_ok=True)
     begin = choose(run / "checkpoints").step
@@ -39,6 +46,8 @@ def main(mode: str, steps: int, step_s: float) -> None:
     for step in range(begin + 1, steps + 1):
         time.sleep(step_s)
         (run / f"rank{rank}.step").write_text(str(step))
+        if is_a_peer_gone(run):
+            sys.exit("another rank does not answer")  # as a collective would
         if mode == "crash" and step == begin + 2:
             sys.exit(7)
         if mode == "stuck":

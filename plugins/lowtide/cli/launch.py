@@ -168,11 +168,14 @@ def preflight(
     mode: Mode = "torchrun",
     head_address: Head = None,
     port: Port = None,
+    limit_s: Annotated[
+        float, typer.Option("--limit-s", envvar="LOWTIDE_PREFLIGHT_S", min=10, help="Time for all.")
+    ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Check every node of this job: it answers, has the same versions, reaches folder and head.
 
-    Exit code 1 with one line per problem; at most a minute.
+    Exit code 1 with one line per problem.
     """
     import os
 
@@ -186,7 +189,7 @@ def preflight(
             run_dir=run_dir, config=config, checkpoints=checkpoints, procs_per_node=nproc,
             mode=mode, head_address=head_address, port=port,
         )  # fmt: skip
-    found, problems = checks.check(made)
+    found, problems = checks.check(made, limit_s=limit_s)
     if as_json:
         print_json({"ok": not problems, "nodes": found, "problems": problems})
     else:
@@ -267,11 +270,17 @@ def resubmit(
     from lowtide.launch import slurm
     from lowtide.launch.attempts import decide
     from lowtide.launch.plan import Plan
+    from lowtide.launch.preflight import silent_nodes
 
     if on_failure not in ("fail", "requeue"):
         raise LaunchError(f'LOWTIDE_ON_FAILURE: got {on_failure!r}, allowed: "fail", "requeue"')
     made = Plan.from_environment()
-    decision = decide(made, exit_code, requeues_failures=on_failure == "requeue")
+    decision = decide(
+        made,
+        exit_code,
+        requeues_failures=on_failure == "requeue",
+        find_silent=lambda: silent_nodes(made),
+    )
     if as_json:
         print_json(asdict(decision))
     else:

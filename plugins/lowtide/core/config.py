@@ -97,13 +97,22 @@ class StopConfig(BaseModel):
     set ``engine.lowtide.stop.requested``; the script saves and leaves by itself."""
 
     save_dir: str | None = None
-    """Folder of the last checkpoint for ``exit``. Null: where the run last saved or loaded one."""
+    """Folder of the last checkpoint for ``exit``: the one that the script loads from."""
 
     run_dir: str | None = None
-    """Folder of ``stop.json``. Null: ``$LOWTIDE_RUN_DIR``, which the launcher sets; else none."""
+    """Folder of ``stop.json``, unless the launcher names one in ``$LOWTIDE_RUN_DIR``."""
 
     every_n_steps: int = Field(default=1, ge=1)
     """The ranks agree on a stop every this many optimizer steps."""
+
+    @model_validator(mode="after")
+    def _exit_needs_a_folder(self) -> StopConfig:
+        if self.then == "exit" and self.save_dir is None:
+            raise ValueError(
+                '"then": "exit" needs "save_dir", the folder that the script loads from; name it, '
+                'or set "then" to "tell" and save where engine.lowtide.stop.requested is true'
+            )
+        return self
 
 
 _CORE_MODELS: dict[str, type[BaseModel]] = {"telemetry": TelemetryConfig, "stop": StopConfig}

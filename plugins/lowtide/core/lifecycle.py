@@ -347,7 +347,7 @@ class Session:
 
 def _end(telemetry: Telemetry, stop: StopControl | None) -> None:
     if stop is not None:
-        stop.disconnect()
+        stop.end()
     telemetry.close(status="exited")
 
 

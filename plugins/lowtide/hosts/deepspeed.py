@@ -21,14 +21,13 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lowtide.core.config import load_block, load_config
 from lowtide.core.errors import ConfigError, HostError
 from lowtide.core.lifecycle import Event, Session
-from lowtide.core.restart import Choice, StopControl, choose, write_record
 from lowtide.hosts import accelerate, deepspeed_ops
+from lowtide.hosts._deepspeed_save import UNCERTIFIED, certify, checkpoint_methods, stop_if_asked
 from lowtide.hosts._guard import Symbol, check_host, process_rank
 
 logger = logging.getLogger("lowtide")
@@ -43,6 +42,7 @@ _SYMBOLS = (
     Symbol(_ENGINE, "DeepSpeedEngine.step", ("self", "lr_kwargs")),
     Symbol(_ENGINE, "DeepSpeedEngine.save_checkpoint", ("self", "save_dir", "tag", "client_state")),
     Symbol(_ENGINE, "DeepSpeedEngine.load_checkpoint", ("self", "load_dir", "tag")),
+    Symbol(_ENGINE, "DeepSpeedEngine._commit_decoupled_checkpoint", ("self",)),
     Symbol(_ENGINE, "DeepSpeedEngine.destroy", ("self",)),
     Symbol("deepspeed.runtime.pipe.engine", "PipelineEngine._INSTRUCTION_MAP"),
     Symbol("deepspeed.runtime.pipe.engine", "PipelineEngine.train_batch", ("self",)),
@@ -221,7 +221,7 @@ def _engine_class(base: type) -> type:
     micro_batch = (
         _pipeline_methods(base) if issubclass(base, PipelineEngine) else _plain_methods(base)
     )
-    body = {**micro_batch, **_step_methods(base), **_checkpoint_methods(base)}
+    body = {**micro_batch, **_step_methods(base), **checkpoint_methods(base)}
     # Same name: logs, isinstance checks and type(engine).__name__ read as they did.
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     _engine_classes[base] = type(base.__name__, (base,), body)
@@ -253,7 +253,7 @@ def _plain_methods(base: Any) -> dict[str, Any]:
         finished = self.global_steps
         result = base.step(self, lr_kwargs)
         if self.global_steps != finished:  # not only a micro-batch
-            _stop_if_asked(self)
+            stop_if_asked(self)
         return result
 
     return {
@@ -288,40 +288,10 @@ def _pipeline_methods(base: Any) -> dict[str, Any]:
 
     def train_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.train_batch(self, *args, **kwargs)
-        _stop_if_asked(self)
+        stop_if_asked(self)
         return result
 
     return {"_INSTRUCTION_MAP": instructions, "train_batch": train_batch}
-
-
-def _stop_if_asked(engine: Any) -> None:
-    session: Session = engine.lowtide
-    if session.stop is None or not session.poll_stop(
-        model=engine.module, optimizer=engine.optimizer
-    ):
-        return
-    if session.stop.config.then == "exit":
-        _save_for_stop(engine, session.stop)
-        session.close(status="stopped")
-        raise SystemExit(0)
-
-
-def _save_for_stop(engine: Any, stop: StopControl) -> None:
-    if stop.save_dir is None:
-        logger.warning(
-            "lowtide.stop: no checkpoint is saved before the end, because neither "
-            "lowtide.stop.save_dir nor an earlier save or load says where; set save_dir"
-        )
-    elif stop.client_state is None and engine.__dict__.get("_lowtide_client_keys"):
-        logger.warning(
-            "lowtide.stop: no checkpoint is saved before the end, because this script's own carry "
-            "client_state (%s) that only it knows; set engine.lowtide.stop.client_state to a "
-            'function that returns it, or "then" to "tell"',
-            ", ".join(engine.__dict__["_lowtide_client_keys"]),
-        )
-    else:
-        state = stop.client_state() if stop.client_state is not None else {}
-        engine.save_checkpoint(stop.save_dir, client_state=state)
 
 
 # Not a context manager: this runs with caches that a large step has left cold, where each Python
@@ -344,6 +314,8 @@ def _end_forward(engine: Any, begin_s: float) -> None:
 def _step_methods(base: Any) -> dict[str, Any]:
     def _take_model_step(self: Any, lr_kwargs: Any) -> Any:
         session: Session = self.lowtide
+        if UNCERTIFIED in self.__dict__:  # of a decoupled checkpoint engine
+            certify(self)
         session.before_update(model=self.module, optimizer=self.optimizer)
         result = base._take_model_step(self, lr_kwargs)
         session.after_update(
@@ -358,71 +330,3 @@ def _step_methods(base: Any) -> dict[str, Any]:
             base.destroy(self)
 
     return {"_take_model_step": _take_model_step, "destroy": destroy}
-
-
-def _checkpoint_methods(base: Any) -> dict[str, Any]:
-    def save_checkpoint(
-        self: Any, save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        session: Session = self.lowtide
-        tag = f"global_step{self.global_steps}" if tag is None else tag
-        state = {} if client_state is None else client_state
-        where = {"path": str(save_dir), "tag": str(tag)}
-        session.fire(Event.BEFORE_SAVE, model=self.module, **where)
-        with session.telemetry.span("save"):
-            result = base.save_checkpoint(self, save_dir, tag, state, *args, **kwargs)
-        # DeepSpeed returns after a barrier: the parts of all ranks are written.
-        folder = Path(save_dir) / str(tag)
-        if self.global_rank == 0:
-            _certify(session, folder, self.global_steps)
-        if session.stop is not None:
-            session.stop.save_dir = str(save_dir)
-            self.__dict__["_lowtide_client_keys"] = [str(key) for key in state]
-            session.stop.saved(self.global_steps, str(folder))
-        session.fire(Event.AFTER_SAVE, model=self.module, **where)
-        return result
-
-    def load_checkpoint(
-        self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        session: Session = self.lowtide
-        if session.stop is not None:
-            session.stop.save_dir = session.stop.save_dir or str(load_dir)
-        if tag is None and session.stop is not None:
-            choice = _newest_complete(self, session.stop, load_dir)
-            if choice.tag is None and choice.skipped:
-                return None, {}
-            tag = choice.tag
-        with session.telemetry.span("load"):
-            result = base.load_checkpoint(self, load_dir, tag, *args, **kwargs)
-        if result[0] is not None:
-            session.step = self.global_steps
-            session.telemetry.start_from(session.step)
-            self.__dict__["_lowtide_client_keys"] = [str(key) for key in result[1] or {}]
-            session.fire(Event.LOADED, model=self.module, path=str(load_dir), tag=tag)
-        return result
-
-    return {"save_checkpoint": save_checkpoint, "load_checkpoint": load_checkpoint}
-
-
-def _newest_complete(engine: Any, stop: StopControl, load_dir: Any) -> Choice:
-    """Return rank 0's choice, the same on all ranks, and say what it skips."""
-    is_bound = engine.zero_optimization() and not engine.load_universal_checkpoint()
-    world_size = engine.lowtide.world_size if is_bound else None
-    choice: Choice = stop.share(lambda: choose(Path(load_dir), world_size=world_size))
-    if engine.global_rank == 0:
-        for line in choice.skipped:
-            logger.warning("%s: %s", load_dir, line)
-        if choice.tag is None and choice.skipped:
-            logger.warning("%s: no checkpoint is complete, so training starts at step 0", load_dir)
-    return choice
-
-
-def _certify(session: Session, folder: Path, step: int) -> None:
-    try:
-        write_record(
-            folder, step=step, world_size=session.world_size, config=session.config.as_dict()
-        )
-    except OSError as error:
-        logger.warning("%s: its completion record cannot be stored: %s", folder, error)

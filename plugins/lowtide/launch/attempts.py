@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowtide.core.errors import LaunchError
-from lowtide.core.restart import read_stop
+from lowtide.core.restart import STOP_FILE, read_stop
 from lowtide.launch import slurm
 from lowtide.launch.plan import Plan
 
@@ -59,10 +60,10 @@ def begin(plan: Plan, *, max_starts: int = MAX_STARTS) -> str:
         same += 1
     if plan.restart_count > 0 and same >= max_starts:
         raise LaunchError(
-            f"job {plan.job_id} was started {same} times from step {plan.resume_step} and never "
-            f"saved a later one; it is not started again. Look at the logs in {plan.log_dir.parent}"
-            ", mend the cause, submit anew. (LOWTIDE_MAX_STARTS allows more than "
-            f"{max_starts})"
+            f"job {plan.job_id} was started {same} times from step {plan.resume_step} and no later "
+            f"complete checkpoint is in {plan.checkpoints} (LOWTIDE_CHECKPOINTS names another "
+            f"folder); it is not started again. Look at the logs in {plan.log_dir.parent}, mend "
+            f"the cause, submit anew. LOWTIDE_MAX_STARTS allows more than {max_starts}"
         )
     note = {
         "attempt": plan.attempt,
@@ -78,6 +79,8 @@ def begin(plan: Plan, *, max_starts: int = MAX_STARTS) -> str:
         plan.log_dir.mkdir(parents=True, exist_ok=True)
         with open(run_dir / "launch" / _FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(note) + "\n")
+        # Read by make_plan; from now on one that is there was left by this start.
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(
             f"run folder {run_dir} cannot be written ({error.strerror}); name another one with "
@@ -92,24 +95,35 @@ def describe_start(plan: Plan) -> str:
     if plan.resume_tag is not None:
         return f"{start}goes on from {plan.resume_tag}, step {plan.resume_step}"
     if plan.restart_count > 0:
-        return f"{start}STARTS AT STEP 0 AGAIN: no complete checkpoint in {plan.checkpoints}"
+        return (
+            f"{start}STARTS AT STEP 0 AGAIN: no complete checkpoint in {plan.checkpoints} "
+            "(LOWTIDE_CHECKPOINTS names another folder)"
+        )
     return f"{start}starts at step 0"
 
 
-def decide(plan: Plan, exit_code: int, *, requeues_failures: bool = False) -> Decision:
+def decide(
+    plan: Plan,
+    exit_code: int,
+    *,
+    requeues_failures: bool = False,
+    find_silent: Callable[[], Sequence[str]] = tuple,
+) -> Decision:
     """Say what follows the end of a start.
 
     Args:
         plan: Of the start that has ended.
         exit_code: Of srun. It tells a failure from an end, never whether to start again.
         requeues_failures: Start again too where the job ended without a word (a crash).
+        find_silent: Asks all nodes, after a failure, and returns those that do not answer.
     """
     stop = read_stop(Path(plan.run_dir))
     is_ours = stop is not None and stop.attempt == plan.attempt
-    state = slurm.job_state(plan.job_id) if plan.job_id is not None else None
-    if state not in (None, "RUNNING"):
+    facts = slurm.job_facts(plan.job_id) if plan.job_id is not None else {}
+    if facts.get("JobState", "RUNNING") != "RUNNING":
         # scancel, or a node that failed (then Slurm requeues by itself). In the grace time of a
         # preemption the job still counts as running.
+        state = facts["JobState"]
         reason = f"Slurm is ending this job already ({state}); what follows is its decision"
         return Decision(action="fail", exit_code=exit_code or 1, reason=reason)
     if stop is not None and is_ours and stop.wants_restart:
@@ -125,6 +139,14 @@ def decide(plan: Plan, exit_code: int, *, requeues_failures: bool = False) -> De
         )
     if exit_code == 0:
         return Decision(action="finish", exit_code=0, reason="the job has reached its end")
+    # Slurm requeues a preempted job only if it had to kill it, and one whose node died only if it
+    # noticed before the other nodes gave up.
+    if facts.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"):
+        return Decision(action="requeue", exit_code=0, reason="preempted before it could save")
+    silent = find_silent() if facts and len(plan.nodes) > 1 else []
+    if silent:
+        reason = f"{', '.join(silent)} no longer answer(s)"
+        return Decision(action="requeue", exit_code=0, reason=reason)
     reason = f"exit code {exit_code} and no stop.json of this start: it failed"
     if requeues_failures and plan.job_id is not None:
         return Decision(action="requeue", exit_code=exit_code, reason=f"{reason}; tried again")

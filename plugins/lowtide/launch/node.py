@@ -31,6 +31,20 @@ def task_command(verb: str) -> list[str]:
     return [wrapper, verb] if wrapper else [sys.executable, "-m", "lowtide.launch", verb]
 
 
+def interface_of(address: str) -> str | None:
+    """Return the network interface of this node that owns `address`, or None."""
+    import psutil  # type: ignore[import-untyped]
+
+    own = {
+        str(entry.address).partition("%")[0]: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+    }
+    if address not in own and address.startswith("127."):
+        return own.get("127.0.0.1")
+    return own.get(address)
+
+
 def step_command(plan: Plan, script: Sequence[str]) -> list[str]:
     """Return the srun line that starts `script` on every node of the plan."""
     per_node = plan.procs_per_node if plan.mode == "rank" else 1
@@ -84,7 +98,14 @@ def make_start(
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(max(1, (cores or 1) // plan.procs_per_node)),
         "NCCL_DEBUG": "WARN",
+        # torchrun kills workers this long after SIGTERM: 30 s by default, for some a short save.
+        # The grace time of the cluster ends it in any case.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
     }
+    interface = interface_of(plan.addresses[node_index(plan, environment)])
+    if len(plan.nodes) > 1 and interface is not None:
+        # gloo looks its own address up by the host's name, which often means 127.0.1.1.
+        added["GLOO_SOCKET_IFNAME"] = interface
     # The user's and the site's settings count more than ours, except for who and where we are.
     ours = (RUN_DIR_VARIABLE, ATTEMPT_VARIABLE)
     added = {k: v for k, v in added.items() if k in ours or k not in environment}

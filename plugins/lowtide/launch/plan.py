@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.core.errors import LaunchError
-from lowtide.core.restart import choose
+from lowtide.core.errors import CheckpointError, LaunchError
+from lowtide.core.restart import choose, read_stop
 from lowtide.launch import slurm
 
 PLAN_VARIABLE = "LOWTIDE_PLAN"  # how the plan travels from the batch script to every node
@@ -54,7 +54,8 @@ class Plan:
 
     Attributes:
         attempt: ``<job id>.<restart count>``; names logs and ties ``stop.json`` to this start.
-        job_id: Slurm's, or None outside Slurm.
+        job_id: Slurm's, or None outside Slurm. A task of an array is ``<array>_<task>``: the plain
+            number of one of them stands for the whole array.
         restart_count: How often Slurm has started the job before.
         run_dir: Folder of the run.
         config: DeepSpeed JSON, or None.
@@ -137,13 +138,14 @@ def make_plan(request: Request, environment: Mapping[str, str] = os.environ) -> 
     """
     if request.mode not in MODES:
         raise LaunchError(f"mode {request.mode!r}: allowed are {', '.join(MODES)}")
-    job_id = environment.get("SLURM_JOB_ID")
+    job_id = _job_id(environment)
     nodes = _nodes(job_id, environment)
     head = request.head_address or environment.get("LOWTIDE_HEAD_ADDRESS")
     addresses = _addresses(nodes, job_id=job_id, head=head)
     restart_count = _number(environment, "SLURM_RESTART_COUNT", 0)
     run_dir = request.run_dir.expanduser().absolute()
-    checkpoints = (request.checkpoints or run_dir / "checkpoints").expanduser().absolute()
+    checkpoints = request.checkpoints or _last_checkpoints(run_dir) or run_dir / "checkpoints"
+    checkpoints = checkpoints.expanduser().absolute()
     choice = choose(checkpoints)
     lead_s = measured_lead_s(run_dir)
     return Plan(
@@ -155,7 +157,7 @@ def make_plan(request: Request, environment: Mapping[str, str] = os.environ) -> 
         checkpoints=str(checkpoints),
         nodes=tuple(nodes),
         addresses=tuple(addresses),
-        port=request.port or _port(job_id, addresses[0]),
+        port=request.port or _port(environment.get("SLURM_JOB_ID"), addresses[0]),
         is_port_chosen=request.port is not None,
         procs_per_node=request.procs_per_node or _procs_per_node(environment),
         mode=request.mode,
@@ -165,6 +167,13 @@ def make_plan(request: Request, environment: Mapping[str, str] = os.environ) -> 
         lead_s=lead_s or DEFAULT_LEAD_S,
         is_lead_measured=lead_s is not None,
     )
+
+
+def _job_id(environment: Mapping[str, str]) -> str | None:
+    array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    if array and task:
+        return f"{array}_{task}"
+    return environment.get("SLURM_JOB_ID")
 
 
 def _nodes(job_id: str | None, environment: Mapping[str, str]) -> list[str]:
@@ -187,6 +196,15 @@ def _addresses(nodes: list[str], *, job_id: str | None, head: str | None) -> lis
     is_only = len(nodes) == 1
     rest = [slurm.node_address(node) for node in nodes[1:]]
     return [head or slurm.node_address(nodes[0], is_only=is_only), *rest]
+
+
+def _last_checkpoints(run_dir: Path) -> Path | None:
+    """Return the folder that the last stop of this run saved to, wherever the script puts it."""
+    with contextlib.suppress(CheckpointError):
+        stop = read_stop(run_dir)
+        if stop is not None and stop.checkpoint is not None:
+            return Path(stop.checkpoint).parent
+    return None
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -236,7 +254,8 @@ def is_port_free(address: str, port: int) -> bool | None:
 def measured_lead_s(run_dir: Path) -> float | None:
     """Return how long before its limit a run must be warned, from what its saves have cost.
 
-    Slurm's early minute, one step, one save, a margin; the largest seen of each. None without
+    Slurm's early minute, two steps (the ranks agree during the second), one save, a margin; the
+    largest seen of each. None without
     records: then `DEFAULT_LEAD_S` is a guess.
     """
     step_s = save_s = 0.0
@@ -249,7 +268,7 @@ def measured_lead_s(run_dir: Path) -> float | None:
             step_s = max(step_s, each_s)
     if save_s == 0.0:
         return None
-    return 10 * math.ceil((SLURM_EARLY_S + step_s + save_s + MARGIN_S) / 10)
+    return 10 * math.ceil((SLURM_EARLY_S + 2 * step_s + save_s + MARGIN_S) / 10)
 
 
 def telemetry_files(run_dir: Path) -> list[Path]:

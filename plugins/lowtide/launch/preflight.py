@@ -27,10 +27,12 @@ from lowtide.launch.node import node_index, task_command
 from lowtide.launch.plan import PLAN_VARIABLE, Plan
 
 LIMIT_S = 60.0
-CONNECT_S = 25.0
+_START_S = 20.0  # for srun and Python to start on all nodes
+_KILL_S = 10.0
 PACKAGES = ("lowtide", "torch", "deepspeed", "megatron-core", "transformers", "numpy")
 _MARK = "lowtide-probe "
 _TOKEN_VARIABLE = "LOWTIDE_PREFLIGHT_TOKEN"
+_LIMIT_VARIABLE = "LOWTIDE_PREFLIGHT_S"
 
 
 def probe(plan: Plan) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def probe(plan: Plan) -> dict[str, Any]:
     """
     index = node_index(plan)
     problems = [*_config_problems(plan), *_folder_problems(plan, index)]
-    problems += _network_problems(plan, index)
+    problems += _rank_problems(plan)
+    limit_s = float(os.environ.get(_LIMIT_VARIABLE, LIMIT_S))
+    problems += _network_problems(plan, index, max(5.0, limit_s - _START_S))
     packages = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -81,22 +85,25 @@ def _folder_problems(plan: Plan, index: int) -> list[str]:
     return []
 
 
-def _network_problems(plan: Plan, index: int) -> list[str]:
-    head, port = plan.addresses[0], plan.port
-    own = plan.addresses[index]
-    family = socket.AF_INET6 if ":" in own else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as here:
-        try:
-            here.bind((own, 0))
-        except OSError as error:
-            return [f"address {own} is not one of this node's ({error.strerror})"]
+def _rank_problems(plan: Plan) -> list[str]:
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdigit() and int(gpus) < plan.procs_per_node:
+        found = f"Slurm gave it {gpus} GPUs for {plan.procs_per_node} ranks"
+        remedy = f"ask for --gpus-per-node={plan.procs_per_node}, or set LOWTIDE_NPROC"
+        return [f"{found}; {remedy}"]
+    return []
+
+
+def _network_problems(plan: Plan, index: int, limit_s: float) -> list[str]:
     if index == 0:
-        return _answer_all(plan)
+        return _answer_all(plan, limit_s)
+    head, port = plan.addresses[0], plan.port
     why = "no answer"
-    end_s = time.monotonic() + CONNECT_S
+    end_s = time.monotonic() + limit_s
     while time.monotonic() < end_s:
         try:
-            with socket.create_connection((head, port), timeout=5, source_address=(own, 0)):
+            with socket.create_connection((head, port), timeout=5) as connection:
+                connection.sendall(bytes([index % 256]))
                 return []
         except socket.gaierror as error:  # a name, and it leads nowhere: waiting does not help
             why = error.strerror or str(error)
@@ -104,30 +111,38 @@ def _network_problems(plan: Plan, index: int) -> list[str]:
         except OSError as error:
             why = error.strerror or str(error)
             time.sleep(0.3)
-    line = f"{plan.nodes[0]} at {head} port {port} cannot be reached from {own} ({why})"
+    line = f"{plan.nodes[0]} at {head} port {port} cannot be reached from here ({why})"
     remedy = "a firewall, or the wrong interface; LOWTIDE_HEAD_ADDRESS and LOWTIDE_PORT name others"
     return [f"{line}: {remedy}"]
 
 
-def _answer_all(plan: Plan) -> list[str]:
+def _answer_all(plan: Plan, limit_s: float) -> list[str]:
     """Listen on the rendezvous port until every other node has called."""
-    family = socket.AF_INET6 if ":" in plan.addresses[0] else socket.AF_INET
+    head = plan.addresses[0]
+    family = socket.AF_INET6 if ":" in head else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            server.bind((plan.addresses[0], plan.port))
+            server.bind((head, 0))  # tells an address that is not ours from a port that is taken
+        except OSError as error:
+            return [f"address {head} is not one of this node's ({error.strerror})"]
+    with socket.socket(family, socket.SOCK_STREAM) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind((head, plan.port))
             server.listen(len(plan.nodes))
         except OSError as error:
-            line = f"port {plan.port} on {plan.addresses[0]} cannot be used ({error.strerror})"
+            line = f"port {plan.port} on {head} cannot be used ({error.strerror})"
             return [f"{line}; set LOWTIDE_PORT to another one, or leave it out"]
-        callers: set[str] = set()
-        end_s = time.monotonic() + CONNECT_S
-        while len(callers) < len(plan.nodes) - 1 and time.monotonic() < end_s:
+        calls = 0
+        end_s = time.monotonic() + limit_s
+        while calls < len(plan.nodes) - 1 and time.monotonic() < end_s:
             server.settimeout(max(0.1, end_s - time.monotonic()))
             with contextlib.suppress(OSError):
-                connection, caller = server.accept()
-                connection.close()
-                callers.add(str(caller[0]))
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                with connection:
+                    calls += len(connection.recv(1))  # a port scanner says nothing
     return []  # the node that could not call says so itself
 
 
@@ -144,14 +159,20 @@ def check(plan: Plan, *, limit_s: float = LIMIT_S) -> tuple[list[dict[str, Any]]
     """
     found, noise = _probe_all(plan, limit_s)
     problems = [f"{each['node']}: {line}" for each in found for line in each["problems"]]
-    taken = any("cannot be used" in line for line in problems)
-    if taken:  # then nobody can call; once is enough
+    is_deaf = any("cannot be used" in p or "is not one of this node's" in p for p in problems)
+    if is_deaf:  # then nobody can call; once is enough
         problems = [line for line in problems if "cannot be reached" not in line]
     silent = [node for node in plan.nodes if node not in {each["node"] for each in found}]
     for node in silent:
         said = "; ".join(noise[-3:]) or "nothing at all"
         problems.append(f"{node}: no answer within {limit_s:.0f} s; srun said: {said}")
     return found, problems + _differences(found)
+
+
+def silent_nodes(plan: Plan, *, limit_s: float = 30.0) -> list[str]:
+    """Return the nodes of the plan that do not answer within `limit_s`."""
+    found, _ = _probe_all(plan, limit_s)
+    return [node for node in plan.nodes if node not in {each["node"] for each in found}]
 
 
 def _differences(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -180,6 +201,7 @@ def _probe_all(plan: Plan, limit_s: float) -> tuple[list[dict[str, Any]], list[s
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
     environment = {**os.environ, PLAN_VARIABLE: plan.to_json(), _TOKEN_VARIABLE: token}
+    environment[_LIMIT_VARIABLE] = str(limit_s)
     try:
         lines = list(_run(_command(plan), environment, limit_s))
     finally:
@@ -214,10 +236,15 @@ def _run(command: Sequence[str], environment: dict[str, str], limit_s: float) ->
         )  # fmt: skip
     except OSError as error:
         raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from error
-    timer = threading.Timer(limit_s, process.terminate)
-    timer.start()
+    timers = [
+        threading.Timer(limit_s, process.terminate),
+        threading.Timer(limit_s + _KILL_S, process.kill),
+    ]
+    for timer in timers:
+        timer.start()
     try:
         with process:
             yield from process.stdout or ()
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()

@@ -7,10 +7,12 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 
 from lowtide.core.errors import LaunchError
 
 TIMEOUT_S = 30.0
+REQUEUE_PATIENCE_S = 300.0
 
 
 def scontrol(*words: str) -> str:
@@ -83,20 +85,30 @@ def node_address(node: str, *, is_only: bool = False) -> str:
     )
 
 
-def job_state(job_id: str) -> str | None:
-    """Return Slurm's state of a job ("RUNNING", "CANCELLED"), or None when it is forgotten."""
+def job_facts(job: str) -> dict[str, str]:
+    """Return Slurm's facts about a job ("JobState", "PreemptTime", ...), empty when forgotten."""
     try:
-        text = scontrol("-o", "show", "job", job_id)
+        text = scontrol("-o", "show", "job", job)
     except LaunchError:
-        return None
-    found = re.search(r"\bJobState=(\S+)", text)
-    return found[1] if found else None
+        return {}
+    return dict(re.findall(r"\b(\w+)=(\S*)", text))
 
 
-def requeue(job_id: str) -> None:
+def requeue(job: str) -> None:
     """Put a job back into the queue; Slurm then ends its batch script.
 
+    A controller that is too busy to answer is asked again for some minutes.
+
     Raises:
-        LaunchError: Slurm refuses.
+        LaunchError: Slurm refuses, or does not answer.
     """
-    scontrol("requeue", job_id)
+    end_s = time.monotonic() + REQUEUE_PATIENCE_S
+    while True:
+        try:
+            scontrol("requeue", job)
+            return
+        except LaunchError as error:
+            is_busy = "no answer" in str(error) or "Unable to contact" in str(error)
+            if not is_busy or time.monotonic() > end_s:
+                raise
+        time.sleep(5)

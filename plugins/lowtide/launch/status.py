@@ -31,7 +31,7 @@ def run_status(run_dir: Path, *, checkpoints: Path | None = None) -> dict[str, A
     return {
         "run_dir": str(run_dir),
         "job": job,
-        "job_state": slurm.job_state(job) if job else None,
+        "job_state": slurm.job_facts(job).get("JobState") if job else None,
         "attempts": attempts,
         "stop": None if stop is None else {n: getattr(stop, n) for n in stop.__dataclass_fields__},
         "checkpoint": choice.tag,
