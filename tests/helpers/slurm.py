@@ -157,7 +157,8 @@ def _daemons(folder: Path, key: Path) -> list[list[str]]:
 
 
 def _start(made: Cluster, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    with open(made.folder / "log" / f"{command[0]}{command[-1]}.out", "ab") as log:
+    name = "-".join([command[0], *(word for word in command if word.startswith("n"))])
+    with open(made.folder / "log" / f"{name}.out", "ab") as log:
         return subprocess.Popen(
             command, env=made.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
@@ -199,7 +200,7 @@ def _configuration(folder: Path, nodes: int) -> str:
         "AuthType": "auth/munge",
         "CredType": "cred/munge",
         # A requeued job waits for this long: two minutes by default.
-        "AuthInfo": f"socket={folder / 'munge.sock'},cred_expire=5",
+        "AuthInfo": f"socket={folder / 'munge.sock'},cred_expire=3",
         "StateSaveLocation": folder / "ctld",
         "SlurmdSpoolDir": folder / "%n",
         "SlurmctldPidFile": folder / "slurmctld.pid",
@@ -215,14 +216,14 @@ def _configuration(folder: Path, nodes: int) -> str:
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",
         "SlurmdParameters": "config_overrides",
-        "SchedulerParameters": "batch_sched_delay=0,sched_interval=5",
+        "SchedulerParameters": "batch_sched_delay=0,sched_interval=2",
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
         "JobRequeue": 1,
         "ReturnToService": 2,
         "KillWait": 15,
         "SlurmctldTimeout": 30,
-        "SlurmdTimeout": 30,
+        "SlurmdTimeout": 10,
     }
     every = f"Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP"
     partitions = [

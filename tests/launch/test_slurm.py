@@ -76,17 +76,18 @@ def test_warning_before_the_limit_saves_requeues_and_goes_on(
     slurm: Cluster, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    # 50 s of work and a minute per start, of which Slurm's warning leaves about half.
+    # 30 s of work and a minute per start, of which Slurm's warning leaves less than half.
     limit = ["--time=1", "--signal=USR1@20"]
-    job = submit(slurm, run, WORKER, "plain", "250", "0.2", options=limit)
+    job = submit(slurm, run, WORKER, "plain", "150", "0.2", options=limit)
     slurm.wait(job, "RUNNING", timeout_s=LIMIT_S, log=log_of(run))
     slurm.wait(job, "PENDING", timeout_s=LIMIT_S, log=log_of(run))
     stop = read_stop(run)
     assert stop is not None
     assert (stop.reason, stop.attempt) == ("time_limit", f"{job}.0")
     slurm.wait(job, "COMPLETED", timeout_s=LIMIT_S, log=log_of(run))
-    assert begun(run) == [0, stop.step]
-    assert slurm.job(job)["Restarts"] == "1"
+    starts = begun(run)  # two, or three where Slurm's clock was early
+    assert starts[:2] == [0, stop.step]
+    assert slurm.job(job)["Restarts"] == str(len(starts) - 1)
     assert not (run / "stop.json").exists()
     log = log_of(run).read_text()
     assert f"requeue: time_limit at step {stop.step}" in log
@@ -166,7 +167,8 @@ def test_killed_worker_ends_the_job_on_all_nodes(slurm: Cluster, tmp_path: Path)
     os.kill(int(pid[1]), signal.SIGKILL)
     slurm.wait(job, "FAILED", timeout_s=30, log=log_of(run))
     log = log_of(run).read_text()
-    assert "fail: exit code 137 and no stop.json of this start" in log
+    assert "fail: exit code" in log
+    assert "n2: task 1: Killed" in log
     assert str(run / "logs" / f"{job}.0") in log
     assert len(read_attempts(run)) == 1
 
@@ -196,7 +198,7 @@ def test_job_that_does_not_get_on_stops_after_three_starts(
     assert begun(run) == [0, 0, 0]
     assert slurm.job(job)["Restarts"] == "3"
     log = log_of(run).read_text()
-    assert f"job {job} was started 3 times from step 0 and never saved a later one" in log
+    assert f"job {job} was started 3 times from step 0 and no later complete" in log
     assert "STARTS AT STEP 0 AGAIN" in log
 
 
@@ -204,7 +206,8 @@ def test_crash_is_not_started_again_unless_asked(slurm: Cluster, tmp_path: Path)
     run = tmp_path / "run"
     job = submit(slurm, run, WORKER, "crash", "50", "0.05")
     slurm.wait(job, "FAILED", timeout_s=LIMIT_S, log=log_of(run))
-    assert slurm.job(job)["ExitCode"] == "7:0"
+    assert slurm.job(job)["ExitCode"] != "0:0"  # srun's: the highest of all tasks
+    assert "Exited with exit code 7" in log_of(run).read_text()
     assert len(read_attempts(run)) == 1
 
 

@@ -19,11 +19,12 @@ def save(run: Path, step: int, stop: StopControl) -> None:
     stop.saved(step, str(folder))
 
 
-def is_a_peer_gone(run: Path) -> bool:
-    files = run.glob("rank*.step")
-    return os.environ.get("TINY_PEERS") == "1" and any(
-        time.time() - path.stat().st_mtime > 4 for path in files
-    )
+def is_a_peer_gone(run: Path, begin_s: float) -> bool:
+    """Tell whether a rank that has been seen since our start has not been for some seconds."""
+    if os.environ.get("TINY_PEERS") != "1":
+        return False
+    seen = [path.stat().st_mtime for path in run.glob("rank*.step")]
+    return any(time_s > begin_s and time.time() - time_s > 4 for time_s in seen)
 
 
 def all_stop(run: Path) -> bool:
@@ -39,6 +40,7 @@ def main(mode: str, steps: int, step_s: float) -> None:
     stop = StopControl(StopConfig(then="tell"), rank=rank)
     stop.listen()
     (run / f"rank{rank}.stops").unlink(missing_ok=True)
+    begin_s = time.time()
     begin = choose(run / "checkpoints").step
     node = os.environ.get("SLURMD_NODENAME", "laptop")
     place = f"rank {rank} of {os.environ['WORLD_SIZE']} on {node}, pid {os.getpid()}"
@@ -46,7 +48,7 @@ def main(mode: str, steps: int, step_s: float) -> None:
     for step in range(begin + 1, steps + 1):
         time.sleep(step_s)
         (run / f"rank{rank}.step").write_text(str(step))
-        if is_a_peer_gone(run):
+        if is_a_peer_gone(run, begin_s):
             sys.exit("another rank does not answer")  # as a collective would
         if mode == "crash" and step == begin + 2:
             sys.exit(7)
