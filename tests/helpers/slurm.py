@@ -199,8 +199,8 @@ def _configuration(folder: Path, nodes: int) -> str:
         "SlurmdUser": getpass.getuser(),
         "AuthType": "auth/munge",
         "CredType": "cred/munge",
-        # A requeued job waits for this long: two minutes by default.
-        "AuthInfo": f"socket={folder / 'munge.sock'},cred_expire=3",
+        # A requeued job waits for this long: two minutes by default, and with less than 5 s.
+        "AuthInfo": f"socket={folder / 'munge.sock'},cred_expire=5",
         "StateSaveLocation": folder / "ctld",
         "SlurmdSpoolDir": folder / "%n",
         "SlurmctldPidFile": folder / "slurmctld.pid",

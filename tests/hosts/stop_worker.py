@@ -19,6 +19,25 @@ STEPS = 12
 SIGNAL_STEP = 5
 
 
+def overwrite(engine: Any, folder: Path) -> dict[str, Any]:
+    """Save under one name twice; the second time nothing can be written."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    record = folder / "last" / "lowtide.json"
+    engine.save_checkpoint(folder, tag="last")
+    torch.distributed.barrier()
+    is_recorded = [record.exists()]
+    torch.distributed.barrier()
+    engine.checkpoint_engine.save = fail
+    try:
+        engine.save_checkpoint(folder, tag="last")
+    except OSError as error:
+        return {"recorded": [*is_recorded, record.exists()], "error": str(error)}
+    return {}
+
+
 def main(mode: str, folder: Path) -> None:
     lowtide.enable()
     torch.manual_seed(0)
@@ -40,6 +59,9 @@ def main(mode: str, folder: Path) -> None:
     if mode == "client_state":
         own = {"epoch": 3} if engine.global_rank == 0 else {}  # rank 0's view must do for all
         engine.save_checkpoint(folder / "ckpt", client_state=own)
+    if mode == "overwritten":
+        leave_result(overwrite(engine, folder / "ckpt"))
+        return
     if mode == "again":
         engine.load_checkpoint(folder / "ckpt")
     if mode in ("resume", "damaged"):

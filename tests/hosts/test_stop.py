@@ -75,6 +75,12 @@ def test_checkpoint_without_the_scripts_own_state_is_not_written(tmp_path: Path)
     assert choose(tmp_path / "ckpt", world_size=2).step == 0
 
 
+def test_record_is_taken_back_before_a_checkpoint_is_overwritten(tmp_path: Path) -> None:
+    result = _run("overwritten", tmp_path)
+    expected = {"recorded": [True, False], "error": "no space left on device"}
+    assert result.results == [expected] * 2
+
+
 def test_run_without_a_signal_reaches_its_end(tmp_path: Path) -> None:
     result = _run("uninterrupted", tmp_path)
     assert "reached the end" in result.log
