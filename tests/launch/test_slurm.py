@@ -251,6 +251,7 @@ FAULTS: dict[str, tuple[dict[str, str], str]] = {
         {"LOWTIDE_RUN_DIR": "/proc/run"},
         "run folder /proc/run cannot be written",
     ),
+    "read-only checkpoints": ({"LOWTIDE_CHECKPOINTS": "/proc/c"}, "n2: checkpoint folder /proc/c"),
     "no python": ({"LOWTIDE_PYTHON": "/nowhere/python"}, "no /nowhere/python on"),
     "wrong config": (
         {"LOWTIDE_CONFIG": "/nowhere/ds.json"},

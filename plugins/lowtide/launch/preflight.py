@@ -68,21 +68,30 @@ def _config_problems(plan: Plan) -> list[str]:
     return []
 
 
+def _folders(plan: Plan) -> dict[str, Path]:
+    folders = {"run folder": Path(plan.run_dir), "checkpoint folder": Path(plan.checkpoints)}
+    if folders["checkpoint folder"].is_relative_to(folders["run folder"]):
+        del folders["checkpoint folder"]
+    return folders
+
+
 def _folder_problems(plan: Plan, index: int) -> list[str]:
-    folder = Path(plan.run_dir)
     token = os.environ.get(_TOKEN_VARIABLE, "")
-    mine = folder / f".preflight-{token}-{index}"
-    try:
-        mine.write_text(plan.nodes[index], encoding="utf-8")
-    except OSError as error:
-        return [f"run folder {folder} cannot be written ({error.strerror})"]
-    finally:
-        with contextlib.suppress(OSError):
-            mine.unlink()
-    if not (folder / f".preflight-{token}").exists():
-        place = f"run folder {folder} is not the same as on {plan.nodes[0]}"
-        return [f"{place}: put it on a file system that all nodes share"]
-    return []
+    problems = []
+    for name, folder in _folders(plan).items():
+        mine = folder / f".preflight-{token}-{index}"
+        try:
+            mine.write_text(plan.nodes[index], encoding="utf-8")
+        except OSError as error:
+            problems.append(f"{name} {folder} cannot be written ({error.strerror})")
+            continue
+        finally:
+            with contextlib.suppress(OSError):
+                mine.unlink()
+        if not (folder / f".preflight-{token}").exists():
+            place = f"{name} {folder} is not the same as on {plan.nodes[0]}"
+            problems.append(f"{place}: put it on a file system that all nodes share")
+    return problems
 
 
 def _rank_problems(plan: Plan) -> list[str]:
@@ -196,17 +205,19 @@ def _differences(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def _probe_all(plan: Plan, limit_s: float) -> tuple[list[dict[str, Any]], list[str]]:
     token = uuid.uuid4().hex
-    marker = Path(plan.run_dir) / f".preflight-{token}"
-    with contextlib.suppress(OSError):  # the head's probe says it better
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
+    markers = [folder / f".preflight-{token}" for folder in _folders(plan).values()]
+    for marker in markers:
+        with contextlib.suppress(OSError):  # the head's probe says it better
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
     environment = {**os.environ, PLAN_VARIABLE: plan.to_json(), _TOKEN_VARIABLE: token}
     environment[_LIMIT_VARIABLE] = str(limit_s)
     try:
         lines = list(_run(_command(plan), environment, limit_s))
     finally:
-        with contextlib.suppress(OSError):
-            marker.unlink(missing_ok=True)
+        for marker in markers:
+            with contextlib.suppress(OSError):
+                marker.unlink(missing_ok=True)
     found = []
     noise = []
     for line in lines:
