@@ -185,6 +185,11 @@ def test_first_signal_gives_the_reason(tmp_path: Path) -> None:
     assert stop.poll(1)
     assert stop.reason == "interrupted"
     stop.finish(1)
+    again = _control(tmp_path, signals=("INT",))  # the next run of this process counts anew
+    again.listen()
+    _send(signal.SIGINT, again)
+    assert again.poll(1)
+    again.finish(1)
 
 
 def test_ranks_agree_only_where_it_is_due(tmp_path: Path) -> None:

@@ -109,6 +109,17 @@ def test_preempted_job_saves_makes_room_and_goes_on(slurm: Cluster, tmp_path: Pa
     assert slurm.job(job)["Restarts"] == "1"
 
 
+def test_job_preempted_before_it_can_save_comes_back(slurm: Cluster, tmp_path: Path) -> None:
+    run, urgent = tmp_path / "run", tmp_path / "urgent"
+    whole = ["--exclusive"]
+    job = submit(slurm, run, WORKER, "deaf", "3", "0.1", options=whole)
+    wait_for_step(slurm, run, 0)
+    submit(slurm, urgent, WORKER, "plain", "2", "0.1", options=[*whole, "--partition=high"])
+    slurm.wait(job, "PENDING", timeout_s=LIMIT_S, log=log_of(run))
+    slurm.wait(job, "COMPLETED", timeout_s=LIMIT_S, log=log_of(run))
+    assert "requeue: preempted before it could save" in log_of(run).read_text()
+
+
 def test_job_of_a_node_that_goes_down_comes_back_by_itself(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(slurm, run, WORKER, "plain", "60", "0.2")

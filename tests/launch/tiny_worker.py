@@ -37,6 +37,9 @@ def all_stop(run: Path) -> bool:
 
 def main(mode: str, steps: int, step_s: float) -> None:
     run, rank = Path(os.environ["LOWTIDE_RUN_DIR"]), int(os.environ["RANK"])
+    if mode == "deaf" and os.environ["LOWTIDE_ATTEMPT"].endswith(".0"):
+        (run / f"rank{rank}.step").write_text("0")
+        time.sleep(60)  # still starting: nobody listens to signals yet
     stop = StopControl(StopConfig(then="tell"), rank=rank)
     stop.listen()
     (run / f"rank{rank}.stops").unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from lowtide.core.restart import ATTEMPT_VARIABLE, RUN_DIR_VARIABLE
 from lowtide.launch import slurm
 from lowtide.launch.plan import FIRST_PORT, PORTS, Plan
 
+TASK_VARIABLE = "LOWTIDE_TASK"  # launch/lib/task.sh: sets up the environment of each node
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -20,9 +22,6 @@ class Start:
 
     command: list[str]
     environment: dict[str, str]
-
-
-TASK_VARIABLE = "LOWTIDE_TASK"  # launch/lib/task.sh: sets up the environment of each node
 
 
 def task_command(verb: str) -> list[str]:

@@ -63,7 +63,6 @@ class Plan:
         nodes: Node names; the first is the head, where rank 0 runs.
         addresses: One per node.
         port: Rendezvous port on the head.
-        is_port_chosen: The user named the port, so that no other one is taken instead.
         procs_per_node: Ranks per node.
         mode: "torchrun" or "rank".
         resume_tag: Checkpoint to go on from, or None.
@@ -82,7 +81,6 @@ class Plan:
     nodes: tuple[str, ...]
     addresses: tuple[str, ...]
     port: int
-    is_port_chosen: bool
     procs_per_node: int
     mode: str
     resume_tag: str | None
@@ -140,8 +138,7 @@ def make_plan(request: Request, environment: Mapping[str, str] = os.environ) -> 
         raise LaunchError(f"mode {request.mode!r}: allowed are {', '.join(MODES)}")
     job_id = _job_id(environment)
     nodes = _nodes(job_id, environment)
-    head = request.head_address or environment.get("LOWTIDE_HEAD_ADDRESS")
-    addresses = _addresses(nodes, job_id=job_id, head=head)
+    addresses = _addresses(nodes, job_id=job_id, head=request.head_address)
     restart_count = _number(environment, "SLURM_RESTART_COUNT", 0)
     run_dir = request.run_dir.expanduser().absolute()
     checkpoints = request.checkpoints or _last_checkpoints(run_dir) or run_dir / "checkpoints"
@@ -158,7 +155,6 @@ def make_plan(request: Request, environment: Mapping[str, str] = os.environ) -> 
         nodes=tuple(nodes),
         addresses=tuple(addresses),
         port=request.port or _port(environment.get("SLURM_JOB_ID"), addresses[0]),
-        is_port_chosen=request.port is not None,
         procs_per_node=request.procs_per_node or _procs_per_node(environment),
         mode=request.mode,
         resume_tag=choice.tag,

@@ -56,11 +56,12 @@ class SignalHub:
         for number in [n for n, listeners in self._listeners.items() if not listeners]:
             del self._listeners[number]
             signal.signal(number, self._previous.pop(number))
+        if not self._listeners:
+            self._interrupts = 0  # the next run of this process counts anew
         if self._parked is not None and not _BLOCKED & set(self._listeners):
             self._is_over.set()
             self._parked.join()
             self._parked = None
-            self._interrupts = 0
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
 
     def _block(self, is_wanted: bool) -> None:
