@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from lowtide.core.config import key_table, load_block, resolve
+from lowtide.core.config import load_block, resolve
 from lowtide.core.registry import plugins
+from lowtide.core.schema import key_table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs/*.md", "examples/*/README.md", "plugins/lowtide/*/README.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted(page for pattern in FOLDERS for page in ROOT.glob(pattern))
-GROUPS = {"launch"}  # verbs with verbs of their own
+GROUPS = {"checkpoint", "launch"}  # verbs with verbs of their own
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -81,7 +82,7 @@ def test_lowtide_verbs_and_options_in_the_docs_exist() -> None:
             assert result.exit_code == 0, f"{name(page)}: {words}"
             for option in [w.partition("=")[0] for w in words[2:] if re.match(r"--\w", w)]:
                 assert option in result.output, f"{name(page)}: {words}"
-    assert {"doctor", "schema", "report", "launch"} <= seen
+    assert {"doctor", "schema", "report", "launch", "checkpoint"} <= seen
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

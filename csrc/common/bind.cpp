@@ -9,6 +9,7 @@
 
 #include "buffer.hpp"
 #include "cpu_features.hpp"
+#include "crc32.hpp"
 #include "crc32c.hpp"
 
 namespace py = pybind11;
@@ -38,10 +39,13 @@ template <Checksum checksum> std::uint32_t run(const py::object &data, const py:
     return checksum(buffer.bytes(), start);
 }
 
+using Combination = std::uint32_t (*)(std::uint32_t, std::uint32_t, std::uint64_t);
+
+template <Combination combination>
 std::uint32_t combine(const py::int_ &crc_a, const py::int_ &crc_b, const py::int_ &length_b) {
-    return lowtide::crc32c_combine(unsigned_argument<std::uint32_t>(crc_a, "crc_a"),
-                                   unsigned_argument<std::uint32_t>(crc_b, "crc_b"),
-                                   unsigned_argument<std::uint64_t>(length_b, "length_b"));
+    return combination(unsigned_argument<std::uint32_t>(crc_a, "crc_a"),
+                       unsigned_argument<std::uint32_t>(crc_b, "crc_b"),
+                       unsigned_argument<std::uint64_t>(length_b, "length_b"));
 }
 
 std::vector<std::string> cpu_feature_names() {
@@ -68,10 +72,22 @@ void bind_common(py::module_ &module) {
                py::arg("seed") = 0, "As crc32c, always by tables.");
     module.def("crc32c_sse42", &run<lowtide::crc32c_sse42>, py::arg("data"), py::arg("seed") = 0,
                "As crc32c, always by the SSE4.2 instruction; RuntimeError where there is none.");
-    module.def("crc32c_combine", &combine, py::arg("crc_a"), py::arg("crc_b"), py::arg("length_b"),
+    module.def("crc32c_combine", &combine<lowtide::crc32c_combine>, py::arg("crc_a"),
+               py::arg("crc_b"), py::arg("length_b"),
                "Checksum of A followed by B, from their checksums and B's length in bytes.");
     module.def("crc32c_implementation", &lowtide::crc32c_implementation,
                "What crc32c uses on this processor: 'sse4.2' or 'portable'.");
+    module.def("crc32", &run<lowtide::crc32>, py::arg("data"), py::arg("seed") = 0,
+               "zip's CRC-32 of the bytes of `data`, continuing from the checksum `seed`.");
+    module.def("crc32_portable", &run<lowtide::crc32_portable>, py::arg("data"),
+               py::arg("seed") = 0, "As crc32, always by tables.");
+    module.def("crc32_pclmul", &run<lowtide::crc32_pclmul>, py::arg("data"), py::arg("seed") = 0,
+               "As crc32, always by PCLMULQDQ; RuntimeError where there is none.");
+    module.def("crc32_combine", &combine<lowtide::crc32_combine>, py::arg("crc_a"),
+               py::arg("crc_b"), py::arg("length_b"),
+               "Checksum of A followed by B, from their checksums and B's length in bytes.");
+    module.def("crc32_implementation", &lowtide::crc32_implementation,
+               "What crc32 uses on this processor: 'pclmul' or 'portable'.");
     module.def("cpu_features", &cpu_feature_names,
                "Instruction sets of this processor that native kernels choose between.");
 }

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import lowtide
 from lowtide.cli import app
 from lowtide.cli.schema import markdown
-from lowtide.core.config import KeyRow, key_table
 from lowtide.core.errors import TelemetryError
+from lowtide.core.schema import KeyRow, key_table
 from lowtide.report import key_figures, read_run
 from tests.report.page_checks import check
 from tests.report.run_files import write_demo

@@ -11,6 +11,7 @@ import pytest
 
 from lowtide.core import config
 from lowtide.core.errors import ConfigError
+from lowtide.core.schema import json_schema, key_table
 
 WRONG_BLOCKS: list[tuple[str, Any, list[str]]] = [
     ("misspelt plugin", {"prob": {}}, ["lowtide.prob: unknown key", 'mean "probe"?']),
@@ -133,7 +134,7 @@ def test_host_conflict_is_refused(monkeypatch: pytest.MonkeyPatch, probe: Any) -
 
 def test_schema_accepts_and_refuses_what_resolve_does(probe: Any) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = config.json_schema()
+    schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid({"lowtide": {"telemetry": {"trace": "auto"}, "probe": {"order": 1}}})
@@ -144,7 +145,7 @@ def test_schema_accepts_and_refuses_what_resolve_does(probe: Any) -> None:
 
 
 def test_key_table_lists_every_key_with_type_and_default(probe: Any) -> None:
-    rows = {row.path: row for row in config.key_table()}
+    rows = {row.path: row for row in key_table()}
     assert rows["lowtide.telemetry.trace"].type == 'boolean or "auto"'
     assert rows["lowtide.telemetry.trace"].default == '"auto"'
     assert rows["lowtide.probe.buffer_bytes"].type == "integer"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,96 @@ def test_half_written_record_is_no_record(tmp_path: Path) -> None:
         (path / PART).rename(path / "away")
         assert "1 of 2" in (restart.find_damage(path, world_size=2) or "")
         (path / "away").rename(path / PART)
+
+
+def test_record_has_a_checksum_of_its_contents(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10, recorded=True)
+    written = json.loads((path / restart.RECORD_FILE).read_text())
+    body = {name: value for name, value in written.items() if name != "checksum"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    assert written["checksum"] == zlib.crc32(text.encode())
+    assert restart.read_record(path) == written
+    for old, new in (('"step": 10', '"step": 11'), ('"world_size": 2', '"world_size": 3')):
+        changed = json.dumps(written).replace(old, new)
+        assert changed != json.dumps(written)
+        (path / restart.RECORD_FILE).write_text(changed)
+        assert restart.read_record(path) is None
+
+
+def test_record_of_an_older_version_is_whole_without_a_checksum(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10, recorded=True)
+    record = json.loads((path / restart.RECORD_FILE).read_text())
+    del record["checksum"]
+    (path / restart.RECORD_FILE).write_text(json.dumps(record))
+    assert restart.read_record(path) == record
+    for lost in ("checksun", "attempt"):  # it had one, or is too new to have none
+        (path / restart.RECORD_FILE).write_text(json.dumps({**record, lost: 1}))
+        assert restart.read_record(path) is None
+
+
+def test_checksum_is_that_of_what_is_read_back(tmp_path: Path) -> None:
+    value = {"b": {10: "ten", 9: (1.5, "é")}, "a": None}  # JSON knows neither tuple nor integer key
+    raw = restart.write_durable(tmp_path / "x.json", value, has_checksum=True)
+    assert (tmp_path / "x.json").read_bytes() == raw
+    read = json.loads(raw)
+    assert restart.has_right_checksum(read)
+    assert read["checksum"] == restart.json_checksum(value) == restart.json_checksum(read)
+    for wrong in (None, True, float(read["checksum"]), read["checksum"] + 1):
+        assert not restart.has_right_checksum({**read, "checksum": wrong})
+
+
+def test_writer_that_knows_its_files_says_so(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10, recorded=False)
+    sizes = {name.name: name.stat().st_size for name in path.iterdir()}
+    (path / "manifest-00000.json").write_text("{}")
+    restart.write_record(
+        path, step=10, world_size=2, config={}, files=sizes, attempt="0f" * 8, tag="global_step10",
+        manifests={"manifest-00000.json": {"size_bytes": 2, "crc32": 1}},
+    )  # fmt: skip
+    record = restart.read_record(path)
+    assert record is not None
+    assert record["files"][PART] == {"size_bytes": sizes[PART], "is_zip": True}
+    assert (record["attempt"], record["tag"]) == ("0f" * 8, "global_step10")
+    assert restart.find_damage(path) is None
+    (path / "manifest-00000.json").write_text("{} ")
+    assert restart.find_damage(path) == "manifest-00000.json has 3 bytes, 2 were written"
+
+
+def test_hidden_folder_counts_only_with_a_whole_record(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 10, recorded=True)
+    hidden = tmp_path / ".global_step20.0123456789abcdef.part"
+    _checkpoint(tmp_path, 20, recorded=True).rename(hidden)
+    assert restart.choose(tmp_path).tag == hidden.name
+    restart.forget_record(hidden)
+    assert restart.choose(tmp_path).tag == "global_step10"
+    hidden.rename(tmp_path / ".global_step20")  # looks like stock DeepSpeed's, but for the dot
+    assert restart.choose(tmp_path) == restart.Choice(tag="global_step10", step=10)
+    trash = tmp_path / ".global_step30.01234567.trash"
+    _checkpoint(tmp_path, 30, recorded=True).rename(trash)
+    assert restart.choose(tmp_path) == restart.Choice(tag="global_step10", step=10)
+
+
+def test_choice_follows_the_check_it_is_given(tmp_path: Path) -> None:
+    for step in (10, 20):
+        _checkpoint(tmp_path, step, recorded=True)
+    asked = []
+
+    def refuse_20(checkpoint: Path, *, world_size: int | None = None) -> str | None:
+        asked.append((checkpoint.name, world_size))
+        return "it is cursed" if checkpoint.name.endswith("20") else None
+
+    choice = restart.choose(tmp_path, world_size=3, find_damage=refuse_20)
+    assert choice.skipped == ["checkpoint global_step20 is not used: it is cursed"]
+    assert choice.tag == "global_step10"
+    assert asked == [("global_step20", 3), ("global_step10", 3)]
+
+
+def test_flipped_header_bits_of_an_unrecorded_part_are_damage_and_no_crash(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10, recorded=False)
+    whole = (path / PART).read_bytes()
+    place = whole.index(b"PK\x01\x02") + 8  # flags: "encrypted", which raises RuntimeError
+    (path / PART).write_bytes(whole[:place] + bytes([whole[place] | 1]) + whole[place + 1 :])
+    assert f"{PART} cannot be read" in (restart.find_damage(path) or "")
 
 
 # ---- stop

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lowtide.core.config import key_table, plugin_config_class, resolve
+from lowtide.core.config import plugin_config_class, resolve
+from lowtide.core.schema import key_table
 from lowtide.hosts import torch_loop
 
 

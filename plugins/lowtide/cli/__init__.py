@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import lowtide
-from lowtide.cli import doctor, launch, report, schema
+from lowtide.cli import checkpoint, doctor, launch, report, schema
 from lowtide.core.errors import LowtideError
 
 DEBUG_VARIABLE = "LOWTIDE_DEBUG"
@@ -61,6 +61,7 @@ app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("report")(report.report)
 app.add_typer(launch.app, name="launch")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def main(arguments: list[str] | None = None) -> None:

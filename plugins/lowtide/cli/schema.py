@@ -9,7 +9,7 @@ import typer
 from lowtide.cli.output import print_json
 
 if TYPE_CHECKING:
-    from lowtide.core.config import KeyRow
+    from lowtide.core.schema import KeyRow
 
 
 def schema(
@@ -21,7 +21,7 @@ def schema(
     ] = False,
 ) -> None:
     """Show every key of the "lowtide" block: type, default, meaning."""
-    from lowtide.core.config import json_schema, key_table
+    from lowtide.core.schema import json_schema, key_table
 
     if as_json and as_markdown:
         raise typer.BadParameter("choose --json or --markdown, not both")

@@ -33,14 +33,16 @@ class Event(str, enum.Enum):
 
     CONFIGURED = "configured"  # settings are known; no model, no process group yet
     MODEL_BUILT = "model_built"  # the user's model, before the host wraps it; may be replaced
-    OPTIMIZER_BUILT = "optimizer_built"  # the host's engine and optimizer exist
+    OPTIMIZER_BUILT = "optimizer_built"  # the host's optimizer exists; data: engine (DeepSpeed)
     BEFORE_FORWARD = "before_forward"  # once per micro-batch
     AFTER_FORWARD = "after_forward"
     AFTER_BACKWARD = "after_backward"  # gradients of one micro-batch are complete on this rank
     BEFORE_UPDATE = "before_update"  # last moment at which parameters still have their old values
     AFTER_UPDATE = "after_update"  # data["applied"] is False when the host skipped the update
-    BEFORE_SAVE = "before_save"  # data: path, tag
+    AFTER_STEP = "after_step"  # the step is over in every respect: a checkpoint may be saved
+    BEFORE_SAVE = "before_save"  # data: path, tag, client_keys, is_certified (see below)
     AFTER_SAVE = "after_save"
+    BEFORE_LOAD = "before_load"  # data: path, tag, options, engine; see below
     LOADED = "loaded"  # data: path, tag
     STOP_REQUESTED = "stop_requested"  # all ranks stop after this step; data: reason
     CLOSED = "closed"  # listeners run in reverse order
@@ -59,7 +61,10 @@ class Moment:
         step: Optimizer steps finished so far, skipped ones included.
         model: The model, where the event concerns it. Listeners of MODEL_BUILT may replace it.
         optimizer: The optimizer, where the event concerns it.
-        data: Further facts, by event (see `Event`).
+        data: Further facts, by event (see `Event`). A listener of BEFORE_SAVE that writes the
+            completion record itself, later, sets "is_certified" to False. A listener of BEFORE_LOAD
+            may change "path" and "tag", set "is_empty" where there is nothing to load, or load by
+            itself and set "result" to what the host's function returns.
     """
 
     event: Event
@@ -230,7 +235,8 @@ class Session:
         """Tell every listener of `event`; returns the moment, with what listeners changed in it.
 
         Raises:
-            PluginError: a listener failed. For CLOSED all others still run first.
+            LowtideError: a listener raised it on purpose.
+            PluginError: a listener failed otherwise, or any one of CLOSED, after all others ran.
         """
         moment = Moment(event, self, self.step, model, optimizer, data)
         entries = self.hooks.listeners(event)
@@ -240,6 +246,8 @@ class Session:
         for entry in entries:
             try:
                 entry.listener(moment)
+            except LowtideError:  # says by itself where and what
+                raise
             except Exception as error:
                 raise _listener_error(entry, event, error) from error
         return moment
@@ -281,11 +289,13 @@ class Session:
         self.fire(Event.AFTER_UPDATE, model=model, optimizer=optimizer, applied=applied)
         self.telemetry.end_step(self.step)
 
-    def poll_stop(self, *, model: Any = None, optimizer: Any = None) -> bool:
-        """Tell whether all ranks stop after this step, once; fires STOP_REQUESTED before it does.
+    def end_step(self, *, model: Any = None, optimizer: Any = None) -> bool:
+        """Fire AFTER_STEP; tell whether all ranks stop now, and fire STOP_REQUESTED if they do.
 
         Called by hosts when a step is over in every respect, by every rank.
         """
+        if self.hooks.listeners(Event.AFTER_STEP):
+            self.fire(Event.AFTER_STEP, model=model, optimizer=optimizer)
         if self.stop is None or not self.stop.poll(self.step):
             return False
         if self.rank == 0:

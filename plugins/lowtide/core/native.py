@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ Buffer: TypeAlias = Any
 """Any C-contiguous object with the buffer protocol: bytes, bytearray, memoryview, numpy array."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_CRC32 = 0xEDB88320  # both polynomials with their bits reversed
+_CRC32C = 0x82F63B78
 _INSTALL_AGAIN = "install again with: pip install --no-build-isolation -e ."
 
 
@@ -124,6 +127,34 @@ def crc32c_combine(crc_a: int, crc_b: int, length_b: int) -> int:
     return int(loaded.module.common.crc32c_combine(crc_a, crc_b, length_b))
 
 
+def crc32(data: Buffer, seed: int = 0) -> int:
+    """Return the CRC-32 of zip and zlib of the bytes of `data`; otherwise as `crc32c`."""
+    loaded = _load("_native")
+    if loaded.module is None:
+        _warn_of_fallback()
+        return crc32_reference(data, seed)
+    return int(loaded.module.common.crc32(data, seed))
+
+
+def crc32_combine(crc_a: int, crc_b: int, length_b: int) -> int:
+    """Return the CRC-32 of A followed by B; otherwise as `crc32c_combine`."""
+    loaded = _load("_native")
+    if loaded.module is None:
+        _warn_of_fallback()
+        return crc32_combine_reference(crc_a, crc_b, length_b)
+    return int(loaded.module.common.crc32_combine(crc_a, crc_b, length_b))
+
+
+def crc32_reference(data: Buffer, seed: int = 0) -> int:
+    """Compute what `crc32` computes, with zlib (about a gigabyte a second)."""
+    return zlib.crc32(_as_bytes(data), _checked("seed", seed, bits=32))
+
+
+def crc32_combine_reference(crc_a: int, crc_b: int, length_b: int) -> int:
+    """Compute what `crc32_combine` computes."""
+    return _combine(crc_a, crc_b, length_b, polynomial=_CRC32)
+
+
 def crc32c_reference(data: Buffer, seed: int = 0) -> int:
     """Compute what `crc32c` computes, one byte at a time in Python (some megabytes a second)."""
     view = _as_bytes(data)
@@ -135,19 +166,8 @@ def crc32c_reference(data: Buffer, seed: int = 0) -> int:
 
 
 def crc32c_combine_reference(crc_a: int, crc_b: int, length_b: int) -> int:
-    """Compute what `crc32c_combine` computes: push A's checksum through `length_b` zero bytes."""
-    crc_a = _checked("crc_a", crc_a, bits=32)
-    crc_b = _checked("crc_b", crc_b, bits=32)
-    length_b = _checked("length_b", length_b, bits=64)
-    # Appending zeros is linear over GF(2), so it is a 32 x 32 bit matrix, kept as its columns;
-    # squaring the matrix doubles the number of zeros.
-    zeros = [_after_zero_byte(1 << bit) for bit in range(32)]
-    while length_b:
-        if length_b & 1:
-            crc_a = _apply(zeros, crc_a)
-        zeros = [_apply(zeros, column) for column in zeros]
-        length_b >>= 1
-    return crc_a ^ crc_b
+    """Compute what `crc32c_combine` computes."""
+    return _combine(crc_a, crc_b, length_b, polynomial=_CRC32C)
 
 
 def _require(loaded: _Loaded) -> ModuleType:
@@ -243,14 +263,29 @@ def _checked(name: str, value: int, *, bits: int) -> int:
     return value
 
 
+def _combine(crc_a: int, crc_b: int, length_b: int, *, polynomial: int) -> int:
+    crc_a = _checked("crc_a", crc_a, bits=32)
+    crc_b = _checked("crc_b", crc_b, bits=32)
+    length_b = _checked("length_b", length_b, bits=64)
+    # Appending zeros is linear over GF(2), so it is a 32 x 32 bit matrix, kept as its columns;
+    # squaring the matrix doubles the number of zeros.
+    zeros = [_after_zero_byte(1 << bit, polynomial) for bit in range(32)]
+    while length_b:
+        if length_b & 1:
+            crc_a = _apply(zeros, crc_a)
+        zeros = [_apply(zeros, column) for column in zeros]
+        length_b >>= 1
+    return crc_a ^ crc_b
+
+
 @functools.cache
 def _crc_table() -> tuple[int, ...]:
-    return tuple(_after_zero_byte(byte) for byte in range(256))
+    return tuple(_after_zero_byte(byte, _CRC32C) for byte in range(256))
 
 
-def _after_zero_byte(state: int) -> int:
+def _after_zero_byte(state: int, polynomial: int) -> int:
     for _ in range(8):
-        state = (state >> 1) ^ (0x82F63B78 if state & 1 else 0)
+        state = (state >> 1) ^ (polynomial if state & 1 else 0)
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +24,11 @@ logger = logging.getLogger("lowtide")
 UNCERTIFIED = "_lowtide_uncertified"  # on the engine: what `certify` still has to confirm
 
 
-def stop_if_asked(engine: Any) -> None:
-    """End the run here if all ranks have agreed to; every rank calls it after every step."""
+def end_step(engine: Any) -> None:
+    """End the step, and the run too if all ranks have agreed to; every rank calls it."""
     session: Session = engine.lowtide
-    if session.stop is None or not session.poll_stop(
-        model=engine.module, optimizer=engine.optimizer
-    ):
-        return
-    if session.stop.config.then == "exit":
+    is_last = session.end_step(model=engine.module, optimizer=engine.optimizer)
+    if is_last and session.stop is not None and session.stop.config.then == "exit":
         _save_for_stop(engine, session.stop)
         session.close(status="stopped")
         raise SystemExit(0)
@@ -67,16 +65,23 @@ def checkpoint_methods(base: Any) -> dict[str, Any]:
         tag = f"global_step{self.global_steps}" if tag is None else tag
         state = {} if client_state is None else client_state
         folder, where = Path(save_dir) / str(tag), {"path": str(save_dir), "tag": str(tag)}
-        session.fire(Event.BEFORE_SAVE, model=self.module, **where)
-        if self.global_rank == 0:  # before the barrier behind which the first file is written
+        client_keys = [*map(str, state)]
+        moment = session.fire(
+            Event.BEFORE_SAVE, model=self.module, optimizer=self.optimizer,
+            **where, client_keys=client_keys, is_certified=True,
+        )  # fmt: skip
+        is_certified = moment.data["is_certified"]
+        if is_certified and self.global_rank == 0:  # before the barrier before the first file
             forget_record(folder)
         with session.telemetry.span("save"):
             result = base.save_checkpoint(self, save_dir, tag, state, *args, **kwargs)
-        self.__dict__[UNCERTIFIED] = (folder, self.global_steps, [*map(str, state)])
-        is_decoupled = self.checkpoint_engine.is_decoupled()
-        is_last = session.stop is not None and session.stop.requested
-        if not is_decoupled or is_last:
-            certify(self)
+        if session.stop is not None:
+            session.stop.client_keys = client_keys
+        if is_certified:
+            self.__dict__[UNCERTIFIED] = (folder, self.global_steps, client_keys)
+            is_last = session.stop is not None and session.stop.requested
+            if is_last or not self.checkpoint_engine.is_decoupled():
+                certify(self)
         session.fire(Event.AFTER_SAVE, model=self.module, **where)
         return result
 
@@ -85,14 +90,31 @@ def checkpoint_methods(base: Any) -> dict[str, Any]:
         self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         session: Session = self.lowtide
-        is_universal = self.load_universal_checkpoint()  # has a marker file of its own
-        if tag is None and session.stop is not None and not is_universal:
-            choice = _newest_complete(self, session.stop, load_dir)
-            if choice.tag is None and choice.skipped:
+        data: dict[str, Any] = {"path": str(load_dir), "tag": tag}
+        if not self.load_universal_checkpoint():  # that has a marker file of its own
+            given = inspect.signature(base.load_checkpoint).bind(
+                self, load_dir, tag, *args, **kwargs
+            )
+            given.apply_defaults()
+            options = {
+                name: value for name, value in given.arguments.items() if name not in _OF_LOAD
+            }
+            moment = session.fire(
+                Event.BEFORE_LOAD, model=self.module, optimizer=self.optimizer,
+                **data, engine=self, options=options,
+            )  # fmt: skip
+            data = moment.data
+            if data["tag"] is None and session.stop is not None:
+                choice = _newest_complete(self, session.stop, load_dir)
+                data |= {"tag": choice.tag, "is_empty": choice.tag is None and bool(choice.skipped)}
+            if data.get("is_empty"):
                 return None, {}
-            tag = choice.tag
-        with session.telemetry.span("load"):
-            result = base.load_checkpoint(self, load_dir, tag, *args, **kwargs)
+        load_dir, tag = data["path"], data["tag"]
+        if "result" in data:
+            result = data["result"]
+        else:
+            with session.telemetry.span("load"):
+                result = base.load_checkpoint(self, load_dir, tag, *args, **kwargs)
         if result[0] is not None:
             session.step = self.global_steps
             session.telemetry.start_from(session.step)
@@ -103,6 +125,8 @@ def checkpoint_methods(base: Any) -> dict[str, Any]:
 
     return {"save_checkpoint": save_checkpoint, "load_checkpoint": load_checkpoint}
 
+
+_OF_LOAD = ("self", "load_dir", "tag")
 
 # What DeepSpeed 0.19.8 itself puts beside the script's state, and hands out with it.
 _OWN_KEYS = frozenset(
@@ -151,5 +175,4 @@ def certify(engine: Any) -> None:
         except OSError as error:
             logger.warning("%s: its completion record cannot be stored: %s", folder, error)
     if session.stop is not None:
-        session.stop.client_keys = client_keys
         session.stop.saved(step, str(folder))

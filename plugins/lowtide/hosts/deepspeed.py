@@ -27,7 +27,7 @@ from lowtide.core.config import load_block, load_config
 from lowtide.core.errors import ConfigError, HostError
 from lowtide.core.lifecycle import Event, Session
 from lowtide.hosts import accelerate, deepspeed_ops
-from lowtide.hosts._deepspeed_save import UNCERTIFIED, certify, checkpoint_methods, stop_if_asked
+from lowtide.hosts._deepspeed_save import UNCERTIFIED, certify, checkpoint_methods, end_step
 from lowtide.hosts._guard import Symbol, check_host, process_rank
 
 logger = logging.getLogger("lowtide")
@@ -195,7 +195,9 @@ def attach(engine: Any, session: Session) -> None:
         session.stop.connect()
     if session.config.telemetry.monitor and engine.monitor.enabled and engine.global_rank == 0:
         session.telemetry.sinks.append(_monitor_sink(engine))
-    session.fire(Event.OPTIMIZER_BUILT, model=engine.module, optimizer=engine.optimizer)
+    session.fire(
+        Event.OPTIMIZER_BUILT, model=engine.module, optimizer=engine.optimizer, engine=engine
+    )
 
 
 def _monitor_sink(engine: Any) -> Callable[[str, float, int], None]:
@@ -253,7 +255,7 @@ def _plain_methods(base: Any) -> dict[str, Any]:
         finished = self.global_steps
         result = base.step(self, lr_kwargs)
         if self.global_steps != finished:  # not only a micro-batch
-            stop_if_asked(self)
+            end_step(self)
         return result
 
     return {
@@ -288,7 +290,7 @@ def _pipeline_methods(base: Any) -> dict[str, Any]:
 
     def train_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.train_batch(self, *args, **kwargs)
-        stop_if_asked(self)
+        end_step(self)
         return result
 
     return {"_INSTRUCTION_MAP": instructions, "train_batch": train_batch}

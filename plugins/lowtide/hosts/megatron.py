@@ -304,7 +304,7 @@ class _TorchUpdate:
 
     def _after(self, optimizer: Any, *_: Any) -> None:
         self._session.after_update(model=self._model, optimizer=optimizer)
-        self._session.poll_stop(model=self._model, optimizer=optimizer)
+        self._session.end_step(model=self._model, optimizer=optimizer)
 
 
 class _MegatronUpdate:
@@ -362,7 +362,7 @@ class _MegatronUpdate:
         self._session.after_update(
             applied=self._applied, model=self._model, optimizer=self._optimizer
         )
-        self._session.poll_stop(model=self._model, optimizer=self._optimizer)
+        self._session.end_step(model=self._model, optimizer=self._optimizer)
 
 
 def _set_on_instance(

@@ -99,7 +99,7 @@ class TorchLoop:
 
     def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         self.session.after_update(model=self.model, optimizer=optimizer)
-        self.session.poll_stop(model=self.model, optimizer=optimizer)
+        self.session.end_step(model=self.model, optimizer=optimizer)
 
 
 def attach(

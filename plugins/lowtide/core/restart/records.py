@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lowtide
 from lowtide.core.errors import CheckpointError
@@ -18,6 +20,12 @@ from lowtide.core.errors import CheckpointError
 STOP_FILE = "stop.json"
 RECORD_FILE = "lowtide.json"
 FORMAT = 1
+CHECKSUM = "checksum"
+TRASH = ".trash"  # how the name of a checkpoint that is being removed ends
+
+# What a record had before records were checksummed. One without a checksum that has more than
+# these has lost it, for example to a flipped bit in the very word.
+_OLD_KEYS = {"format", "lowtide", "step", "world_size", "time_s", "client_keys", "files", "config"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +73,57 @@ def read_stop(run_dir: Path) -> StopRecord | None:
         ) from error
 
 
-def write_durable(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace the JSON file `path` atomically, synced to disk with its folder."""
+def json_checksum(value: Mapping[str, Any]) -> int:
+    """Return the CRC-32 of `value` without its "checksum", as sorted JSON without blanks."""
+    # Through JSON and back first: what is read has lists for tuples and text for every key.
+    read = json.loads(json.dumps({k: v for k, v in value.items() if k != CHECKSUM}))
+    text = json.dumps(read, sort_keys=True, separators=(",", ":"))
+    return zlib.crc32(text.encode("utf-8"))
+
+
+def has_right_checksum(value: Mapping[str, Any]) -> bool:
+    """Return whether `value`, as read from JSON, has a "checksum" and it fits."""
+    # By type too: to Python, 1 == 1.0 == True.
+    return type(value.get(CHECKSUM)) is int and value[CHECKSUM] == json_checksum(value)
+
+
+def write_durable(path: Path, value: Mapping[str, Any], *, has_checksum: bool = False) -> bytes:
+    """Replace the JSON file `path` atomically, synced to disk with its folder.
+
+    Args:
+        path: The file.
+        value: What to write.
+        has_checksum: Whether a "checksum" of the rest is added.
+
+    Returns:
+        The bytes in the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if has_checksum:
+        value = {**value, CHECKSUM: json_checksum(value)}
+    raw = (json.dumps(value, indent=2) + "\n").encode("utf-8")
     scratch = path.with_name(f"{path.name}.part")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+    with open(scratch, "wb") as file:
+        file.write(raw)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+    return raw
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in `folder` to disk: what was created, renamed or removed there."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems sync names by themselves
+            raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +153,10 @@ def write_record(
     world_size: int,
     config: Mapping[str, Any],
     client_keys: Sequence[str] = (),
+    files: Mapping[str, int] | None = None,
+    attempt: str | None = None,
+    tag: str | None = None,
+    manifests: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
     """Certify that every rank has written its part of `checkpoint`. Called by rank 0 after that.
 
@@ -116,19 +166,39 @@ def write_record(
         world_size: Number of ranks that wrote it.
         config: The resolved block, stored with it: what every ``"auto"`` was in this run.
         client_keys: Names of the state that the script put into it.
+        files: Size in bytes of each file, by its name below `checkpoint`, from a writer that knows
+            them and whose ``.pt`` files are all zip files. Otherwise the folder is looked through.
+        attempt: Which try to write this checkpoint it was.
+        tag: The name that it is to have, whatever its folder is called meanwhile.
+        manifests: "size_bytes" and "crc32" of each file with checksums, by its name.
 
     Raises:
         OSError: it cannot be written.
     """
+    record = {"format": FORMAT, "lowtide": lowtide.__version__, "step": step}
+    record |= {"world_size": world_size, "time_s": time.time(), "client_keys": [*client_keys]}
+    known = {"attempt": attempt, "tag": tag, "manifests": manifests}
+    record |= {name: value for name, value in known.items() if value is not None}
+    found = _look_through(checkpoint) if files is None else _as_told(files)
+    record |= {"files": found, "config": config}
+    write_durable(checkpoint / RECORD_FILE, record, has_checksum=True)
+
+
+def _as_told(files: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        name: {"size_bytes": size_bytes, "is_zip": name.endswith(".pt")}
+        for name, size_bytes in sorted(files.items())
+    }
+
+
+def _look_through(checkpoint: Path) -> dict[str, Any]:
     files = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name.removesuffix(".part") != RECORD_FILE:
             is_zip = path.suffix == ".pt" and zipfile.is_zipfile(path)
             name = str(path.relative_to(checkpoint))
             files[name] = {"size_bytes": _size_bytes(path), "is_zip": is_zip}
-    record = {"format": FORMAT, "lowtide": lowtide.__version__, "step": step}
-    record |= {"world_size": world_size, "time_s": time.time(), "client_keys": [*client_keys]}
-    write_durable(checkpoint / RECORD_FILE, {**record, "files": files, "config": config})
+    return files
 
 
 def _size_bytes(path: Path) -> int:
@@ -137,21 +207,35 @@ def _size_bytes(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def choose(folder: Path, *, world_size: int | None = None) -> Choice:
+class FindDamage(Protocol):
+    """A check of one checkpoint, called like `find_damage`."""
+
+    def __call__(self, checkpoint: Path, /, *, world_size: int | None = None) -> str | None:
+        """Say why `checkpoint` cannot be loaded, or return None when it can."""
+
+
+def choose(
+    folder: Path, *, world_size: int | None = None, find_damage: FindDamage | None = None
+) -> Choice:
     """Find the newest checkpoint in `folder` that is complete.
 
     A checkpoint without a record (stock DeepSpeed wrote it, or a killed run began it) counts when
     every part of it can be read from end to end and, if `world_size` is given, each rank has one.
+    A folder whose name begins with "." counts only with a record: the run that wrote it died when
+    all was there and only the name was not.
 
     Args:
         folder: What ``save_checkpoint`` was given.
         world_size: Number of ranks that are going to load it, where each has a part of its own
             (ZeRO). A recorded checkpoint of another number of ranks is complete all the same:
             whether it can be loaded is the host's to say.
+        find_damage: A deeper check in place of this module's `find_damage`, which compares sizes
+            where there is a record.
     """
     skipped: list[str] = []
+    check = _find_damage if find_damage is None else find_damage
     for step, path in _candidates(folder):
-        damage = find_damage(path, world_size=world_size)
+        damage = check(path, world_size=world_size)
         if damage is None:
             return Choice(tag=path.name, step=step, skipped=skipped)
         skipped.append(f"checkpoint {path.name} is not used: {damage}")
@@ -163,7 +247,8 @@ def find_damage(checkpoint: Path, *, world_size: int | None = None) -> str | Non
     record = read_record(checkpoint)
     if record is None:
         return _find_damage_unrecorded(checkpoint, world_size)
-    for name, written in record["files"].items():
+    manifests = record.get("manifests", {})
+    for name, written in [*record["files"].items(), *manifests.items()]:
         path = checkpoint / name
         try:
             found = _size_bytes(path)
@@ -171,35 +256,54 @@ def find_damage(checkpoint: Path, *, world_size: int | None = None) -> str | Non
             return f"{name} cannot be read ({error.strerror})"
         if found != written["size_bytes"]:
             return f"{name} has {found} bytes, {written['size_bytes']} were written"
-        if written["is_zip"] and not zipfile.is_zipfile(path):
+        if written.get("is_zip") and not zipfile.is_zipfile(path):
             return f"{name} is no longer a torch file"
     return None
 
 
+_find_damage: FindDamage = find_damage  # `choose` has an argument of that name
+
+
 def _find_damage_unrecorded(checkpoint: Path, world_size: int | None) -> str | None:
-    optimizer_parts = list(checkpoint.glob("*optim_states.pt"))
-    model_parts = list(checkpoint.glob("*model_states.pt"))
-    if not model_parts:
-        return "it has no completion record and no model part"
-    if world_size is not None and len(optimizer_parts) < world_size:
-        return f"{len(optimizer_parts)} of {world_size} optimizer parts are there"
-    for part in sorted(optimizer_parts + model_parts):
-        try:
-            with zipfile.ZipFile(part) as archive:
-                broken = archive.testzip()
-        except (zipfile.BadZipFile, OSError) as error:
-            return f"{part.name} cannot be read ({error})"
-        if broken is not None:
-            return f"{part.name} has a wrong checksum"
+    missing = find_missing_parts(checkpoint, world_size=world_size)
+    if missing is not None:
+        return missing
+    for part in sorted(checkpoint.glob("*_states.pt")):
+        damage = find_zip_damage(part)
+        if damage is not None:
+            return f"{part.name} {damage}"
     return None
+
+
+def find_missing_parts(checkpoint: Path, *, world_size: int | None = None) -> str | None:
+    """Say which parts a checkpoint without a record lacks by its files' names, or return None."""
+    if not any(checkpoint.glob("*model_states.pt")):
+        return "it has no completion record and no model part"
+    parts = len(list(checkpoint.glob("*optim_states.pt")))
+    if world_size is not None and parts < world_size:
+        return f"{parts} of {world_size} optimizer parts are there"
+    return None
+
+
+def find_zip_damage(path: Path) -> str | None:
+    """Read the zip file `path` from end to end; say what is wrong with it, or return None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # noqa: BLE001 - a flipped bit makes zipfile raise almost anything
+        return f"cannot be read ({type(error).__name__}: {error})"
+    return None if broken is None else f"has a wrong checksum in {broken}"
 
 
 def _candidates(folder: Path) -> Iterator[tuple[int, Path]]:
     found: list[tuple[int, float, Path]] = []
     if folder.is_dir():
         for path in folder.iterdir():
+            if path.name.endswith(TRASH):
+                continue
             record = read_record(path)
-            digits = re.search(r"(\d+)$", path.name)
+            # A hidden name without a record is a checkpoint in the making, or what is left of it.
+            digits = None if path.name[0] == "." else re.search(r"(\d+)$", path.name)
             if record is not None:
                 found.append((int(record["step"]), float(record["time_s"]), path))
             elif digits and any(path.glob("*_states.pt")):
@@ -209,10 +313,15 @@ def _candidates(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the record beside a checkpoint, or None where there is none that is whole."""
+    """Return the record beside a checkpoint, or None where there is none that is whole.
+
+    Older versions wrote records without a checksum; such a record is taken as it is.
+    """
     try:
         record = json.loads((checkpoint / RECORD_FILE).read_text(encoding="utf-8"))
+        if not (record.keys() <= _OLD_KEYS or has_right_checksum(record)):
+            return None
         is_whole = isinstance(record["files"], dict) and isinstance(record["step"], int)
         return record if is_whole and "world_size" in record and "time_s" in record else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

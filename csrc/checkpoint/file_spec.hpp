@@ -1,0 +1,45 @@
+// What a writer is told about one file: where each of its bytes comes from.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lowtide::checkpoint {
+
+constexpr std::int32_t literal_entry = -1; // a piece that belongs to no checksummed entry
+constexpr std::size_t page_bytes = 4096;   // alignment that direct I/O asks for
+constexpr std::size_t patch_bytes = 4;     // a CRC-32, little-endian
+
+struct Patch {
+    std::uint64_t position; // in the literals
+    std::uint32_t entry;    // whose CRC-32 goes there
+};
+
+// The meaning of the arrays is that of lowtide.checkpoint.plan.FilePlan.
+struct FileSpec {
+    std::string path;
+    std::uint64_t size = 0;
+    std::vector<std::uint64_t> offsets;
+    std::vector<std::uint64_t> lengths;
+    std::vector<std::uint64_t> addresses;
+    std::vector<std::int32_t> entries;
+    std::uint64_t literals_address = 0;
+    std::uint64_t literals_bytes = 0;
+    std::vector<Patch> patches;    // ascending by position once prepared
+    std::uint32_t entry_count = 0; // known once prepared
+
+    // Sorts the patches, counts the entries and checks everything that can be checked without
+    // reading the memory. Throws std::invalid_argument, which says what is wrong where.
+    void prepare();
+
+    // Number of the first patch that ends behind `position` in the literals.
+    std::size_t first_patch_behind(std::uint64_t position) const;
+
+  private:
+    void check_pieces() const;
+    void check_patches() const;
+    [[noreturn]] void fail(const std::string &text) const;
+};
+
+} // namespace lowtide::checkpoint

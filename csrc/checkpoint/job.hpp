@@ -1,0 +1,99 @@
+// A checkpoint under way: its files, and how far each of them is. Guarded by the writer's lock
+// where nothing else is said.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "capture.hpp"
+#include "file_spec.hpp"
+#include "io.hpp"
+#include "slab_ring.hpp"
+
+namespace lowtide::checkpoint {
+
+using Clock = std::chrono::steady_clock; // CLOCK_MONOTONIC, as Python's time.monotonic
+
+struct Job;
+struct File;
+
+// A chunk from the moment when a thread takes it until it is written or dropped.
+struct Chunk : Write {
+    std::shared_ptr<Job> job; // keeps itself and the file alive
+    File *file = nullptr;
+    std::size_t index = 0;
+    std::size_t payload = 0;   // bytes of the file in it; `bytes` may be padded
+    int slab = SlabRing::none; // or none: it is written from where the tensor lies
+    std::vector<Part> parts;
+};
+
+struct File {
+    enum class State { closed, opening, open, closing, done };
+
+    FileSpec spec; // constant once the job is submitted
+    std::size_t chunks = 0;
+    std::size_t taken = 0;
+    std::size_t folded = 0;
+    std::size_t written = 0;
+    std::size_t in_flight = 0; // chunks that exist
+    bool is_folding = false;   // by one thread, which alone uses the checksums meanwhile
+    std::map<std::size_t, std::unique_ptr<Chunk>> captured; // waiting for those before them
+    std::vector<std::unique_ptr<Chunk>> unopened;           // waiting for the file
+    std::vector<std::uint32_t> entry_crcs;
+    std::vector<std::uint32_t> chunk_crcs;
+    State state = State::closed;
+    int fd = -1;
+    bool is_direct = false;
+    bool is_padded = false; // the last write went beyond the end
+
+    std::uint64_t chunk_begin(std::size_t index, std::size_t chunk_bytes) const {
+        return static_cast<std::uint64_t>(index) * chunk_bytes;
+    }
+};
+
+struct Failure {
+    std::string operation;
+    std::string path;
+    int error = 0;
+    std::uint64_t wanted_bytes = 0; // size of the file
+};
+
+struct Job {
+    std::vector<std::unique_ptr<File>> files;
+    std::size_t next_file = 0; // to capture from
+    std::size_t durable_files = 0;
+    std::uint64_t total_bytes = 0;
+    std::uint64_t captured_bytes = 0;
+    std::uint64_t written_bytes = 0;
+    std::uint64_t staged_bytes = 0;
+    std::uint64_t direct_bytes = 0;
+    std::size_t reading = 0; // chunks whose live memory is being read
+    std::optional<Failure> failure;
+    std::atomic<bool> is_dropped{false}; // set together with `failure`; read without the lock
+    std::optional<Clock::time_point> captured_at;
+    std::optional<Clock::time_point> durable_at;
+    Clock::time_point progress_at = Clock::now();
+
+    // Nobody reads the live memory any more.
+    bool is_released() const { return reading == 0 && (captured_at || failure); }
+    // Nothing more will come.
+    bool is_settled() const { return durable_at || failure; }
+};
+
+// A job's numbers at one moment.
+struct JobState {
+    std::uint64_t total_bytes, captured_bytes, written_bytes, staged_bytes, direct_bytes;
+    bool is_captured, is_released, is_durable;
+    std::optional<Failure> failure;
+    std::optional<double> capture_end_s, durable_end_s;
+    double idle_s;
+};
+
+} // namespace lowtide::checkpoint

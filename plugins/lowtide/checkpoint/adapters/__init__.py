@@ -1,0 +1,1 @@
+"""Where the private interfaces of the hosts are touched."""

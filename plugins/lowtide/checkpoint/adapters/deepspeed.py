@@ -1,0 +1,185 @@
+"""DeepSpeed: the engine behind ``save_checkpoint`` and ``load_checkpoint``.
+
+DeepSpeed 0.19.8 has no registry for checkpoint engines. Its own factory is called by name from
+`deepspeed.runtime.engine`, so for the moment in which our engine is built, that name is ours. The
+engine calls itself decoupled: DeepSpeed then neither commits nor writes ``latest`` on the training
+thread. It gives no commit info, so that nothing waits for storage at a step either: the wait for
+the copies is a listener of BEFORE_UPDATE, which pipeline parallelism passes through as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowtide.core.errors import HostError
+
+if TYPE_CHECKING:
+    from lowtide.checkpoint.plugin import CheckpointPlugin
+
+_FACTORY = "create_checkpoint_engine"
+_KEYWORDS = {"config_params", "groups", "zero_stage", "has_moe_layers", "optimize_dp_state"}
+# Methods of the engine that move or rewrite the state outside of an update.
+_REWRITERS = ("offload_states", "reload_states", "load_module_state_dict")
+
+
+class DeepSpeedAdapter:
+    """Puts the plugin behind one DeepSpeed engine."""
+
+    def __init__(self, plugin: CheckpointPlugin) -> None:
+        self._plugin = plugin
+        self._stock_factory: Callable[..., Any] | None = None
+        self._engine: Callable[[], Any] = lambda: None
+
+    def before_engine(self) -> None:
+        """Let DeepSpeed build our checkpoint engine into the engine that it builds next.
+
+        Raises:
+            HostError: DeepSpeed's inner interface has moved.
+        """
+        from deepspeed.runtime import engine as module
+
+        stock = getattr(module, _FACTORY, None)
+        if not callable(stock):
+            raise HostError(
+                f"deepspeed.runtime.engine.{_FACTORY} is gone, so the checkpoint plugin cannot "
+                f"take its place; use a tested DeepSpeed (see docs/hosts.md)"
+            )
+
+        def create(**keywords: Any) -> Any:
+            if not set(keywords) <= _KEYWORDS:
+                raise HostError(
+                    f"deepspeed.runtime.engine.{_FACTORY} was called with {sorted(keywords)}, "
+                    f"known are {sorted(_KEYWORDS)}; use a tested DeepSpeed (see docs/hosts.md)"
+                )
+            return _make_engine(self._plugin)
+
+        self._stock_factory = stock
+        setattr(module, _FACTORY, create)
+
+    def after_engine(self, engine: Any) -> None:
+        """Give DeepSpeed its factory back; guard the methods that rewrite the state."""
+        self._restore()
+        self._engine = weakref.ref(engine)
+        plugin = self._plugin
+        for name in _REWRITERS:
+            stock = getattr(engine, name, None)
+            if stock is not None:
+                engine.__dict__[name] = _released(plugin, stock)
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Save as the script would."""
+        engine = self._engine()
+        if engine is not None:
+            engine.save_checkpoint(str(folder), client_state=client_state)
+
+    def load(self, checkpoint: Path, options: Mapping[str, Any]) -> Any:
+        """Load a checkpoint of another number of ranks or another ZeRO stage, or return None."""
+        from lowtide.checkpoint.adapters import reshard
+
+        engine = self._engine()
+        if engine is None or _is_model_parallel(engine):
+            return None
+        if not reshard.needs_resharding(engine, checkpoint):
+            return None
+        if options.get("load_module_only") or options.get("custom_load_fn"):
+            return None
+        client_state = reshard.load_resharded(
+            engine,
+            checkpoint,
+            load_optimizer_states=options.get("load_optimizer_states", True),
+            load_lr_scheduler_states=options.get("load_lr_scheduler_states", True),
+        )
+        return str(checkpoint / "resharded"), client_state
+
+    def parts(self) -> int | None:
+        """With ZeRO every rank has a part of its own."""
+        engine = self._engine()
+        if engine is None or not engine.zero_optimization():
+            return None
+        import torch.distributed as dist
+
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def close(self) -> None:
+        """Undo everything."""
+        self._restore()
+        engine = self._engine()
+        if engine is not None:
+            for name in _REWRITERS:
+                engine.__dict__.pop(name, None)
+
+    def _restore(self) -> None:
+        stock, self._stock_factory = self._stock_factory, None
+        if stock is not None:
+            from deepspeed.runtime import engine as module
+
+            setattr(module, _FACTORY, stock)
+
+
+def _is_model_parallel(engine: Any) -> bool:
+    """Tell whether ranks hold different parts of the model for other reasons than ZeRO."""
+    is_split = engine.mp_world_size > 1 or engine.has_moe_layers
+    return bool(is_split or engine.pipeline_parallelism)
+
+
+def _released(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def released(*args: Any, **kwargs: Any) -> Any:
+        plugin.release()
+        return stock(*args, **kwargs)
+
+    return released
+
+
+def _make_engine(plugin: CheckpointPlugin) -> Any:
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+    class LazyCheckpointEngine(CheckpointEngine):
+        """What DeepSpeed calls; everything else is the plugin's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = "lowtide"
+
+        def create(self, info: Any) -> None:
+            """Begin a checkpoint, as far as DeepSpeed is concerned."""
+            plugin.set_save_latest(bool(info.save_latest))
+
+        def makedirs(self, path: Any, exist_ok: bool = False) -> None:
+            """Make a folder, but not the checkpoint's own: that appears when it is complete."""
+            if not plugin.is_inside(Path(path)):
+                Path(path).mkdir(parents=True, exist_ok=exist_ok)
+
+        def save(self, state_dict: Any, path: Any) -> None:
+            """Take a state; its bytes are copied later."""
+            if not plugin.add(state_dict, Path(path)):
+                plugin.save_file(state_dict, Path(path))
+
+        def load(self, path: Any, map_location: Any = None) -> Any:
+            """Read a file. What was to be verified has been verified before."""
+            # DeepSpeed's own files hold more than tensors, and are as trusted as its own engine
+            # trusts them.
+            return torch.load(path, map_location=map_location, weights_only=False)
+
+        def commit(self, info: Any) -> bool:  # noqa: ARG002
+            """Agree: files outside of checkpoints are there already."""
+            return True
+
+        def is_decoupled(self) -> bool:
+            """Keep DeepSpeed from committing on the training thread."""
+            return True
+
+        def preserves_storage_sharing(self) -> bool:
+            """Slices are saved as slices, so DeepSpeed need not clone them first."""
+            return False
+
+        def cleanup(self) -> None:
+            """Nothing: the session ends the plugin before the engine is destroyed."""
+
+    return LazyCheckpointEngine()

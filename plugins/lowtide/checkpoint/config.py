@@ -1,0 +1,118 @@
+"""Settings of the ``checkpoint`` key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lowtide.core.config import Auto, PluginConfig
+from lowtide.core.errors import ConfigError
+
+MIB = 1 << 20
+
+
+class TierConfig(BaseModel):
+    """One level of storage: a folder, and how it is used."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    path: str
+    """Folder of this level. ``/dev/shm/...`` is host memory that outlives the trainer."""
+
+    every: int = Field(default=1, ge=1)
+    """Only every this many-th checkpoint comes to this level."""
+
+    keep: int | None = Field(default=None, ge=1)
+    """Newest checkpoints kept at this level; null takes the plugin's `keep`."""
+
+    bytes_per_s: float | None = Field(default=None, gt=0)
+    """Highest rate at which one rank writes to this level; null is no limit."""
+
+
+class CheckpointConfig(PluginConfig):
+    """Lazy, asynchronous checkpoints on several levels of storage (see docs/checkpoint.md)."""
+
+    tiers: tuple[TierConfig, ...] = ()
+    """Levels, fastest first; the last is the folder that the script saves to and loads from.
+    Empty: only that folder. Saves to any other folder are written there directly."""
+
+    every_n_steps: int | Auto | None = Field(default=None)
+    """Save by itself after every this many optimizer steps, to the last of `tiers`. Auto: the
+    interval that loses least time (Young/Daly), from the measured cost and
+    `mean_time_between_failures_s`. Null: only when the script saves."""
+
+    mean_time_between_failures_s: float = Field(default=14_400.0, gt=0)
+    """How often the whole job fails, for ``"every_n_steps": "auto"``."""
+
+    keep: int | None = Field(default=None, ge=1)
+    """Newest complete checkpoints kept in each folder; older ones are removed. Null: all."""
+
+    keep_every_n_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints whose step is a multiple of this are kept for ever."""
+
+    host_buffer_bytes: int | Auto = "auto"
+    """Host memory of each rank that holds bytes on their way to storage. Auto: the size of the
+    rank's state, at most an eighth of the memory that is free on the node."""
+
+    lazy: bool = True
+    """Copy parameters and optimizer state during the next forward and backward. False copies
+    everything before `save_checkpoint` returns."""
+
+    on_error: Literal["warn", "raise"] = "warn"
+    """What a checkpoint that cannot be stored does. Raise: the next `save_checkpoint` raises, on
+    all ranks alike, and so does `wait`."""
+
+    max_wait_s: float = Field(default=30.0, gt=0)
+    """Longest time that an update waits for a copy; then the checkpoint is given up."""
+
+    stall_timeout_s: float = Field(default=120.0, gt=0)
+    """A level that makes no progress for this long has failed."""
+
+    commit_timeout_s: float = Field(default=600.0, gt=0)
+    """How long to wait for the other ranks' parts of a checkpoint."""
+
+    close_timeout_s: float = Field(default=1800.0, gt=0)
+    """How long the end of a run waits for checkpoints that are still being written."""
+
+    verify: Literal["full", "fast", "off"] = "full"
+    """What is checked before loading: all checksums, a sample of them, or only sizes."""
+
+    io: Literal["auto", "io_uring", "threads"] = "auto"
+    """How files are written. Auto: io_uring where the kernel allows it, else a pool of threads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        if self.every_n_steps is not None and not self.tiers:
+            raise ValueError(
+                '"every_n_steps" needs to know where to save; add "tiers": [{"path": ...}]'
+            )
+        if isinstance(self.every_n_steps, int) and self.every_n_steps < 1:
+            raise ValueError('"every_n_steps" must be at least 1, "auto" or null')
+        if isinstance(self.host_buffer_bytes, int) and self.host_buffer_bytes < 16 * MIB:
+            raise ValueError(
+                f'"host_buffer_bytes" is {self.host_buffer_bytes}, at least {16 * MIB} (16 MiB) '
+                f"are needed"
+            )
+        paths = [tier.path.rstrip("/") for tier in self.tiers]
+        if len(set(paths)) != len(paths):
+            raise ValueError('"tiers" names one folder twice')
+        return self
+
+    def check_host(self, host_config: Mapping[str, Any]) -> None:
+        """Refuse what else would decide how DeepSpeed writes its checkpoints."""
+        block = host_config.get("checkpoint") or {}
+        rivals = [
+            (isinstance(block, Mapping) and bool(block.get("writer")), "checkpoint.writer"),
+            ("datastates_ckpt" in host_config, "datastates_ckpt"),
+            ("nebula" in host_config, "nebula"),
+        ]
+        for is_set, key in rivals:
+            if is_set:
+                raise ConfigError(
+                    f'lowtide.checkpoint: DeepSpeed\'s own "{key}" is set too, and only one can '
+                    f"write checkpoints; remove one of them"
+                )

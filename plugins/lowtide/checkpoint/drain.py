@@ -1,0 +1,119 @@
+"""Brings committed checkpoints from a faster level of storage to a slower one."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from lowtide.checkpoint.commit import Committer, wait_durable
+from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.folders import make_part_folder
+from lowtide.checkpoint.manifest import FileSums, manifest_name, read_manifest
+from lowtide.checkpoint.plan import FilePlan, FileResult
+from lowtide.checkpoint.saving import Level, Saving
+from lowtide.checkpoint.writer import Writer, open_writer
+from lowtide.core.errors import CheckpointError
+
+_BUFFER_BYTES = 16 * MIB
+
+
+class Drain:
+    """Copies this rank's files down, level by level, checking them on the way.
+
+    Args:
+        config: The plugin's settings.
+        committer: Where ranks agree that a copy is complete.
+    """
+
+    def __init__(self, config: CheckpointConfig, committer: Committer) -> None:
+        self._config = config
+        self._committer = committer
+        self._writers: dict[int, Writer] = {}
+
+    def bring(self, saving: Saving, above: Level, level: Level, *, is_superseded: bool) -> None:
+        """Copy `saving` from `above` to `level` and commit it there.
+
+        Args:
+            saving: A checkpoint that is committed on `above`.
+            above: Where it is.
+            level: Where it is to be, too.
+            is_superseded: Rank 0's wish to leave it out, because a newer one is waiting already.
+
+        Raises:
+            CheckpointError: it cannot be read, is damaged, or cannot be committed.
+        """
+        if not self._committer.agree(saving, level, go=not is_superseded):
+            saving.superseded.append(str(level.folder))
+            return
+        results: list[FileResult] = []
+        try:
+            results = self._copy(saving, above, level)
+            vote = self._committer.vote(saving, level, results)
+        except (CheckpointError, OSError) as error:
+            vote = {"error": str(error)}
+        self._committer.decide(saving, level, vote)
+
+    def close(self) -> None:
+        """End the writers' threads."""
+        writers, self._writers = self._writers, {}
+        for writer in writers.values():
+            writer.close(timeout_s=1.0)
+
+    def _copy(self, saving: Saving, above: Level, level: Level) -> list[FileResult]:
+        source, part = saving.final(above), saving.part(level)
+        rank = self._committer.rank
+        manifest = read_manifest(source / manifest_name(rank))
+        if manifest.attempt != saving.attempt:
+            raise CheckpointError(
+                f"{source}: was overwritten by a newer checkpoint before it could be copied to "
+                f"{level.folder}; give each checkpoint a tag of its own"
+            )
+        make_part_folder(part, is_owner=rank == 0)
+        plans = []
+        for name, sums in manifest.files.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            plans.append(_plan_copy(source / name, part / name, sums))
+        ticket = self._writer(level).submit(plans)
+        results = wait_durable(
+            ticket, what=f"{saving.tag} to {level.folder}", stall_s=self._config.stall_timeout_s
+        )
+        for result, (name, sums) in zip(results, manifest.files.items(), strict=True):
+            if tuple(result.crc32) != sums.crc32:
+                raise CheckpointError(
+                    f"{source / name}: has changed on its disk since it was written there, so it "
+                    f"is not copied to {level.folder}; check that disk"
+                )
+        return results
+
+    def _writer(self, level: Level) -> Writer:
+        if level.number not in self._writers:
+            self._writers[level.number] = open_writer(
+                buffer_bytes=_BUFFER_BYTES, io=self._config.io, bytes_per_s=level.bytes_per_s
+            )
+        return self._writers[level.number]
+
+
+def _plan_copy(source: Path, target: Path, sums: FileSums) -> FilePlan:
+    """Plan a copy whose live memory is the mapped source."""
+    with open(source, "rb") as file:
+        size_bytes = file.seek(0, 2)
+        if size_bytes != sums.size_bytes:
+            raise CheckpointError(
+                f"{source}: has {size_bytes} bytes, {sums.size_bytes} were written; check its disk"
+            )
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size_bytes else b""
+    pages = np.frombuffer(mapped, np.uint8)
+    is_full = 1 if size_bytes else 0
+    return FilePlan(
+        path=target,
+        size_bytes=size_bytes,
+        offsets=np.zeros(is_full, np.uint64),
+        lengths=np.full(is_full, size_bytes, np.uint64),
+        addresses=np.full(is_full, pages.ctypes.data, np.uint64),
+        entries=np.zeros(is_full, np.int32),
+        literals=np.zeros(0, np.uint8),
+        patches=np.zeros((0, 2), np.uint64),
+        owners=[pages],
+    )

@@ -1,0 +1,62 @@
+"""What a writer is told about one file: where each of its bytes comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LITERAL = -1  # in `FilePlan.entries`: the piece is fixed text, not part of a checksummed entry
+
+
+@dataclass(kw_only=True)
+class FilePlan:
+    """One file as a list of pieces of host memory, in file order, without gaps.
+
+    Pieces are either literals (headers, padding, the pickle; they lie in `literals`) or parts of
+    an entry (a tensor's bytes, live memory). The CRC-32 of an entry is known only when all of its
+    bytes have been read; `patches` says where in `literals` it is then written, and such literals
+    stand behind their entry in the file.
+
+    Attributes:
+        path: The file to write.
+        size_bytes: Its size.
+        offsets: uint64, shape (pieces,); where each piece begins in the file. Ascending.
+        lengths: uint64, shape (pieces,); bytes of each piece, never 0.
+        addresses: uint64, shape (pieces,); where each piece lies in memory.
+        entries: int32, shape (pieces,); number of the entry, from 0, or `LITERAL`.
+        literals: uint8; the memory of all literals.
+        patches: uint64, shape (patches, 2); position in `literals` of four bytes that take the
+            little-endian CRC-32 of an entry, and the number of that entry.
+        owners: What keeps the live memory alive; dropped once the file is captured.
+    """
+
+    path: Path
+    size_bytes: int
+    offsets: NDArray[np.uint64]
+    lengths: NDArray[np.uint64]
+    addresses: NDArray[np.uint64]
+    entries: NDArray[np.int32]
+    literals: NDArray[np.uint8]
+    patches: NDArray[np.uint64]
+    owners: list[Any] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileResult:
+    """What a writer says about a file that is on its disk.
+
+    Attributes:
+        path: The file.
+        size_bytes: Its size.
+        chunk_bytes: Distance between two checksums; the last chunk may be shorter.
+        crc32: One CRC-32 (zip's and zlib's) per chunk.
+    """
+
+    path: Path
+    size_bytes: int
+    chunk_bytes: int
+    crc32: list[int]

@@ -1,0 +1,398 @@
+"""Glue between the lifecycle of a run and the saver."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from lowtide.checkpoint.board import open_board
+from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.finding import Finder
+from lowtide.checkpoint.interval import Interval
+from lowtide.checkpoint.ledger import Ledger
+from lowtide.checkpoint.saver import CHUNK_BYTES, Saver
+from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.stable import StableMemory
+from lowtide.core.errors import CheckpointError
+from lowtide.core.lifecycle import Event, Moment, Plugin, Session
+
+logger = logging.getLogger("lowtide")
+
+_FIRST = -100  # before plugins that begin to change the state
+_EXIT_TIMEOUT_S = 60.0
+
+
+class Adapter(Protocol):
+    """What a host's own way of saving needs."""
+
+    def before_engine(self) -> None:
+        """The engine is about to be built."""
+
+    def after_engine(self, engine: Any) -> None:
+        """The engine has been built."""
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Save a checkpoint the way the script would."""
+
+    def load(self, checkpoint: Path, options: Mapping[str, Any]) -> Any:
+        """Load where the host itself could not; None leaves it to the host."""
+
+    def parts(self) -> int | None:
+        """How many ranks need a part of their own, or None."""
+
+    def close(self) -> None:
+        """Undo what was done to the host."""
+
+
+class CheckpointPlugin(Plugin):
+    """Lazy, asynchronous, multi-level checkpoints. ``engine.lowtide.checkpoint`` for scripts.
+
+    Attributes:
+        client_state: Called for the ``client_state`` of the checkpoints that Lowtide saves by
+            itself (``"every_n_steps"``).
+        last_error: Why the newest failure failed, or None.
+    """
+
+    name = "checkpoint"
+    Config = CheckpointConfig
+    config: CheckpointConfig
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        super().__init__(config)
+        self.client_state: Callable[[], dict[str, Any]] = dict
+        self._session: Session | None = None
+        self._saver: Saver | None = None
+        self._finder: Finder | None = None
+        self._adapter: Adapter | None = None
+        self._model: Any = None
+        self._optimizer: Any = None
+        self._save_latest = True
+        self._stable = StableMemory()
+        self._raises = 0
+        self._interval: Interval | None = None
+        self._ledger: Ledger | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
+        self._step_begin_s: float | None = None
+
+    # -- for scripts ------------------------------------------------------------------------
+
+    def wait(self, level: str = "committed", timeout_s: float | None = None) -> bool:
+        """Wait until every checkpoint has come to `level`, or has failed.
+
+        Args:
+            level: "captured" (the model may change), "durable" (this rank's files are synced),
+                "committed" (all ranks' are, and it is complete on its first level) or "drained"
+                (on all its levels).
+            timeout_s: How long to wait at most; None is as long as it takes.
+
+        Returns:
+            Whether the newest one has come that far.
+
+        Raises:
+            CheckpointError: no such level; or, with ``"on_error": "raise"``, one has failed.
+        """
+        levels = [stage.value for stage in Stage if stage is not Stage.FAILED]
+        if level not in levels:
+            raise CheckpointError(f'level "{level}": unknown, allowed are {", ".join(levels)}')
+        is_there = self._the_saver().wait(Stage(level), timeout_s)
+        self._the_ledger().settle()
+        if self.config.on_error == "raise":
+            self._raise(self._the_ledger().unraised)
+        return is_there
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what is known about the checkpoints of this run, oldest first, as plain JSON."""
+        return [] if self._saver is None else [s.describe() for s in self._saver.history]
+
+    @property
+    def last_error(self) -> CheckpointError | None:
+        """Why the newest failure failed, or None."""
+        return None if self._saver is None else self._saver.last_error
+
+    def save(
+        self, folder: str | os.PathLike[str], files: Mapping[str, Any], *, tag: str | None = None
+    ) -> None:
+        """Save states of your own as one checkpoint; for loops without DeepSpeed. Collective.
+
+        Args:
+            folder: The folder that holds checkpoints.
+            files: This rank's states, by file name; names must differ between ranks.
+            tag: Its name; ``step<N>`` by default.
+        """
+        saver, session = self._the_saver(), self._the_session()
+        tag = f"step{session.step}" if tag is None else tag
+        self._begin(Path(folder), tag, [])
+        for name, state in files.items():
+            saver.add(state, name, is_stable=self._stable.covers)
+        self._end()
+
+    # -- for adapters -----------------------------------------------------------------------
+
+    def add(self, state: Any, path: Path) -> bool:
+        """Add a file to the checkpoint that has begun; False when it is not one of its files."""
+        saver = self._the_saver()
+        saving = saver.current
+        if saving is None or not path.is_relative_to(self._asked):
+            return False
+        saver.add(state, path.relative_to(self._asked).as_posix(), is_stable=self._stable.covers)
+        return True
+
+    def is_inside(self, path: Path) -> bool:
+        """Tell whether `path` belongs to the checkpoint that has begun."""
+        is_saving = self._saver is not None and self._saver.current is not None
+        return is_saving and path.is_relative_to(self._asked)
+
+    def save_file(self, state: Any, path: Path) -> None:
+        """Write one file that belongs to no checkpoint; it is there on return."""
+        self._the_saver().save_file(state, path)
+
+    def set_save_latest(self, is_wanted: bool) -> None:
+        """Say whether the checkpoint that has begun moves ``latest``."""
+        self._save_latest = is_wanted
+
+    def release(self) -> None:
+        """Copy what is still to be copied, because the state is about to change."""
+        if self._saver is not None:
+            self._saver.wait_captured()
+
+    # -- lifecycle ----------------------------------------------------------------------------
+
+    def attach(self, session: Session) -> None:
+        """Subscribe; nothing is allocated before the optimizer exists."""
+        self._session = session
+        if session.host == "deepspeed":
+            from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
+
+            self._adapter = DeepSpeedAdapter(self)
+        listeners = {
+            Event.MODEL_BUILT: self._before_engine,
+            Event.OPTIMIZER_BUILT: self._after_engine,
+            Event.BEFORE_UPDATE: self._before_update,
+            Event.AFTER_STEP: self._after_step,
+            Event.BEFORE_SAVE: self._before_save,
+            Event.AFTER_SAVE: self._after_save,
+            Event.BEFORE_LOAD: self._before_load,
+            Event.CLOSED: self._closed,
+        }
+        for event, listener in listeners.items():
+            session.hooks.on(event, listener, plugin=self.name, order=_FIRST)
+
+    def detach(self) -> None:
+        """End all threads and give the host its own functions back."""
+        adapter, self._adapter = self._adapter, None
+        if adapter is not None:
+            adapter.close()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if self._saver is not None:
+            self._saver.close(timeout_s=1.0)
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts, bytes, the time that training waited, and how files are written."""
+        if self._saver is None or self._ledger is None:
+            return {}
+        summary = {**self._ledger.summary(), "writer": self._saver.writer.facts()}
+        if self.last_error is not None:
+            summary["last_error"] = str(self.last_error)
+        return summary
+
+    def _before_engine(self, _moment: Moment) -> None:
+        if self._adapter is not None:
+            self._adapter.before_engine()
+
+    def _after_engine(self, moment: Moment) -> None:
+        session = self._the_session()
+        self._model, self._optimizer = moment.model, moment.optimizer
+        if self._adapter is not None:
+            self._adapter.after_engine(moment.data.get("engine"))
+        self._stable.look_at(self._model, self._optimizer)
+        board = open_board()
+        self._saver = Saver(self.config, board, buffer_bytes=self._buffer_bytes())
+        self._finder = Finder(board, self.config.verify)
+        if self.config.every_n_steps is not None:
+            self._interval = Interval(
+                board,
+                every_n_steps=self.config.every_n_steps,
+                between_failures_s=self.config.mean_time_between_failures_s,
+            )
+        self._ledger = Ledger(session.telemetry, session.stop)
+        # For a script that just ends. Made after the session's own, so it runs before that.
+        self._finalizer = weakref.finalize(self, _end_of_process, self._saver, self._ledger)
+        if session.rank == 0:
+            logger.info("checkpoint: %s", _said(self._saver.writer.facts()))
+
+    def _buffer_bytes(self) -> int:
+        chosen = self.config.host_buffer_bytes
+        if isinstance(chosen, int):
+            return chosen
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limit = _available_bytes() // 8 // max(ranks, 1)
+        wanted = max(min(self._stable.expected_bytes(), limit), 32 * MIB)
+        chunks = -(-wanted // CHUNK_BYTES)
+        self._the_session().config.decide("checkpoint.host_buffer_bytes", chunks * CHUNK_BYTES)
+        return chunks * CHUNK_BYTES
+
+    def _before_save(self, moment: Moment) -> None:
+        tag = moment.data["tag"]
+        if tag is None:  # a single file, as the plain loop writes it
+            return
+        moment.data["is_certified"] = False
+        self._begin(Path(moment.data["path"]), tag, moment.data.get("client_keys", []))
+
+    def _begin(self, folder: Path, tag: str, client_keys: list[str]) -> None:
+        session = self._the_session()
+        self._save_begin_s = time.perf_counter()
+        self._asked = folder / tag
+        if self.config.on_error == "raise":
+            self._raise_on_all()
+        self._stable.look_at(self._model, self._optimizer)
+        details = {"config": session.config.as_dict(), "client_keys": client_keys}
+        self._the_saver().begin(folder, tag, step=session.step, details=details)
+
+    def _after_save(self, moment: Moment) -> None:
+        if self._the_saver().current is not None and moment.data["tag"] is not None:
+            self._end()
+
+    def _end(self) -> None:
+        saver, session = self._the_saver(), self._the_session()
+        saving = saver.end(save_latest=self._save_latest)
+        self._save_latest = True
+        saving.blocked_s += time.perf_counter() - self._save_begin_s
+        ledger = self._the_ledger()
+        ledger.open(saving)
+        if session.stop is not None and session.stop.requested:
+            # The run is about to end, and perhaps to be killed.
+            saver.wait(Stage.COMMITTED, self.config.commit_timeout_s)
+            ledger.settle()
+
+    def _before_update(self, _moment: Moment) -> None:
+        ledger = self._the_ledger()
+        if not ledger.is_waiting:
+            return
+        saver, session = self._the_saver(), self._the_session()
+        begin_s = time.perf_counter()
+        if saver.wait_captured() > 0.0:
+            session.telemetry.add_span("capture wait", "host", begin_s, time.perf_counter())
+        ledger.settle()
+
+    def _after_step(self, moment: Moment) -> None:
+        if self._the_ledger().is_waiting:
+            self._the_ledger().settle()
+        interval, now_s = self._interval, time.perf_counter()
+        if interval is None:
+            return
+        if self._step_begin_s is not None:
+            interval.add_step(now_s - self._step_begin_s, is_saving=self._the_saver().is_busy())
+        self._step_begin_s = now_s
+        if interval.is_due(moment.step):
+            folder, state = Path(self.config.tiers[-1].path), self.client_state()
+            if self._adapter is not None:
+                self._adapter.save(folder, state)
+            else:
+                self.save(folder, {f"rank{self._the_session().rank}.pt": self._own_state(state)})
+            self._step_begin_s = time.perf_counter()
+            costs = [s.blocked_s for s in self._the_saver().history if s.has_ended]
+            interval.plan_next(moment.step, costs)
+
+    def _own_state(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self._the_session().step,
+            "extra": client_state,
+        }
+
+    def _before_load(self, moment: Moment) -> None:
+        saver, finder, session = self._the_saver(), self._finder, self._the_session()
+        if finder is None:
+            return
+        saver.wait(Stage.COMMITTED)  # one of them may be what is to be loaded
+        self._the_ledger().settle()
+        asked = Path(moment.data["path"]).absolute()
+        tiers = [Path(tier.path).absolute() for tier in self.config.tiers]
+        folders = tiers if tiers and asked == tiers[-1] else [asked]
+        parts = self._adapter.parts() if self._adapter is not None else None
+        with session.telemetry.span("verify"):
+            found = finder.find(folders, moment.data["tag"], parts=parts)
+        if session.rank == 0:
+            for line in found.skipped:
+                logger.warning("%s", line)
+        if found.folder is None or found.name is None:
+            if found.skipped and session.rank == 0:
+                logger.warning("%s: no checkpoint is whole, so nothing is loaded", asked)
+            moment.data["is_empty"] = bool(found.skipped)
+            return
+        moment.data["path"], moment.data["tag"] = str(found.folder), found.name
+        if self._adapter is not None:
+            result = self._adapter.load(found.folder / found.name, moment.data.get("options", {}))
+            if result is not None:
+                moment.data["result"] = result
+
+    def _closed(self, _moment: Moment) -> None:
+        if self._saver is None:
+            return
+        if self._saver.is_busy() and self._the_session().rank == 0:
+            logger.info("checkpoint: finishing what is on its way")
+        self._saver.close(self.config.close_timeout_s)
+        self._the_ledger().settle()
+
+    def _raise_on_all(self) -> None:
+        """Raise on every rank what rank 0 knows has failed; called where all ranks come by."""
+        ledger = self._the_ledger()
+        ledger.settle()
+        self._raises += 1
+        known = ledger.unraised
+        text = self._the_saver().board.share(
+            f"raise/{self._raises}", lambda: None if known is None else str(known)
+        )
+        self._raise(None if text is None else CheckpointError(text))
+
+    def _raise(self, error: CheckpointError | None) -> None:
+        if error is not None:
+            self._the_ledger().unraised = None
+            raise error
+
+    def _the_ledger(self) -> Ledger:
+        if self._ledger is None:
+            raise CheckpointError("checkpoint: there is no engine yet")
+        return self._ledger
+
+    def _the_saver(self) -> Saver:
+        if self._saver is None:
+            raise CheckpointError(
+                "checkpoint: there is no engine yet, or it is closed; save between "
+                "lowtide.initialize and engine.destroy"
+            )
+        return self._saver
+
+    def _the_session(self) -> Session:
+        if self._session is None:
+            raise CheckpointError("checkpoint: the plugin is not attached to a run")
+        return self._session
+
+
+def _end_of_process(saver: Saver, ledger: Ledger) -> None:
+    saver.close(_EXIT_TIMEOUT_S)
+    ledger.settle()
+
+
+def _said(facts: Mapping[str, Any]) -> str:
+    why = f" ({facts['io_reason']})" if facts["io_reason"] else ""
+    buffer_mib = facts["buffer_bytes"] / MIB
+    return f"{facts['implementation']} writer, {facts['io']}{why}, {buffer_mib:.0f} MiB per rank"
+
+
+def _available_bytes() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,344 @@
+"""`Saver`: takes states, returns at once, and brings them to storage in the background.
+
+Three threads of a rank have to do with a checkpoint. The training thread lays out its files
+(`begin`, `add`, `end`) and later makes sure, before an update, that all bytes have been copied
+(`wait_captured`). The commit thread waits for storage and agrees with the other ranks. The drain
+thread brings committed checkpoints to the slower levels. Bytes are moved by the writer's own
+threads, outside of Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowtide.checkpoint.board import Board
+from lowtide.checkpoint.commit import Committer, Limits, wait_durable
+from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.drain import Drain
+from lowtide.checkpoint.folders import make_part_folder, remove
+from lowtide.checkpoint.plan import FileResult
+from lowtide.checkpoint.retention import finish_published, prune, remove_abandoned
+from lowtide.checkpoint.saving import Level, Saving, Stage
+from lowtide.checkpoint.torch_file import lay_out
+from lowtide.checkpoint.writer import Writer, open_writer
+from lowtide.core.errors import CheckpointError
+
+logger = logging.getLogger("lowtide")
+
+_HISTORY = 64  # ended checkpoints that are remembered
+CHUNK_BYTES = 4 * MIB
+
+
+class Saver:
+    """Saves checkpoints of one engine. All ranks make the same calls in the same order.
+
+    Args:
+        config: The plugin's settings.
+        board: Where the ranks of this run agree.
+        buffer_bytes: Host memory for bytes on their way.
+    """
+
+    def __init__(self, config: CheckpointConfig, board: Board, *, buffer_bytes: int) -> None:
+        self.config = config
+        self.board = board
+        self.writer: Writer = open_writer(
+            buffer_bytes=buffer_bytes,
+            chunk_bytes=CHUNK_BYTES,
+            io=config.io,
+            bytes_per_s=config.tiers[0].bytes_per_s if config.tiers else None,
+        )
+        self.history: deque[Saving] = deque(maxlen=_HISTORY)
+        self.current: Saving | None = None
+        self.last_error: CheckpointError | None = None
+        self._committer = Committer(
+            board, Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s)
+        )
+        self._drain = Drain(config, self._committer)
+        self._count = 0
+        self._tier_count = 0
+        self._cleaned: set[Path] = set()
+        self._sick: set[int] = set()  # levels that failed last time, as rank 0 knows them
+        self._pending: deque[Saving] = deque()  # not yet captured, oldest first
+        self._to_commit: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
+        self._to_drain: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
+        self._draining: list[str] = []
+        self._lock = threading.Lock()
+        self._owner_pid = os.getpid()
+        self._threads = [
+            self._start("commit", self._to_commit, self._commit),
+            self._start("drain", self._to_drain, self._bring_down),
+        ]
+
+    # -- the training thread ------------------------------------------------------------------
+
+    def begin(self, folder: Path, tag: str, *, step: int, details: dict[str, Any]) -> Saving:
+        """Begin a checkpoint. Collective.
+
+        Args:
+            folder: The folder that the script saves to.
+            tag: Name of the checkpoint.
+            step: Optimizer steps in it.
+            details: ``config`` and ``client_keys`` of its record.
+        """
+        if self.current is not None:  # the save before this one ended in an exception
+            self.abandon(self.current, "save_checkpoint did not return")
+        self._count += 1
+        attempt = f"{self.board.token}{self._count:08x}"
+        levels = self._levels(folder.absolute(), attempt)
+        saving = Saving(levels, tag=tag, attempt=attempt, step=step, details=details)
+        self.current = saving
+        return saving
+
+    def add(self, state: Any, name: str, *, is_stable: Callable[[torch.Tensor], bool]) -> None:
+        """Add the torch file `name` to the checkpoint that has begun."""
+        saving = self.current
+        if saving is None:
+            raise CheckpointError(f"{name}: no checkpoint has begun; call begin() first")
+        path = saving.part() / name
+        try:
+            make_part_folder(saving.part(), is_owner=self.board.rank == 0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            saving.give_up(CheckpointError(f"{path.parent}: cannot be made ({error.strerror})"))
+        laid_out = lay_out(state, path, is_stable=is_stable)
+        saving.eager_bytes += laid_out.eager_bytes
+        if saving.error is None:
+            saving.add(name, self.writer.submit([laid_out.plan]), laid_out.lazy)
+
+    def end(self, *, save_latest: bool = True) -> Saving:
+        """End the checkpoint that has begun; from here on it is brought to storage."""
+        saving, self.current = self.current, None
+        if saving is None:
+            raise CheckpointError("no checkpoint has begun; call begin() first")
+        saving.save_latest = save_latest
+        with self._lock:
+            self.history.append(saving)
+            self._pending.append(saving)
+        if not self.config.lazy:
+            self.wait_captured()
+        self._to_commit.put(saving)
+        return saving
+
+    def abandon(self, saving: Saving, why: str) -> None:
+        """Give up a checkpoint that has begun and was not ended."""
+        self.current = None
+        saving.fail(CheckpointError(f"checkpoint {saving.tag}: {why}"))
+        for part in saving.parts:
+            part.ticket.wait_captured(None)
+        with contextlib.suppress(OSError):
+            remove(saving.part(), saving.final())
+
+    def save_file(self, state: Any, path: Path) -> None:
+        """Write one torch file and return when it is on storage under its name."""
+        scratch = path.with_name(f".{path.name}.part")
+        laid_out = lay_out(state, scratch, is_stable=lambda _tensor: True)
+        ticket = self.writer.submit([laid_out.plan])
+        try:
+            wait_durable(ticket, what=str(path), stall_s=self.config.stall_timeout_s)
+            scratch.replace(path)
+        finally:
+            ticket.cancel()
+            ticket.wait_captured(None)
+            scratch.unlink(missing_ok=True)
+
+    def wait_captured(self) -> float:
+        """Make sure that no memory of the model is needed any more; called before every update.
+
+        Returns:
+            Seconds waited.
+        """
+        if not self._pending and self.current is None:
+            return 0.0
+        begin_s = time.perf_counter()
+        while self._pending:
+            saving = self._pending[0]
+            saving.wait_captured(self.config.max_wait_s)
+            saving.blocked_s += time.perf_counter() - begin_s
+            with self._lock:
+                self._pending.popleft()
+        return time.perf_counter() - begin_s
+
+    # -- everyone -----------------------------------------------------------------------------
+
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is still on its way."""
+        with self._lock:
+            return any(not saving.has_ended for saving in self.history)
+
+    def wait(self, stage: Stage, timeout_s: float | None = None) -> bool:
+        """Wait until every checkpoint has reached `stage` or failed.
+
+        Returns:
+            Whether the newest one has reached it.
+        """
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            waiting = list(self.history)
+        self.wait_captured()  # else the next update would have to come first
+        is_there = False
+        for saving in waiting:
+            left_s = None if end_s is None else max(0.0, end_s - time.monotonic())
+            is_there = saving.wait(stage, left_s)
+        return is_there
+
+    def close(self, timeout_s: float) -> bool:
+        """Finish what is on its way, then end all threads. Idempotent.
+
+        Returns:
+            Whether everything was finished in time.
+        """
+        if os.getpid() != self._owner_pid or not self._threads:
+            return True
+        end_s = time.monotonic() + timeout_s
+        if self.current is not None:
+            self.abandon(self.current, "the run ended before save_checkpoint returned")
+        self.wait(Stage.DRAINED, timeout_s)
+        late = [saving for saving in self.history if not saving.has_ended]
+        for saving in late:
+            saving.fail(
+                CheckpointError(
+                    f"checkpoint {saving.tag}: not complete within {timeout_s:g} s of the end of "
+                    f"the run (lowtide.checkpoint.close_timeout_s)"
+                )
+            )
+        threads, self._threads = self._threads, []
+        self._to_commit.put(None)
+        self._to_drain.put(None)
+        for thread in threads:  # they are daemons: one that hangs in a system call is left behind
+            thread.join(max(1.0, end_s - time.monotonic()) if not late else 1.0)
+        self._drain.close()
+        self.writer.close(timeout_s=1.0)
+        return not late
+
+    # -- the commit thread and the drain thread -------------------------------------------------
+
+    def _start(
+        self,
+        name: str,
+        waiting: queue.SimpleQueue[Saving | None],
+        work: Callable[[Saving], None],
+    ) -> threading.Thread:
+        def run() -> None:
+            while (saving := waiting.get()) is not None:
+                try:
+                    work(saving)
+                except CheckpointError as error:
+                    self._failed(saving, error)
+                except Exception as error:  # noqa: BLE001 - must not end the thread in silence
+                    text = f"checkpoint {saving.tag}: {type(error).__name__}: {error}"
+                    self._failed(saving, CheckpointError(text))
+
+        thread = threading.Thread(target=run, name=f"lowtide-checkpoint-{name}", daemon=True)
+        thread.start()
+        return thread
+
+    def _commit(self, saving: Saving) -> None:
+        level = saving.levels[0]
+        results: list[FileResult] = []
+        self._clean(saving.levels)
+        try:
+            if saving.error is not None:
+                raise saving.error
+            for part in saving.parts:
+                what = f"checkpoint {saving.tag}, {part.name}"
+                results += wait_durable(part.ticket, what=what, stall_s=self.config.stall_timeout_s)
+            make_part_folder(saving.part(), is_owner=False)  # a rank may have no file at all
+            saving.settle()
+            if saving.error is not None:  # it was torn
+                raise saving.error
+            vote = self._committer.vote(saving, level, results)
+            saving.advance(Stage.DURABLE)
+        except CheckpointError as error:
+            saving.give_up(error)
+            vote = {"error": str(saving.error)}
+        except OSError as error:
+            saving.give_up(CheckpointError(f"checkpoint {saving.tag}: {error}"))
+            vote = {"error": str(saving.error)}
+        try:
+            self._committer.decide(saving, level, vote)
+        except CheckpointError:
+            self._sick.add(level.number)
+            raise
+        self._sick.discard(level.number)
+        saving.advance(Stage.COMMITTED)
+        if len(saving.levels) > 1:
+            with self._lock:
+                self._draining.append(saving.tag)
+            self._to_drain.put(saving)
+        else:
+            saving.advance(Stage.DRAINED)
+        self._prune(level)
+
+    def _bring_down(self, saving: Saving) -> None:
+        try:
+            is_newest = self._to_drain.empty()
+            for above, level in zip(saving.levels, saving.levels[1:], strict=False):
+                self._drain.bring(saving, above, level, is_superseded=not is_newest)
+                self._prune(level)
+            saving.advance(Stage.DRAINED)
+        finally:
+            with self._lock:
+                self._draining.remove(saving.tag)
+
+    def _failed(self, saving: Saving, error: CheckpointError) -> None:
+        self.last_error = error
+        saving.fail(error)
+        if self.board.rank == 0:
+            logger.warning("%s; training goes on", error)
+
+    # -- folders ----------------------------------------------------------------------------------
+
+    def _levels(self, folder: Path, attempt: str) -> list[Level]:
+        tiers = [
+            Level.of_tier(number, tier, self.config.keep)
+            for number, tier in enumerate(self.config.tiers)
+        ]
+        if not tiers or folder != tiers[-1].folder:
+            return [Level(number=0, folder=folder, keep=self.config.keep)]
+        self._tier_count += 1
+        due = [
+            level
+            for level, tier in zip(tiers, self.config.tiers, strict=True)
+            if self._tier_count % tier.every == 0
+        ] or tiers[:1]
+        if len(due) > 1:
+            # One view of what works, or two ranks would write one checkpoint to two places.
+            sick = self.board.share(f"{attempt}/sick", lambda: sorted(self._sick))
+            due = [level for level in due if level.number not in sick] or due[-1:]
+        return due
+
+    def _clean(self, levels: Sequence[Level]) -> None:
+        """Finish or remove what an earlier run left half done, once for each folder."""
+        for level in levels:
+            if self.board.rank == 0 and level.folder not in self._cleaned:
+                self._cleaned.add(level.folder)
+                with contextlib.suppress(OSError):
+                    level.folder.mkdir(parents=True, exist_ok=True)
+                    finish_published(level.folder)
+                    remove_abandoned(level.folder)
+
+    def _prune(self, level: Level) -> None:
+        if self.board.rank != 0 or level.keep is None:
+            return
+        with self._lock:
+            protected = tuple(self._draining)
+        try:
+            prune(
+                level.folder,
+                keep=level.keep,
+                keep_every=self.config.keep_every_n_steps,
+                protect=protected,
+            )
+        except OSError as error:
+            logger.warning("%s: old checkpoints cannot be removed: %s", level.folder, error)

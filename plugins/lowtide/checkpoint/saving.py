@@ -1,0 +1,237 @@
+"""One checkpoint on its way: what it consists of, how far it has come, what went wrong."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowtide.checkpoint.config import TierConfig
+from lowtide.checkpoint.folders import part_folder
+from lowtide.checkpoint.writer import Ticket
+from lowtide.core.errors import CheckpointError
+
+
+class Stage(str, enum.Enum):
+    """How far a checkpoint has come. Each stage includes those before it."""
+
+    REQUESTED = "requested"  # save_checkpoint has returned; the bytes are still where they were
+    CAPTURED = "captured"  # this rank's bytes are in host memory or on storage: training may go on
+    DURABLE = "durable"  # this rank's files are on the first level, synced
+    COMMITTED = "committed"  # all ranks' are, and the checkpoint bears its name and record
+    DRAINED = "drained"  # it is committed on every level it was meant for
+    FAILED = "failed"
+
+
+_CANCEL_S = 5.0
+_ORDER = [Stage.REQUESTED, Stage.CAPTURED, Stage.DURABLE, Stage.COMMITTED, Stage.DRAINED]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One level of storage for one checkpoint.
+
+    Attributes:
+        number: Position in ``tiers``; 0 for a folder that is not a tier.
+        folder: The folder that holds checkpoints.
+        keep: How many to keep there, or None.
+        bytes_per_s: Highest rate of this rank, or None.
+    """
+
+    number: int
+    folder: Path
+    keep: int | None = None
+    bytes_per_s: float | None = None
+
+    @classmethod
+    def of_tier(cls, number: int, tier: TierConfig, keep: int | None) -> Level:
+        """Return the level that a ``tiers`` entry describes."""
+        kept = tier.keep if tier.keep is not None else keep
+        folder = Path(tier.path).absolute()
+        return cls(number=number, folder=folder, keep=kept, bytes_per_s=tier.bytes_per_s)
+
+
+@dataclass
+class _Part:
+    name: str
+    ticket: Ticket
+    watched: list[tuple[torch.Tensor, int]]  # tensors read later, with their version at request
+
+
+class Saving:
+    """One checkpoint of this rank. Made by `Saver.begin`.
+
+    Args:
+        levels: Where it goes, first level first.
+        tag: Its name.
+        attempt: 16 hexadecimal digits, the same on all ranks and never used twice.
+        step: Optimizer steps in it.
+        details: Further arguments of its record.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        *,
+        tag: str,
+        attempt: str,
+        step: int,
+        details: dict[str, Any],
+    ) -> None:
+        self.levels = list(levels)
+        self.tag = tag
+        self.attempt = attempt
+        self.step = step
+        self.details = details
+        self.save_latest = True
+        self.parts: list[_Part] = []
+        self.error: CheckpointError | None = None
+        self.blocked_s = 0.0
+        self.eager_bytes = 0
+        self.times_s: dict[Stage, float] = {Stage.REQUESTED: time.perf_counter()}
+        self.superseded: list[str] = []  # levels that a newer checkpoint went to instead
+        self._stage = Stage.REQUESTED
+        self._changed = threading.Condition()
+        self._settling = threading.Lock()
+
+    @property
+    def stage(self) -> Stage:
+        """How far it has come."""
+        return self._stage
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will happen to it any more."""
+        return self._stage in (Stage.DRAINED, Stage.FAILED) or (
+            self._stage is Stage.COMMITTED and self.error is not None
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of this rank's files."""
+        return sum(part.ticket.progress().total_bytes for part in self.parts)
+
+    def final(self, level: Level | None = None) -> Path:
+        """Return the folder it has once it is complete."""
+        return (level or self.levels[0]).folder / self.tag
+
+    def part(self, level: Level | None = None) -> Path:
+        """Return the folder it is written in."""
+        return part_folder(self.final(level), self.attempt)
+
+    def add(self, name: str, ticket: Ticket, lazy: Sequence[torch.Tensor]) -> None:
+        """Add a file that is being written."""
+        watched = [(tensor, tensor._version) for tensor in lazy]
+        self.parts.append(_Part(name, ticket, watched))
+
+    def advance(self, stage: Stage) -> None:
+        """Note that it has reached `stage`; a failed one stays failed."""
+        with self._changed:
+            if self.has_ended or _ORDER.index(stage) <= _ORDER.index(self._stage):
+                return
+            self._stage = stage
+            self.times_s[stage] = time.perf_counter()
+            self._changed.notify_all()
+
+    def give_up(self, error: CheckpointError) -> None:
+        """Stop writing it; the first reason counts. It has failed once the other ranks know."""
+        with self._changed:
+            self.error = self.error or error
+        for part in self.parts:
+            part.ticket.cancel()
+
+    def fail(self, error: CheckpointError) -> None:
+        """End it. What is committed stays so on its first level."""
+        self.give_up(error)
+        with self._changed:
+            if self._stage not in (Stage.COMMITTED, Stage.DRAINED, Stage.FAILED):
+                self._stage = Stage.FAILED
+                self.times_s[Stage.FAILED] = time.perf_counter()
+            self._changed.notify_all()
+
+    def wait(self, stage: Stage, timeout_s: float | None = None) -> bool:
+        """Wait until it has reached `stage` or has failed; tell whether it has reached it."""
+
+        def is_there() -> bool:
+            is_failed = self._stage is Stage.FAILED
+            return not is_failed and _ORDER.index(self._stage) >= _ORDER.index(stage)
+
+        with self._changed:
+            self._changed.wait_for(lambda: self.has_ended or is_there(), timeout_s)
+            return is_there()
+
+    def wait_captured(self, timeout_s: float) -> None:
+        """Wait until none of the live memory is needed any more; the checkpoint may fail of it.
+
+        Called before an update, which may go on afterwards in every case.
+        """
+        end_s = time.monotonic() + timeout_s
+        for part in self.parts:
+            if not part.ticket.wait_captured(max(0.0, end_s - time.monotonic())):
+                self.give_up(
+                    CheckpointError(
+                        f"checkpoint {self.tag}: {part.name} was not copied within {timeout_s:g} "
+                        f"s, so the update goes on without it; storage is too slow for "
+                        f"lowtide.checkpoint.host_buffer_bytes: raise it, save less often, or "
+                        f"raise max_wait_s"
+                    )
+                )
+                break
+        if self.error is not None:
+            # What is being copied just now. A write that hangs in the kernel may go on: its pages
+            # stay, and nobody will look at what it wrote.
+            for part in self.parts:
+                part.ticket.wait_captured(_CANCEL_S)
+        self.settle()
+
+    def settle(self) -> None:
+        """Note that everything is captured, if it is, and make sure that nothing is torn.
+
+        Every update waits for `wait_captured`, so whoever comes here first comes before the update.
+        """
+        with self._settling:
+            if self._stage is not Stage.REQUESTED or self.error is not None:
+                return
+            if all(part.ticket.is_captured for part in self.parts):
+                self._check_versions()
+                if self.error is None:
+                    self.advance(Stage.CAPTURED)
+
+    def _check_versions(self) -> None:
+        for part in self.parts:
+            changed = sum(tensor._version != version for tensor, version in part.watched)
+            part.watched = []
+            if changed:
+                self.give_up(
+                    CheckpointError(
+                        f"checkpoint {self.tag}: {changed} tensors of {part.name} were changed "
+                        f"between save_checkpoint and the update, so the copy may be torn and is "
+                        f"not used; set lowtide.checkpoint.lazy to false, or change them after "
+                        f'engine.lowtide.checkpoint.wait("captured")'
+                    )
+                )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is known about it as plain JSON."""
+        begin_s = self.times_s[Stage.REQUESTED]
+        progress = [part.ticket.progress() for part in self.parts]
+        return {
+            "tag": self.tag,
+            "step": self.step,
+            "stage": self.stage.value,
+            "path": str(self.final()),
+            "levels": [str(level.folder) for level in self.levels],
+            "bytes": sum(each.total_bytes for each in progress),
+            "captured_bytes": sum(each.captured_bytes for each in progress),
+            "written_bytes": sum(each.written_bytes for each in progress),
+            "blocked_s": self.blocked_s,
+            "after_s": {stage.value: at_s - begin_s for stage, at_s in self.times_s.items()},
+            "superseded": self.superseded,
+            "error": None if self.error is None else str(self.error),
+        }

@@ -1,0 +1,76 @@
+"""Which memory nothing but an update changes, so that it can be copied later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class StableMemory:
+    """Storages of parameters and optimizer state, found anew for every checkpoint.
+
+    Buffers (running statistics, counters), what the script owns (an average of the weights) and
+    everything unknown is not in it: that may change during a forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._storages: set[int] = set()
+        self._bytes = 0
+        self._masters_bytes = 0
+        self._has_moments = False
+
+    def look_at(self, model: Any, optimizer: Any) -> None:
+        """Collect the storages of `model` and `optimizer` as they are now."""
+        self._storages = set()
+        self._bytes = 0
+        for tensor in _parameters(model):
+            self._add(tensor)
+        masters, moments = 0, 0
+        for innermost in _optimizers(optimizer):
+            for group in getattr(innermost, "param_groups", []):
+                masters += sum(self._add(p) for p in group["params"] if torch.is_tensor(p))
+            for state in getattr(innermost, "state", {}).values():
+                if isinstance(state, dict):
+                    moments += sum(self._add(v) for v in state.values() if torch.is_tensor(v))
+        self._has_moments = moments > 0
+        self._masters_bytes = masters
+
+    def covers(self, tensor: torch.Tensor) -> bool:
+        """Tell whether only an update changes the memory of `tensor`."""
+        return tensor.untyped_storage().data_ptr() in self._storages
+
+    def expected_bytes(self) -> int:
+        """Return about how many bytes one checkpoint will have."""
+        # Adam makes its two moments, as large as the masters, in the first step.
+        moments = 0 if self._has_moments else 2 * max(self._masters_bytes, self._bytes // 3)
+        return self._bytes + moments
+
+    def _add(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address == 0 or address in self._storages:
+            return 0
+        self._storages.add(address)
+        self._bytes += storage.nbytes()
+        return storage.nbytes()
+
+
+def _parameters(model: Any) -> Iterator[torch.Tensor]:
+    if not isinstance(model, torch.nn.Module):
+        return
+    for parameter in model.parameters():
+        yield parameter
+        shard = getattr(parameter, "ds_tensor", None)  # ZeRO-3 keeps the data there
+        if torch.is_tensor(shard):
+            yield shard
+
+
+def _optimizers(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and those that it wraps."""
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)

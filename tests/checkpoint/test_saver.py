@@ -1,0 +1,357 @@
+"""From `begin` to COMMITTED: what is on disk, what every rank knows, and what faults do."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowtide.checkpoint import list_checkpoints, verify
+from lowtide.checkpoint.catalog import read_latest
+from lowtide.checkpoint.config import MIB
+from lowtide.checkpoint.saver import Saver
+from lowtide.checkpoint.saving import Stage
+from lowtide.core.errors import CheckpointError
+from lowtide.core.restart import read_record
+from tests.checkpoint.ranks import DETAILS, file_name, on_all, save, savers, state_of
+from tests.helpers.plugin_suite import open_files
+
+EVER = 30.0
+
+
+def wait_all(all_savers: list[Saver], stage: Stage = Stage.DRAINED) -> list[bool]:
+    return on_all([lambda s=saver: s.wait(stage, EVER) for saver in all_savers])  # type: ignore[misc]
+
+
+def assert_holds(checkpoint: Path, step: int, world_size: int = 2) -> None:
+    """Fail unless every rank's state of `step` is there, whole."""
+    assert verify(checkpoint).is_ok
+    for rank in range(world_size):
+        loaded = torch.load(checkpoint / file_name(rank), weights_only=False)
+        expected = state_of(rank, step)
+        assert torch.equal(loaded["weights"], expected["weights"])
+        assert (loaded["rank"], loaded["step"]) == (rank, step)
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_checkpoint_is_complete_on_all_ranks_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    with savers(3) as all_savers:
+        savings = save(all_savers, tmp_path, 7)
+        assert wait_all(all_savers) == [True] * 3
+    assert [saving.stage for saving in savings] == [Stage.DRAINED] * 3
+    assert_holds(tmp_path / "step7", 7, world_size=3)
+    assert read_latest(tmp_path) == "step7"
+    assert hidden(tmp_path) == []
+    record = read_record(tmp_path / "step7")
+    assert record is not None
+    assert (record["step"], record["world_size"], record["tag"]) == (7, 3, "step7")
+    assert len(record["manifests"]) == 3
+    assert "owner.json" not in os.listdir(tmp_path / "step7")
+
+
+def test_nothing_has_the_name_before_all_ranks_are_done(tmp_path: Path) -> None:
+    with savers(2) as all_savers:
+        first, second = all_savers
+        pair = [None, None]
+
+        def begin(saver: Saver) -> None:
+            saver.begin(tmp_path, "step1", step=1, details=DETAILS)
+            rank = saver.board.rank
+            saver.add(state_of(rank, 1), file_name(rank), is_stable=lambda _: True)
+
+        on_all([lambda: begin(first), lambda: begin(second)])
+        pair[0] = first.end()
+        assert pair[0].wait(Stage.DURABLE, EVER)
+        time.sleep(0.2)
+        assert not (tmp_path / "step1").exists()
+        assert read_latest(tmp_path) is None
+        assert [entry.state for entry in list_checkpoints(tmp_path)] == ["in progress"]
+        second.end()
+        assert wait_all(all_savers) == [True, True]
+    assert_holds(tmp_path / "step1", 1)
+
+
+def test_memory_may_change_after_capture(tmp_path: Path) -> None:
+    with savers(2) as all_savers:
+        states = [state_of(rank, 3) for rank in range(2)]
+        save(all_savers, tmp_path, 3, states=states)
+        for saver in all_savers:
+            saver.wait_captured()
+        for state in states:
+            state["weights"].zero_()
+        assert wait_all(all_savers) == [True, True]
+    assert_holds(tmp_path / "step3", 3)
+
+
+def test_change_between_save_and_update_is_found_and_the_checkpoint_not_used(
+    tmp_path: Path,
+) -> None:
+    with savers(2) as all_savers:
+        states = [state_of(rank, 3) for rank in range(2)]
+        savings = save(all_savers, tmp_path, 3, states=states)
+        if savings[1].stage is Stage.REQUESTED:  # else it was too fast to be torn
+            states[1]["weights"].add_(1.0)
+            wait_all(all_savers)
+            assert {saving.stage for saving in savings} == {Stage.FAILED}
+            assert "were changed between save_checkpoint and the update" in str(savings[0].error)
+            assert not (tmp_path / "step3").exists()
+            assert hidden(tmp_path) == []
+
+
+def test_two_checkpoints_in_flight(tmp_path: Path) -> None:
+    with savers(2) as all_savers:
+        for step in (1, 2, 3):
+            save(all_savers, tmp_path, step)
+        assert wait_all(all_savers) == [True, True]
+    for step in (1, 2, 3):
+        assert_holds(tmp_path / f"step{step}", step)
+    assert read_latest(tmp_path) == "step3"
+
+
+def test_larger_than_the_buffer(tmp_path: Path) -> None:
+    with savers(1, buffer_bytes=16 * MIB) as all_savers:
+        states = [{"weights": torch.randn(30 * MIB // 4), "rank": 0, "step": 1}]
+        save(all_savers, tmp_path, 1, states=states)
+        assert wait_all(all_savers) == [True]
+    loaded = torch.load(tmp_path / "step1" / file_name(0), weights_only=False)
+    assert torch.equal(loaded["weights"], states[0]["weights"])
+
+
+def test_a_tag_used_again_is_replaced_whole(tmp_path: Path) -> None:
+    with savers(2) as all_savers:
+        for step in (1, 2):
+            save(all_savers, tmp_path, step, tag="best")
+            assert wait_all(all_savers) == [True, True]
+            assert_holds(tmp_path / "best", step)
+    assert hidden(tmp_path) == []
+
+
+def test_a_tag_used_again_without_exchange(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lowtide.checkpoint.folders._exchange", lambda *_: False)
+    test_a_tag_used_again_is_replaced_whole(tmp_path)
+
+
+def test_failure_of_one_rank_fails_all_and_training_goes_on(tmp_path: Path) -> None:
+    with savers(2) as all_savers:
+        save(all_savers, tmp_path, 1)
+        assert wait_all(all_savers) == [True, True]
+
+        def save_badly(saver: Saver) -> Any:
+            rank = saver.board.rank
+            saving = saver.begin(tmp_path, "step2", step=2, details=DETAILS)
+            saver.add(state_of(rank, 2), file_name(rank), is_stable=lambda _: True)
+            if rank == 1:  # a folder where a file is to be: as sudden as a full disk
+                (saving.part() / "blocked.pt").mkdir()
+                saver.add(state_of(rank, 2), "blocked.pt", is_stable=lambda _: True)
+            return saver.end()
+
+        savings = on_all([lambda s=s: save_badly(s) for s in all_savers])  # type: ignore[misc]
+        assert wait_all(all_savers) == [False, False]
+        for saving, saver in zip(savings, all_savers, strict=True):
+            assert saving.stage is Stage.FAILED
+            assert "blocked.pt" in str(saver.last_error)
+        save(all_savers, tmp_path, 3)
+        assert wait_all(all_savers) == [True, True]
+    assert not (tmp_path / "step2").exists()
+    assert read_latest(tmp_path) == "step3"
+    assert hidden(tmp_path) == []
+
+
+def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with savers(2, commit_timeout_s=0.5) as all_savers:
+        first, second = all_savers
+        on_all([lambda s=s: s.begin(tmp_path, "s", step=1, details=DETAILS) for s in all_savers])  # type: ignore[misc]
+        first.add({}, "a.pt", is_stable=lambda _: True)
+        saving = first.end()
+        assert not first.wait(Stage.COMMITTED, EVER)
+        assert saving.stage is Stage.FAILED
+        assert "no word from rank 1" in str(saving.error)
+        second.abandon(second.current, "test")  # type: ignore[arg-type]
+    assert not (tmp_path / "s").exists()
+
+
+def test_update_does_not_wait_longer_than_allowed(tmp_path: Path) -> None:
+    slow = [{"path": str(tmp_path), "bytes_per_s": 4.0 * MIB}]
+    with savers(1, max_wait_s=0.2, tiers=slow) as (saver,):
+        states = [{"weights": torch.randn(64 * MIB // 4)}]  # four times the buffer
+        (saving,) = save([saver], tmp_path, 1, states=states)
+        begin_s = time.monotonic()
+        saver.wait_captured()
+        assert time.monotonic() - begin_s < 10.0  # at this rate all of it takes 16 s
+        assert not saver.wait(Stage.COMMITTED, EVER)
+        assert saving.stage is Stage.FAILED
+        assert "was not copied within 0.2 s" in str(saving.error)
+    assert not (tmp_path / "step1").exists()
+
+
+def test_eager_mode_captures_before_end_returns(tmp_path: Path) -> None:
+    with savers(1, lazy=False) as all_savers:
+        (saving,) = save(all_savers, tmp_path, 1)
+        assert saving.stage is not Stage.REQUESTED
+
+
+def test_close_finishes_what_is_on_its_way(tmp_path: Path) -> None:
+    with savers(2) as all_savers:
+        save(all_savers, tmp_path, 1)
+        assert on_all([lambda s=s: s.close(EVER) for s in all_savers]) == [True, True]  # type: ignore[misc]
+    assert_holds(tmp_path / "step1", 1)
+
+
+def test_save_that_ended_in_an_exception_is_abandoned(tmp_path: Path) -> None:
+    with savers(1) as (saver,):
+        saver.begin(tmp_path, "step1", step=1, details=DETAILS)
+        saver.add(state_of(0, 1), file_name(0), is_stable=lambda _: True)
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            saver.add({"f": lambda: 0}, "x.pt", is_stable=lambda _: True)
+        save([saver], tmp_path, 2)
+        assert wait_all([saver]) == [True]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step2"]
+
+
+def test_retention_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    with savers(2, keep=2, keep_every_n_steps=4) as all_savers:
+        for step in range(1, 8):
+            save(all_savers, tmp_path, step)
+            assert wait_all(all_savers) == [True, True]
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == ["step4", "step6", "step7"]
+
+
+def test_single_file_is_there_on_return(tmp_path: Path) -> None:
+    with savers(1) as (saver,):
+        saver.save_file({"x": torch.arange(5)}, tmp_path / "pytorch_model.bin")
+        assert torch.equal(torch.load(tmp_path / "pytorch_model.bin")["x"], torch.arange(5))
+        with pytest.raises(CheckpointError, match="nowhere"):
+            saver.save_file({}, tmp_path / "nowhere" / "x.bin")
+    assert os.listdir(tmp_path) == ["pytorch_model.bin"]
+
+
+def test_leftovers_of_a_dead_run_are_removed(tmp_path: Path) -> None:
+    dead = tmp_path / f".step1.{'0' * 16}.part"
+    dead.mkdir()
+    owner = {"host": os.uname().nodename, "pid": 999_999_999, "time_s": 1.0}
+    (dead / "owner.json").write_text(json.dumps(owner))
+    (dead / "half.pt").write_bytes(b"x")
+    with savers(1) as all_savers:
+        save(all_savers, tmp_path, 2)
+        assert wait_all(all_savers) == [True]
+    assert not dead.exists()
+
+
+# -- levels ---------------------------------------------------------------------------------------
+
+
+def tiers(*folders: Path, **first: Any) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = [{"path": str(folder)} for folder in folders]
+    entries[0] |= first
+    return entries
+
+
+def test_checkpoint_comes_down_to_every_level(tmp_path: Path) -> None:
+    fast, middle, slow = (tmp_path / name for name in ("fast", "middle", "slow"))
+    with savers(2, tiers=tiers(fast, middle, slow)) as all_savers:
+        save(all_savers, slow, 5)
+        assert wait_all(all_savers) == [True, True]
+    for folder in (fast, middle, slow):
+        assert_holds(folder / "step5", 5)
+        assert read_latest(folder) == "step5"
+        assert hidden(folder) == []
+
+
+def test_other_folders_are_written_directly(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    with savers(1, tiers=tiers(fast, slow)) as all_savers:
+        save(all_savers, tmp_path / "best", 5)
+        assert wait_all(all_savers) == [True]
+    assert (tmp_path / "best" / "step5").is_dir()
+    assert not fast.exists()
+
+
+def test_levels_have_their_own_interval_and_retention(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    entries = [{"path": str(fast), "keep": 1}, {"path": str(slow), "every": 3}]
+    with savers(2, tiers=entries, keep=5) as all_savers:
+        for step in range(1, 8):
+            save(all_savers, slow, step)
+            assert wait_all(all_savers) == [True, True]
+    assert [e.tag for e in list_checkpoints(fast)] == ["step7"]
+    assert [e.tag for e in list_checkpoints(slow)] == ["step6", "step3"]
+
+
+def test_a_level_that_fails_is_left_out_until_it_works(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    fast.write_text("not a folder")
+    with savers(2, tiers=tiers(fast, slow)) as all_savers:
+        first = save(all_savers, slow, 1)
+        assert wait_all(all_savers) == [False, False]
+        assert first[0].stage is Stage.FAILED
+        save(all_savers, slow, 2)
+        assert wait_all(all_savers) == [True, True]
+    assert_holds(slow / "step2", 2)
+
+
+def test_damage_of_the_fast_level_is_not_copied_down(tmp_path: Path, monkeypatch: Any) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    with savers(1, tiers=tiers(fast, slow)) as (saver,):
+        stock = saver._drain.bring
+
+        def damage(saving: Any, above: Any, level: Any, **options: Any) -> None:
+            path = fast / "step1" / file_name(0)
+            raw = bytearray(path.read_bytes())
+            raw[len(raw) // 2] ^= 1
+            path.write_bytes(raw)
+            stock(saving, above, level, **options)
+
+        monkeypatch.setattr(saver._drain, "bring", damage)
+        (saving,) = save([saver], slow, 1)
+        assert not saver.wait(Stage.DRAINED, EVER)
+        assert saving.stage is Stage.COMMITTED  # on the first level
+        assert "has changed on its disk" in str(saver.last_error)
+    assert not (slow / "step1").exists()
+
+
+def test_slow_level_gets_the_newest_and_skips_what_is_superseded(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    with savers(1, tiers=tiers(fast, slow)) as (saver,):
+        gate = threading.Event()
+        stock = saver._drain.bring
+
+        def gated(*args: Any, **options: Any) -> None:
+            gate.wait(EVER)
+            stock(*args, **options)
+
+        monkeypatch.setattr(saver._drain, "bring", gated)
+        savings = [save([saver], slow, step)[0] for step in (1, 2, 3, 4)]
+        assert saver.wait(Stage.COMMITTED, EVER)
+        gate.set()
+        assert saver.wait(Stage.DRAINED, EVER)
+    on_slow = {entry.tag for entry in list_checkpoints(slow)}
+    assert "step4" in on_slow
+    for saving in savings:
+        assert bool(saving.superseded) == (saving.tag not in on_slow)
+    assert any(saving.superseded for saving in savings)
+
+
+def test_no_thread_and_no_file_is_left(tmp_path: Path) -> None:
+    def once() -> None:
+        with savers(2, tiers=tiers(tmp_path / "a", tmp_path / "b")) as all_savers:
+            save(all_savers, tmp_path / "b", 1)
+            wait_all(all_savers)
+
+    once()
+    threads, files = threading.active_count(), open_files()
+    once()
+    assert threading.active_count() == threads
+    assert open_files() <= files

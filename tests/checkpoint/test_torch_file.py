@@ -1,0 +1,254 @@
+"""The files are torch's: read by torch.load in every way, by zip tools, and like torch.save's."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+import subprocess
+import warnings
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowtide.checkpoint.archive import Archive, Record
+from lowtide.checkpoint.plan import LITERAL
+from lowtide.checkpoint.torch_file import lay_out
+from tests.checkpoint.plans import save, write_plan
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+@dataclass
+class Holder:
+    """A tensor in an object that a walk through dicts does not see."""
+
+    tensor: torch.Tensor
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    plain = tensor.detach().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Fail unless both are the same in type, and tensors in every property and bit."""
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.requires_grad == expected.requires_grad
+        if expected.is_sparse:
+            return assert_same(found.to_dense(), expected.to_dense())
+        assert found.stride() == expected.stride()
+        assert bits(found) == bits(expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, Holder):
+        assert_same(found.tensor, expected.tensor)
+    else:
+        assert found == expected
+    return None
+
+
+def rich_state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    flat = torch.randn(70_000).bfloat16()
+    frozen = torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    by_dtype = {str(d): torch.arange(12).reshape(3, 4).to(d) for d in DTYPES}
+    with_attribute = torch.nn.Parameter(torch.randn(3))
+    with_attribute.note = "kept by torch's own way to pickle"
+    return {
+        "slices": [flat[:10], flat[10:100].view(9, 10), flat[40_000:40_100]],
+        "by dtype": by_dtype,
+        "parameters": (torch.nn.Parameter(torch.randn(2, 2)), frozen, with_attribute),
+        "transposed": torch.randn(4, 5).t(),
+        "strided": torch.randn(100)[::7],
+        "expanded": torch.randn(3, 1).expand(3, 5),
+        "empty": torch.empty(0),
+        "empty 2-d": torch.empty(3, 0),
+        "scalar": torch.tensor(3.5),
+        "negated": torch.randn(3, dtype=torch.complex64).conj().imag,
+        "sparse": torch.eye(3).to_sparse(),
+        "large": torch.randn(1 << 19),
+        "module": torch.nn.BatchNorm1d(3).state_dict(),
+        "held": Holder(torch.arange(5)),
+        "others": [1, 2.5, None, "text", b"bytes", (1, [2, {"three": 3}]), {1, 2}, OrderedDict()],
+        "array": np.arange(4).tolist(),
+        7: {"digit key": True},
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state.pt"
+
+
+@pytest.mark.parametrize("options", [{}, {"mmap": True}], ids=["read", "mmap"])
+@pytest.mark.parametrize("is_stable", [True, False], ids=["lazy", "eager"])
+def test_torch_load_gives_back_the_state(path: Path, options: Any, is_stable: bool) -> None:
+    state = rich_state()
+    save(state, path, is_stable=is_stable)
+    assert_same(torch.load(path, weights_only=False, **options), state)
+
+
+def test_result_equals_that_of_torch_save(path: Path) -> None:
+    state = rich_state()
+    save(state, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    stock = torch.load(buffer, weights_only=False)
+    assert_same(torch.load(path, weights_only=False), stock)
+
+
+def test_weights_only_load_accepts_it(path: Path) -> None:
+    state = {"module": torch.nn.Linear(4, 4).state_dict(), "p": torch.nn.Parameter(torch.ones(2))}
+    save(state, path)
+    assert_same(torch.load(path, weights_only=True), state)
+
+
+def test_zip_tools_find_every_checksum_right(path: Path) -> None:
+    save(rich_state(), path)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert len(archive.namelist()) == len(set(archive.namelist()))
+    if shutil.which("unzip"):
+        done = subprocess.run(["unzip", "-tq", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_only_the_bytes_that_are_seen_are_kept(path: Path) -> None:
+    buffer = torch.randn(1 << 20)
+    plan = save({"a": buffer[1000:1010], "b": buffer[900_000:900_020]}, path)
+    assert plan.size_bytes < 8192
+
+
+def test_overlapping_tensors_still_share_memory(path: Path) -> None:
+    buffer = torch.randn(5000)
+    save({"a": buffer[:300], "b": buffer[200:400], "c": buffer[4000:]}, path)
+    loaded = torch.load(path, weights_only=False)
+    loaded["a"][250] = 7.0
+    assert loaded["b"][50] == 7.0
+    assert loaded["a"].untyped_storage().data_ptr() != loaded["c"].untyped_storage().data_ptr()
+
+
+def test_one_memory_seen_as_two_types_keeps_both_values(path: Path) -> None:
+    floats = torch.randn(64)
+    state = {"float": floats, "int": floats.view(torch.int32)}
+    save(state, path)
+    assert_same(torch.load(path, weights_only=False), state)
+
+
+def test_tied_weights_stay_tied(path: Path) -> None:
+    weight = torch.randn(300, 300)
+    save({"embedding": weight, "head": weight}, path)
+    loaded = torch.load(path, weights_only=False)
+    assert loaded["embedding"].data_ptr() == loaded["head"].data_ptr()
+
+
+def test_nothing_stable_is_copied(path: Path) -> None:
+    lazy, eager = torch.randn(1000), torch.randn(500)
+    laid_out = lay_out(
+        {"lazy": lazy, "eager": eager}, path, is_stable=lambda tensor: tensor is lazy
+    )
+    assert laid_out.eager_bytes == 2000
+    assert [each.data_ptr() for each in laid_out.lazy] == [lazy.data_ptr()]
+    lazy.fill_(1.0)
+    eager.fill_(1.0)
+    write_plan(laid_out.plan)
+    loaded = torch.load(path)
+    assert bool((loaded["lazy"] == 1.0).all()), "a stable tensor was read too early"
+    assert not bool((loaded["eager"] == 1.0).any()), "an unstable tensor was read too late"
+
+
+def test_large_tensors_lie_where_the_disk_can_take_them_from_memory(path: Path) -> None:
+    state = [torch.randn(300_000 + 16 * i) for i in range(8)]
+    plan = save(state, path)
+    for offset, length, address, entry in zip(
+        plan.offsets, plan.lengths, plan.addresses, plan.entries, strict=True
+    ):
+        if entry != LITERAL and length >= 1 << 20:
+            assert (int(address) - int(offset)) % 4096 == 0
+
+
+def test_what_cannot_be_pickled_raises(path: Path) -> None:
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        lay_out({"function": lambda: None}, path, is_stable=lambda _tensor: True)
+
+
+def test_same_state_gives_the_same_file(path: Path, tmp_path: Path) -> None:
+    state = {"x": torch.arange(1000.0), "step": 4}
+    save(state, path)
+    save(state, tmp_path / "again.pt")
+    assert path.read_bytes() == (tmp_path / "again.pt").read_bytes()
+
+
+def test_files_beyond_four_gigabytes_are_found_by_zip_and_torch(path: Path) -> None:
+    # Only the literals are written; the tensors are holes, so this takes no space and no time.
+    big = 5 << 30
+    records = [Record(None, 64, big), Record(None, 64, 1 << 16), Record(None, 64, 1 << 20)]
+    write_plan(Archive(path, pickle.dumps(None, 2), records).plan(), is_sparse=True)
+    with zipfile.ZipFile(path) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+        for name in ("archive/data/0", "archive/data/1", "archive/data/2"):
+            with archive.open(name) as member:  # reads the local header, far behind 4 GiB
+                assert member.read(4) == bytes(4)
+    assert (sizes["archive/data/0"], sizes["archive/data/1"]) == (big, 1 << 16)
+    reader = torch._C.PyTorchFileReader(str(path))
+    assert reader.get_record_offset("data/1") > big
+    assert torch.load(path, weights_only=False) is None
+
+
+def test_more_members_than_a_plain_zip_can_count(path: Path) -> None:
+    values = np.arange(70_000, dtype=np.uint8)
+    records = [Record(values, values.ctypes.data + i, 1) for i in range(len(values))]
+    plan = Archive(path, pickle.dumps(None, 2), records).plan()
+    write_plan(plan)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("archive/data/69999") == values[69_999:70_000].tobytes()
+    assert torch.load(path, weights_only=False) is None
+
+
+shapes = st.lists(st.integers(0, 5), max_size=3)
+tensors = st.builds(
+    lambda shape, dtype, seed: (torch.rand(shape) * seed).to(dtype),
+    shapes, st.sampled_from(DTYPES[:10]), st.integers(0, 100),
+)  # fmt: skip
+leaves = st.one_of(
+    tensors, st.integers(), st.text(max_size=5), st.none(), st.floats(allow_nan=False)
+)
+states = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.text(max_size=4), inner, max_size=4),
+        st.tuples(inner, inner),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(state=states)
+def test_any_nested_state_comes_back(path: Path, state: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(state, path)
+        assert_same(torch.load(path, weights_only=False), state)
