@@ -1,5 +1,5 @@
 // Python face of csrc/checkpoint: checks only. Every wait happens with the GIL released, and no
-// thread of the writer ever takes it. Calls that only look keep it: the writer's lock is never held
+// thread of the writer ever takes it. All other calls keep it: the writer's lock is never held
 // for long, and a daemon thread must not be in here when the interpreter ends, because it would be
 // unwound from where it takes the GIL again, which C++ answers by ending the process.
 #include <pybind11/numpy.h>
@@ -174,7 +174,6 @@ std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &pla
     for (const py::tuple &plan : plans) {
         specs.push_back(spec_of(plan));
     }
-    const py::gil_scoped_release unlocked;
     return writer.submit(std::move(specs));
 }
 

@@ -1,7 +1,8 @@
-"""Names of the checkpoints, and which to throw away.
+"""Names of the checkpoints; and, where the checkpoint plugin is off, which to throw away.
 
-The checkpoints are DeepSpeed's own. Which of them a start goes on from is decided by
-`lowtide.core.restart.choose`: after a `kill -9` even the newest one may lack a part.
+With the plugin a checkpoint that bears its name is whole, and the plugin removes old ones. Without
+it the checkpoints are DeepSpeed's own, and after a `kill -9` even the newest one may lack a part:
+`lowtide.core.restart.choose` decides which of them a start goes on from.
 """
 
 from __future__ import annotations

@@ -92,18 +92,15 @@ class Job:
 
     def resume(self) -> None:
         """Go on from the newest complete checkpoint, if there is one."""
-        found: list[Any] = [None]
-        if self.rank == 0:
-            found = [choose(self.folder.checkpoints, world_size=distributed.get_world_size())]
-        distributed.broadcast_object_list(found)  # all ranks take rank 0's choice
-        choice = found[0]
-        for line in choice.skipped:
-            self.display.say(line)
-        if choice.tag is None:
-            return
-        tag = choice.tag
+        tag = None
+        if self._lazy is None:  # the plugin looks for it by itself, and reads every byte
+            tag = self._choose()
+            if tag is None:
+                return
         path, state = self.engine.load_checkpoint(str(self.folder.checkpoints), tag=tag)
         if path is None:
+            if self._lazy is not None:
+                return  # nothing is there, or nothing that is whole, and it has said so
             raise UsageError(
                 f"{self.folder.checkpoints / tag}: DeepSpeed cannot load it; remove "
                 f"{self.folder.path} to start fresh"
@@ -111,9 +108,20 @@ class Job:
         progress = Progress.from_dict(state["pretrain"])
         self.step, self._used_before_s = progress.step, progress.used_s
         self._set_plan(progress.plan)
+        self.display.say(f"resumed from {checkpoints.tag_of(self.step)}")
+
+    def _choose(self) -> str | None:
+        found: list[Any] = [None]
         if self.rank == 0:
+            found = [choose(self.folder.checkpoints, world_size=distributed.get_world_size())]
+        distributed.broadcast_object_list(found)  # all ranks take rank 0's choice
+        choice = found[0]
+        for line in choice.skipped:
+            self.display.say(line)
+        if choice.tag is not None and self.rank == 0:
             checkpoints.remove_newer(self.folder.checkpoints, choice.step)
-        self.display.say(f"resumed from {tag}")
+        tag: str | None = choice.tag
+        return tag
 
     def train(self, *, minutes: float | None, steps: int | None) -> bool:
         """Train to the end of the plan.
@@ -242,9 +250,13 @@ class Job:
             tag=checkpoints.tag_of(self.step),
             client_state={"pretrain": asdict(progress)},
         )
-        # DeepSpeed returns after a barrier, so here the parts of all ranks are on disk.
+        if self._lazy is None:
+            # DeepSpeed returns after a barrier, so here the parts of all ranks are on disk.
+            if self.rank == 0:
+                checkpoints.remove_old(self.folder.checkpoints, self.step)
+        elif status != "running":
+            self._lazy.wait("committed")
         if self.rank == 0:
-            checkpoints.remove_old(self.folder.checkpoints, self.step)
             self.folder.save(progress)
 
     def close(self) -> None:
@@ -256,6 +268,12 @@ class Job:
     def _telemetry(self) -> Any:
         # Without a "lowtide" block the engine is stock DeepSpeed and nothing is recorded.
         return self.engine.lowtide.telemetry if hasattr(self.engine, "lowtide") else None
+
+    @property
+    def _lazy(self) -> Any:
+        """The checkpoint plugin, where it is switched on."""
+        session = getattr(self.engine, "lowtide", None)
+        return None if session is None else session.plugins.get("checkpoint")
 
     def _scalar(self, name: str, value: float) -> None:
         if self.rank == 0 and self._telemetry is not None:

@@ -11,7 +11,7 @@ from tests.checkpoint.reshard_worker import MATRIX, VARIANTS
 from tests.helpers.ranks import run_ranks
 
 WORKER = "tests/checkpoint/reshard_worker.py"
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
 Facts = dict[str, Any]
 
@@ -20,7 +20,7 @@ Facts = dict[str, Any]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What 3 ranks saved, in all stages and two precisions."""
     folder = tmp_path_factory.mktemp("reshard")
-    run_ranks([WORKER, str(folder), "save"], nproc=3, timeout_s=120).check()
+    run_ranks([WORKER, str(folder), "save"], nproc=3, timeout_s=180).check()
     return folder
 
 
@@ -28,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_two(root: Path) -> list[Facts]:
     """One start of 2 ranks: they save, load what 3 saved, and load their own otherwise."""
     argv = [WORKER, str(root), "save", "load", "variants", "partial"]
-    return run_ranks(argv, nproc=2, timeout_s=200).check().results
+    return run_ranks(argv, nproc=2, timeout_s=280).check().results
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def loaded(root: Path, by_two: list[Facts]) -> dict[str, list[Facts]]:
         results = by_two
         if nproc != 2:
             argv = [WORKER, str(root), "load"]
-            results = run_ranks(argv, nproc=nproc, timeout_s=120).check().results
+            results = run_ranks(argv, nproc=nproc, timeout_s=180).check().results
         for case in results[0]:
             if " to " in case:
                 found[case] = [result[case] for result in results]

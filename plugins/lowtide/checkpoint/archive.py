@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import sys
 import zlib
@@ -26,6 +27,8 @@ _END = struct.Struct("<4s4H2IH")
 _VERSION_64 = 45
 _HAS_DESCRIPTOR = 1 << 3
 _MAX_32 = 0xFFFFFFFF
+_CRC_IN_CENTRAL = 16
+_PREFIX = b"archive/"
 _PADDING_ID = 0x4246  # torch's own id for padding
 _DATE = 0x21  # 1 January 1980: files of equal states are equal
 
@@ -49,12 +52,13 @@ class Archive:
         self._offset = 0
         self._pieces: list[tuple[int, int, int, int]] = []  # offset, length, address, entry
         self._patches: list[tuple[int, int]] = []
-        self._central: list[tuple[bytes, list[tuple[int, int]]]] = []
+        self._central: list[bytes] = []
+        self._sums: list[int] = []  # of each member of it: the record whose CRC it awaits
         self._owners = [record.owner for record in records]
         self._put_text("data.pkl", pickled)
         self._put_text("byteorder", sys.byteorder.encode())
         for number, record in enumerate(records):
-            self._put_record(f"data/{number}", record, number)
+            self._put_record(number, record)
         self._put_text("version", b"3\n")
         digest = f"{zlib.crc32(pickled):020d}{len(records):020d}"
         self._put_text(".data/serialization_id", digest.encode())
@@ -91,45 +95,39 @@ class Archive:
             self._run_begin = len(self._literals)
 
     def _put_text(self, name: str, data: bytes) -> None:
-        crc = zlib.crc32(data)
-        header = self._header(name, 0, crc, len(data), padding=self._padding(name, 0))
+        self._put_header(_PREFIX + name.encode(), 0, zlib.crc32(data), len(data), _ALIGN_BYTES, 0)
         self._write(data)
-        self._central.append((header, []))
+        self._sums.append(LITERAL)
 
-    def _put_record(self, name: str, record: Record, entry: int) -> None:
-        padding = self._padding(name, record.size_bytes, record.address)
-        flags = _HAS_DESCRIPTOR
-        header = self._header(name, flags, 0, record.size_bytes, padding=padding)
-        self._end_run()
-        size = record.size_bytes
-        if size:
-            self._pieces.append((self._offset, size, record.address, entry))
-            self._offset += size
-        if size:
-            self._patches.append((len(self._literals) + 4, entry))  # an empty entry's CRC is 0
-        descriptor = _DESCRIPTOR_64 if size >= _MAX_32 else _DESCRIPTOR
-        self._write(descriptor.pack(b"PK\7\x08", 0, size, size))
-        self._central.append((header, [(16, entry)] if size else []))
-
-    def _padding(self, name: str, size: int, address: int = 0) -> int:
-        """Return how many bytes of padding put the data where it is wanted."""
-        is_large = size >= _MAX_32
-        data = self._offset + _LOCAL.size + len(_member(name)) + (20 if is_large else 0)
+    def _put_record(self, number: int, record: Record) -> None:
+        size, address = record.size_bytes, record.address
         follows = size >= _DIRECT_BYTES and address % _ALIGN_BYTES == 0
         step, rest = (PAGE_BYTES, address % PAGE_BYTES) if follows else (_ALIGN_BYTES, 0)
-        padding = (rest - data) % step
-        return padding if padding == 0 or padding >= 4 else padding + step
+        self._put_header(b"archive/data/%d" % number, _HAS_DESCRIPTOR, 0, size, step, rest)
+        self._end_run()
+        if size:
+            self._pieces.append((self._offset, size, address, number))
+            self._offset += size
+            self._patches.append((len(self._literals) + 4, number))  # an empty one's CRC is 0
+        descriptor = _DESCRIPTOR_64 if size >= _MAX_32 else _DESCRIPTOR
+        self._write(descriptor.pack(b"PK\7\x08", 0, size, size))
+        self._sums.append(number if size else LITERAL)
 
-    def _header(self, name: str, flags: int, crc: int, size: int, *, padding: int) -> bytes:
-        """Write a local header; return the member's entry of the central directory."""
-        member, begin = _member(name), self._offset
-        is_large = size >= _MAX_32
-        version = _VERSION_64 if is_large else 20
+    def _put_header(
+        self, member: bytes, flags: int, crc: int, size: int, step: int, rest: int
+    ) -> None:
+        """Write a local header, so long that the data begins at `rest` modulo `step`.
+
+        Also notes the member's entry of the central directory.
+        """
+        begin, is_large = self._offset, size >= _MAX_32
         known = 0 if flags else size  # with a descriptor the sizes stand there
-        sizes = (_MAX_32, _MAX_32) if is_large else (known, known)
         extra = struct.pack("<2H2Q", 1, 16, known, known) if is_large else b""
+        padding = (rest - begin - _LOCAL.size - len(member) - len(extra)) % step
         if padding:
-            extra += struct.pack("<2H", _PADDING_ID, padding - 4) + bytes(padding - 4)
+            padding += 0 if padding >= 4 else step
+            extra += _padding(padding)
+        sizes, version = ((_MAX_32, _MAX_32), _VERSION_64) if is_large else ((known, known), 20)
         self._write(
             _LOCAL.pack(
                 b"PK\3\4", version, flags, 0, 0, _DATE, crc, *sizes, len(member), len(extra)
@@ -137,17 +135,15 @@ class Archive:
             + member
             + extra
         )
-        wide = []
-        if is_large:
-            wide += [size, size]
+        wide = [size, size] if is_large else []
         if begin >= _MAX_32:
             wide.append(begin)
         extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        small = _MAX_32 if is_large else size
-        return (
+        version, small = (_VERSION_64, _MAX_32) if is_large else (45 if wide else 20, size)
+        self._central.append(
             _CENTRAL.pack(
-                *(b"PK\1\2", _VERSION_64, _VERSION_64 if wide else 20, flags, 0, 0, _DATE, crc),
-                *(small, small, len(member), len(extra), 0, 0, 0, 0, min(begin, _MAX_32)),
+                *(b"PK\1\2", _VERSION_64, version, flags, 0, 0, _DATE, crc, small, small),
+                *(len(member), len(extra), 0, 0, 0, 0, min(begin, _MAX_32)),
             )
             + member
             + extra
@@ -155,9 +151,10 @@ class Archive:
 
     def _put_end(self) -> None:
         begin = self._offset
-        for header, patches in self._central:
-            self._patches += [(len(self._literals) + at, entry) for at, entry in patches]
-            self._write(header)
+        for entry, number in zip(self._central, self._sums, strict=True):
+            if number != LITERAL:
+                self._patches.append((len(self._literals) + _CRC_IN_CENTRAL, number))
+            self._write(entry)
         size, members, end = self._offset - begin, len(self._central), self._offset
         if members >= 0xFFFF or end >= _MAX_32:
             self._write(
@@ -171,5 +168,6 @@ class Archive:
         self._end_run()
 
 
-def _member(name: str) -> bytes:
-    return f"archive/{name}".encode()
+@functools.cache
+def _padding(length: int) -> bytes:
+    return struct.pack("<2H", _PADDING_ID, length - 4) + bytes(length - 4)

@@ -33,6 +33,7 @@ class Board:
         self.world_size = world_size
         self._store = store
         self._local: dict[str, str] = {}
+        self._is_closed = False
         # Two runs, or two engines of one run, must not read each other's posts.
         self.token: str = self.share("token", lambda: secrets.token_hex(4))
 
@@ -93,7 +94,16 @@ class Board:
             )
         return found[0]
 
+    def close(self) -> None:
+        """Make every further call raise; threads that wait here end soon.
+
+        A thread inside the store while the interpreter ends would abort the process.
+        """
+        self._is_closed = True
+
     def _guarded(self, call: Callable[[], Any]) -> Any:
+        if self._is_closed:
+            raise CheckpointError(f"rank {self.rank}: the run has ended")
         try:
             return call()
         except RuntimeError as error:  # torch's DistNetworkError and DistStoreError

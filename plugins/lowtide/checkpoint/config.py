@@ -11,6 +11,7 @@ from lowtide.core.config import Auto, PluginConfig
 from lowtide.core.errors import ConfigError
 
 MIB = 1 << 20
+NODE = "{node}"  # in a path: the number of the node
 
 
 class TierConfig(BaseModel):
@@ -31,6 +32,28 @@ class TierConfig(BaseModel):
 
     bytes_per_s: float | None = Field(default=None, gt=0)
     """Highest rate at which one rank writes to this level; null is no limit."""
+
+    scope: Literal["shared", "node"] = "shared"
+    """Who sees `path`. Shared: all ranks see one folder. Node: each node has a folder of its own
+    there, on a local disk or in host memory; ``{node}`` in the path is the node's number."""
+
+    copies: Literal[0, 1] = 0
+    """With ``"scope": "node"``: 1 keeps each rank's files on the next node too, so that the loss
+    of one node loses nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TierConfig:
+        if self.scope == "shared" and self.copies:
+            raise ValueError(
+                f'"copies" is {self.copies} at {self.path}, whose "scope" is "shared": all nodes '
+                f'see that folder already; set "scope" to "node" or "copies" to 0'
+            )
+        if self.scope == "shared" and NODE in self.path:
+            raise ValueError(
+                f'"path" is {self.path}, which is another folder on each node, but "scope" is '
+                f'"shared"; set "scope" to "node" or name one folder'
+            )
+        return self
 
 
 class CheckpointConfig(PluginConfig):
@@ -81,6 +104,10 @@ class CheckpointConfig(PluginConfig):
     verify: Literal["full", "fast", "off"] = "full"
     """What is checked before loading: all checksums, a sample of them, or only sizes."""
 
+    scrub_every_s: float | None = Field(default=None, gt=0)
+    """Read one committed checkpoint again every so many seconds, in the background, and say if it
+    is damaged. Null: never."""
+
     io: Literal["auto", "io_uring", "threads"] = "auto"
     """How files are written. Auto: io_uring where the kernel allows it, else a pool of threads."""
 
@@ -100,6 +127,11 @@ class CheckpointConfig(PluginConfig):
         paths = [tier.path.rstrip("/") for tier in self.tiers]
         if len(set(paths)) != len(paths):
             raise ValueError('"tiers" names one folder twice')
+        if len(self.tiers) > 1 and self.tiers[-1].scope == "node":
+            raise ValueError(
+                f'the last of "tiers", {self.tiers[-1].path}, has the "scope" "node"; the last '
+                f'must be "shared" where there are several: it is what remains when nodes are lost'
+            )
         return self
 
     def check_host(self, host_config: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from lowtide.checkpoint.commit import Committer, wait_durable
 from lowtide.checkpoint.config import MIB, CheckpointConfig
 from lowtide.checkpoint.folders import make_part_folder
 from lowtide.checkpoint.manifest import FileSums, manifest_name, read_manifest
+from lowtide.checkpoint.peers import Peers
 from lowtide.checkpoint.plan import FilePlan, FileResult
 from lowtide.checkpoint.saving import Level, Saving
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.core.errors import CheckpointError
+
+logger = logging.getLogger("lowtide")
 
 _BUFFER_BYTES = 16 * MIB
 
@@ -25,11 +29,15 @@ class Drain:
     Args:
         config: The plugin's settings.
         committer: Where ranks agree that a copy is complete.
+        peers: The way to the other nodes, where there are levels of which each has its own.
     """
 
-    def __init__(self, config: CheckpointConfig, committer: Committer) -> None:
+    def __init__(
+        self, config: CheckpointConfig, committer: Committer, peers: Peers | None = None
+    ) -> None:
         self._config = config
         self._committer = committer
+        self._peers = peers
         self._writers: dict[int, Writer] = {}
 
     def bring(self, saving: Saving, above: Level, level: Level, *, is_superseded: bool) -> None:
@@ -55,6 +63,33 @@ class Drain:
             vote = {"error": str(error)}
         self._committer.decide(saving, level, vote)
 
+    def replicate(self, saving: Saving, level: Level, *, is_superseded: bool) -> bool:
+        """Copy this rank's files on `level` to the next node; what fails is only told.
+
+        Returns:
+            Whether all ranks' files have their copies now.
+        """
+        if self._peers is None:
+            return False
+        saving.is_replicated = False
+        if not self._committer.agree(saving, level, go=not is_superseded, what="copy"):
+            return False
+        error = None
+        try:
+            self._peers.send_copy(level, tag=saving.tag, attempt=saving.attempt)
+        except (CheckpointError, OSError) as problem:
+            error = f"{problem or type(problem).__name__}"
+        saving.replica_error = self._committer.report_copies(saving, level, error)
+        saving.is_replicated = saving.replica_error is None
+        if saving.replica_error is not None and self._committer.rank == 0:
+            logger.warning(
+                "checkpoint %s in %s: is complete, but not copied to the next node: %s",
+                saving.tag,
+                level.folder,
+                saving.replica_error,
+            )
+        return saving.is_replicated
+
     def close(self) -> None:
         """End the writers' threads."""
         writers, self._writers = self._writers, {}
@@ -70,7 +105,7 @@ class Drain:
                 f"{source}: was overwritten by a newer checkpoint before it could be copied to "
                 f"{level.folder}; give each checkpoint a tag of its own"
             )
-        make_part_folder(part, is_owner=rank == 0)
+        make_part_folder(part, is_owner=self._committer.leads(level))
         plans = []
         for name, sums in manifest.files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.catalog import Entry, list_checkpoints
+from lowtide.checkpoint.epochs import Epoch, Holding, holdings, put_together, what_is_missing
 from lowtide.checkpoint.integrity import verify
+from lowtide.checkpoint.peers import Peers
+from lowtide.checkpoint.restoring import Restorer
+from lowtide.checkpoint.saving import Level
 from lowtide.core.errors import CheckpointError
-from lowtide.core.restart import find_damage, find_missing_parts
+from lowtide.core.restart import find_damage, find_missing_parts, read_record
 
 _VERIFY_TIMEOUT_S = 3600.0
-_USABLE = ("complete", "unverified")
+_HOLDINGS_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +43,15 @@ class Finder:
     Args:
         board: Where the ranks agree.
         mode: How much is read of a checkpoint before it is chosen.
+        peers: The way to the other nodes, where there are levels of which each has its own.
     """
 
-    def __init__(self, board: Board, mode: Literal["full", "fast", "off"]) -> None:
+    def __init__(
+        self, board: Board, mode: Literal["full", "fast", "off"], peers: Peers | None = None
+    ) -> None:
         self._board = board
-        self._mode = mode
+        self._mode: Literal["full", "fast", "off"] = mode
+        self._peers = peers
         self._count = 0
 
     def find(self, folders: Sequence[Path], tag: str | None, *, parts: int | None) -> Found:
@@ -61,23 +69,74 @@ class Finder:
         """
         self._count += 1
         place = f"find{self._count}"
-        candidates = self._board.share(f"{place}/list", lambda: _candidates(folders, tag))
+        levels = [None if self._peers is None else self._peers.level_of(each) for each in folders]
+        self._tell_holdings(levels, place)
+        candidates = self._board.share(
+            f"{place}/list",
+            lambda: _candidates(folders, tag, self._hear_epochs(levels, place)),
+            timeout_s=_VERIFY_TIMEOUT_S,
+        )
         skipped: list[str] = []
-        for number, (folder, name, is_recorded) in enumerate(candidates):
-            needed = None if is_recorded else parts
-            damage = self._check(Path(folder) / name, f"{place}/{number}", needed)
+        for number, (position, name, is_recorded, epoch) in enumerate(candidates):
+            folder, level = folders[position], levels[position]
+            if level is not None and epoch is not None:
+                damage = self._bring_back(level, epoch, f"{place}/{number}")
+            else:
+                damage = self._damage(folder / name, None if is_recorded else parts)
+                damage = self._worst(damage, f"{place}/{number}")
             if damage is None:
-                return Found(folder=Path(folder), name=name, skipped=skipped)
-            skipped.append(f"checkpoint {Path(folder) / name} is not used: {damage}")
+                return Found(folder=folder, name=name, skipped=skipped)
+            skipped.append(f"checkpoint {folder / name} is not used: {damage}")
         if tag is not None and skipped:
             raise CheckpointError(
                 f"{'; '.join(skipped)}. Name another tag, or none to load the newest that is whole"
             )
         return Found(skipped=skipped)
 
-    def _check(self, checkpoint: Path, place: str, parts: int | None) -> str | None:
-        """Let every rank check its share; return what rank 0 heard."""
-        damage = self._damage(checkpoint, parts)
+    def _tell_holdings(self, levels: Sequence[Level | None], place: str) -> None:
+        """Let each node's leader tell what is on the disks that only its node sees."""
+        if self._peers is None or not self._peers.nodes.is_leader or self._board.rank == 0:
+            return
+        for number, level in enumerate(levels):
+            if level is not None:
+                node = self._peers.nodes.number
+                self._board.post(f"{place}/{number}/node/{node}", holdings(level.folder))
+
+    def _hear_epochs(self, levels: Sequence[Level | None], place: str) -> dict[int, list[Epoch]]:
+        """Return, on rank 0, what all nodes have, by the position of the level."""
+        found = {}
+        for number, level in enumerate(levels):
+            if level is None or self._peers is None:
+                continue
+            told: list[list[Holding]] = []
+            for node in range(len(self._peers.nodes.ranks)):
+                name = f"{place}/{number}/node/{node}"
+                is_own = node == self._peers.nodes.number
+                heard = (
+                    holdings(level.folder)
+                    if is_own
+                    else self._board.wait(name, timeout_s=_HOLDINGS_TIMEOUT_S)
+                )
+                self._board.forget(name)
+                told.append(heard or [])
+            found[number] = put_together(told)
+        return found
+
+    def _bring_back(self, level: Level, epoch: Epoch, place: str) -> str | None:
+        """Have every node make its part whole; return what rank 0 heard of it."""
+        missing = what_is_missing(epoch)
+        if missing is not None or self._peers is None:
+            return missing
+        restorer = Restorer(self._peers, level, epoch, self._mode)
+        damage = self._worst(restorer.bring_back(), place)
+        if damage is not None:
+            restorer.discard()
+        elif not restorer.is_whole_everywhere:
+            damage = self._worst(restorer.give_name(), f"{place}/name")
+        return damage
+
+    def _worst(self, damage: str | None, place: str) -> str | None:
+        """Tell rank 0 what is wrong with this rank's share; return what it heard from all."""
         if self._board.rank != 0:
             self._board.post(f"{place}/of/{self._board.rank}", [damage])
             answer: str | None = self._board.share(place, str, timeout_s=_VERIFY_TIMEOUT_S)
@@ -93,34 +152,55 @@ class Finder:
         return worst
 
     def _damage(self, checkpoint: Path, parts: int | None) -> str | None:
+        try:
+            return self._find_damage(checkpoint, parts)
+        except (CheckpointError, OSError) as error:  # the others wait for an answer
+            return f"rank {self._board.rank}: {error}"
+
+    def _find_damage(self, checkpoint: Path, parts: int | None) -> str | None:
         if not checkpoint.is_dir():
             return f"rank {self._board.rank} cannot see it"
         missing = find_missing_parts(checkpoint, world_size=parts) if parts is not None else None
         if missing is not None:
             return missing
-        if self._mode == "off":
+        record = read_record(checkpoint)
+        if self._mode == "off" or (record is not None and record.get("nodes", 1) > 1):
             return find_damage(checkpoint)
         share = (self._board.rank, self._board.world_size)
         report = verify(checkpoint, mode=self._mode, part=share)
         return str(report.damage[0]) if report.damage else None
 
 
-def _candidates(folders: Sequence[Path], tag: str | None) -> list[tuple[str, str, bool]]:
-    """Return (folder, name, has a record), what is to be tried first first."""
-    found: list[tuple[Any, Entry, Path]] = []
+# Position of the level, name, has it a record, and where only its node sees it: what all have.
+_Candidate = tuple[int, str, bool, "Epoch | None"]
+
+
+def _candidates(
+    folders: Sequence[Path], tag: str | None, epochs: Mapping[int, Sequence[Epoch]]
+) -> list[_Candidate]:
+    """Return what can be loaded, what is to be tried first first."""
+    found: list[tuple[Any, _Candidate]] = []
+
+    def add(candidate: _Candidate, *, is_latest: bool, step: int, time_s: float) -> None:
+        key = (not is_latest if tag is None else False, -step, candidate[0], -time_s)
+        found.append((key, candidate))
+
     for number, folder in enumerate(folders):
+        for epoch in epochs.get(number, []):
+            if tag is None or tag == epoch["tag"]:
+                times = {name: epoch[name] for name in ("is_latest", "step", "time_s")}
+                add((number, epoch["tag"], True, epoch), **times)
         entries: list[Entry] = []
-        with contextlib.suppress(CheckpointError):  # a level that is not there yet
-            entries = list_checkpoints(folder)
+        if number not in epochs:
+            with contextlib.suppress(CheckpointError, OSError):  # a level that is not there yet
+                entries = list_checkpoints(folder)
         for entry in entries:
-            if tag is None and entry.state not in _USABLE:
-                continue
             if tag is not None and tag not in (entry.tag, entry.path.name):
                 continue
             if entry.state in ("abandoned", "in progress", "trash"):
-                continue
+                continue  # an incomplete one is looked at, so that it is told what it lacks
             step = -1 if entry.step is None else entry.step
-            key = (not entry.is_latest if tag is None else False, -step, number, -entry.time_s)
-            found.append((key, entry, folder))
+            candidate = (number, entry.path.name, entry.state != "unverified", None)
+            add(candidate, is_latest=entry.is_latest, step=step, time_s=entry.time_s)
     found.sort(key=lambda each: each[0])
-    return [(str(folder), e.path.name, e.state != "unverified") for _, e, folder in found]
+    return [candidate for _, candidate in found]

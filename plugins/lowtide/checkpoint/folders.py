@@ -18,6 +18,7 @@ from lowtide.core.restart import RECORD_FILE, TRASH, sync_folder
 
 OWNER_FILE = "owner.json"
 LATEST_FILE = "latest"
+_HEX = "[0-9a-f]"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 
@@ -35,12 +36,24 @@ def make_part_folder(part: Path, *, is_owner: bool) -> None:
 
     Args:
         part: What `part_folder` returned.
-        is_owner: Also say which process it belongs to, so that it can be removed when that is gone.
+        is_owner: Whether it belongs to this process, so that it can be removed when that is gone.
+            Until the owner comes it belongs to whoever came first: that rank may die alone.
     """
     part.mkdir(parents=True, exist_ok=True)
-    if is_owner:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time_s": time.time()}
-        (part / OWNER_FILE).write_text(json.dumps(owner), encoding="utf-8")
+    path = part / OWNER_FILE
+    if not is_owner and path.exists():
+        return
+    scratch = path.with_name(f".{OWNER_FILE}.{secrets.token_hex(4)}")
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "time_s": time.time()}
+    try:
+        scratch.write_text(json.dumps(owner), encoding="utf-8")
+        if is_owner:
+            scratch.replace(path)
+        else:
+            with contextlib.suppress(OSError):  # another one was faster, or there are no links
+                os.link(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def publish(part: Path, final: Path) -> None:
@@ -59,7 +72,11 @@ def publish(part: Path, final: Path) -> None:
         old = part if _exchange(part, final) else trash_folder(final)
         if old is not part:
             final.rename(old)
-            part.rename(final)
+            try:
+                part.rename(final)
+            except OSError:
+                old.rename(final)
+                raise
     else:
         part.rename(final)
     sync_folder(final.parent)
@@ -70,12 +87,34 @@ def publish(part: Path, final: Path) -> None:
 def write_latest(folder: Path, tag: str) -> None:
     """Make ``latest`` in `folder` name `tag`, atomically: other ranks may be reading it."""
     scratch = folder / f".{LATEST_FILE}.{secrets.token_hex(4)}"
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(folder / LATEST_FILE)
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(tag)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(folder / LATEST_FILE)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
     sync_folder(folder)
+
+
+def remove_scratch(folder: Path, *, token: str) -> None:
+    """Remove what runs left in `folder` that were killed in `write_latest` or `make_part_folder`.
+
+    Args:
+        folder: The folder that holds checkpoints.
+        token: What this run's own attempts begin with.
+    """
+    for path in folder.glob(f".{LATEST_FILE}.{_HEX * 8}"):
+        path.unlink(missing_ok=True)
+    for part in folder.glob(f".*.{_HEX * 16}.part"):
+        is_own = part.suffixes[-2].startswith(f".{token}")
+        if not is_own and not (part / OWNER_FILE).exists():
+            for path in part.glob(f".{OWNER_FILE}.*"):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not empty: its age will tell
+                part.rmdir()
 
 
 def trash_folder(final: Path) -> Path:
@@ -92,8 +131,15 @@ def remove(folder: Path, final: Path) -> None:
         trash = trash_folder(final)
         with contextlib.suppress(OSError):
             folder.rename(trash)
+            sync_folder(trash.parent)  # else, after a power cut, half of it may have its name back
         folder = trash
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_trash(folder: Path) -> None:
+    """Remove what was being removed from `folder` when a run was killed."""
+    for path in folder.glob(f".*.{_HEX * 8}{TRASH}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def has_record(folder: Path) -> bool:

@@ -97,6 +97,9 @@ def find_damage(
     threads: int | None = None,
 ) -> str | None:
     """Say why a checkpoint cannot be loaded, or return None; for `core.restart.choose`."""
+    record = restart.read_record(checkpoint)
+    if record is not None and record.get("nodes", 1) > 1:
+        return restart.find_damage(checkpoint)  # a part of one, on a disk of one node
     try:
         report = _verify(checkpoint, mode=mode, threads=threads, world_size=world_size)
     except CheckpointError as error:

@@ -17,6 +17,7 @@ from lowtide.checkpoint.interval import Interval
 from lowtide.checkpoint.ledger import Ledger
 from lowtide.checkpoint.saver import CHUNK_BYTES, Saver
 from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.scrub import Scrub
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
@@ -76,6 +77,7 @@ class CheckpointPlugin(Plugin):
         self._raises = 0
         self._interval: Interval | None = None
         self._ledger: Ledger | None = None
+        self._scrub: Scrub | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._step_begin_s: float | None = None
 
@@ -189,6 +191,8 @@ class CheckpointPlugin(Plugin):
             adapter.close()
         if self._finalizer is not None:
             self._finalizer.detach()
+        if self._scrub is not None:
+            self._scrub.close()
         if self._saver is not None:
             self._saver.close(timeout_s=1.0)
 
@@ -197,6 +201,8 @@ class CheckpointPlugin(Plugin):
         if self._saver is None or self._ledger is None:
             return {}
         summary = {**self._ledger.summary(), "writer": self._saver.writer.facts()}
+        if self._scrub is not None:
+            summary |= {"scrubbed": self._scrub.checked, "damaged": dict(self._scrub.damaged)}
         if self.last_error is not None:
             summary["last_error"] = str(self.last_error)
         return summary
@@ -213,7 +219,7 @@ class CheckpointPlugin(Plugin):
         self._stable.look_at(self._model, self._optimizer)
         board = open_board()
         self._saver = Saver(self.config, board, buffer_bytes=self._buffer_bytes())
-        self._finder = Finder(board, self.config.verify)
+        self._finder = Finder(board, self.config.verify, self._saver.peers)
         if self.config.every_n_steps is not None:
             self._interval = Interval(
                 board,
@@ -221,8 +227,15 @@ class CheckpointPlugin(Plugin):
                 between_failures_s=self.config.mean_time_between_failures_s,
             )
         self._ledger = Ledger(session.telemetry, session.stop)
+        if self.config.scrub_every_s is not None:
+            self._scrub = Scrub(
+                self._saver.used_folders, every_s=self.config.scrub_every_s,
+                rank=board.rank, world_size=board.world_size,
+            )  # fmt: skip
         # For a script that just ends. Made after the session's own, so it runs before that.
-        self._finalizer = weakref.finalize(self, _end_of_process, self._saver, self._ledger)
+        self._finalizer = weakref.finalize(
+            self, _end_of_process, self._saver, self._ledger, self._scrub
+        )
         if session.rank == 0:
             logger.info("checkpoint: %s", _said(self._saver.writer.facts()))
 
@@ -239,7 +252,7 @@ class CheckpointPlugin(Plugin):
 
     def _before_save(self, moment: Moment) -> None:
         tag = moment.data["tag"]
-        if tag is None:  # a single file, as the plain loop writes it
+        if self._adapter is None or tag is None:  # the host, or its script, writes by itself
             return
         moment.data["is_certified"] = False
         self._begin(Path(moment.data["path"]), tag, moment.data.get("client_keys", []))
@@ -254,8 +267,8 @@ class CheckpointPlugin(Plugin):
         details = {"config": session.config.as_dict(), "client_keys": client_keys}
         self._the_saver().begin(folder, tag, step=session.step, details=details)
 
-    def _after_save(self, moment: Moment) -> None:
-        if self._the_saver().current is not None and moment.data["tag"] is not None:
+    def _after_save(self, _moment: Moment) -> None:
+        if self._adapter is not None and self._the_saver().current is not None:
             self._end()
 
     def _end(self) -> None:
@@ -309,29 +322,28 @@ class CheckpointPlugin(Plugin):
 
     def _before_load(self, moment: Moment) -> None:
         saver, finder, session = self._the_saver(), self._finder, self._the_session()
-        if finder is None:
+        if finder is None or self._adapter is None:
             return
         saver.wait(Stage.COMMITTED)  # one of them may be what is to be loaded
         self._the_ledger().settle()
         asked = Path(moment.data["path"]).absolute()
-        tiers = [Path(tier.path).absolute() for tier in self.config.tiers]
-        folders = tiers if tiers and asked == tiers[-1] else [asked]
-        parts = self._adapter.parts() if self._adapter is not None else None
+        folders = saver.folders(asked)
+        parts = self._adapter.parts()
         with session.telemetry.span("verify"):
             found = finder.find(folders, moment.data["tag"], parts=parts)
         if session.rank == 0:
             for line in found.skipped:
                 logger.warning("%s", line)
         if found.folder is None or found.name is None:
-            if found.skipped and session.rank == 0:
-                logger.warning("%s: no checkpoint is whole, so nothing is loaded", asked)
-            moment.data["is_empty"] = bool(found.skipped)
+            if session.rank == 0:
+                what = "whole" if found.skipped else "there"
+                logger.warning("%s: no checkpoint is %s, so nothing is loaded", asked, what)
+            moment.data["is_empty"] = moment.data["tag"] is None
             return
         moment.data["path"], moment.data["tag"] = str(found.folder), found.name
-        if self._adapter is not None:
-            result = self._adapter.load(found.folder / found.name, moment.data.get("options", {}))
-            if result is not None:
-                moment.data["result"] = result
+        result = self._adapter.load(found.folder / found.name, moment.data.get("options", {}))
+        if result is not None:
+            moment.data["result"] = result
 
     def _closed(self, _moment: Moment) -> None:
         if self._saver is None:
@@ -376,7 +388,9 @@ class CheckpointPlugin(Plugin):
         return self._session
 
 
-def _end_of_process(saver: Saver, ledger: Ledger) -> None:
+def _end_of_process(saver: Saver, ledger: Ledger, scrub: Scrub | None) -> None:
+    if scrub is not None:
+        scrub.close()
     saver.close(_EXIT_TIMEOUT_S)
     ledger.settle()
 

@@ -48,11 +48,14 @@ class RankFiles:
         folder: Where they are.
         stage: ZeRO stage that wrote them.
         world_size: Number of ranks that ZeRO divided the optimizer over; 1 for stage 0.
+        own: The rank whose files are looked at first. Other than None, the folder may hold only
+            those: it is on a disk that only one node sees.
         opened: Names of the files opened so far.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, own: int | None = None) -> None:
         self.folder = folder
+        self.own = own
         self.opened: list[str] = []
         self._models: dict[int, dict[str, Any]] = {}
         self._optimizers: dict[int, dict[str, Any]] = {}
@@ -64,7 +67,7 @@ class RankFiles:
             # which does not write the stage.
             self.stage = int(first.get("zero_stage", 1))
             self.world_size = self._count(first)
-            if found != set(range(self.world_size)):
+            if found != set(range(self.world_size)) and own is None:
                 raise CheckpointError(
                     f"{folder}: was written by {self.world_size} ranks, but has the optimizer "
                     f"files of ranks {sorted(found)}; a part is missing or an older checkpoint of "
@@ -77,12 +80,16 @@ class RankFiles:
         """Whether the names of the optimizer files carry the prefix of bfloat16 training."""
         return self._prefix == "bf16_"
 
-    def model(self, rank: int = 0) -> dict[str, Any]:
+    def model(self, rank: int | None = None) -> dict[str, Any]:
         """Return what the model file of `rank` holds; below stage 3 there is only rank 0's.
+
+        Args:
+            rank: A rank, or None for `own` or else 0.
 
         Raises:
             CheckpointError: the file is missing or damaged.
         """
+        rank = (self.own or 0) if rank is None else rank
         if rank not in self._models:
             prefix = f"zero_pp_rank_{rank}_" if self.stage == 3 else ""
             self._models[rank] = self._open(f"{prefix}mp_rank_00_model_states.pt")
@@ -136,7 +143,7 @@ class RankFiles:
         return next(iter(found.items()), ("", set()))
 
     def _first_optimizer(self) -> dict[str, Any]:
-        return self.optimizer(0)
+        return self.optimizer(self.own or 0)
 
     def _count(self, first: dict[str, Any]) -> int:
         counts = first.get("partition_count", 1)

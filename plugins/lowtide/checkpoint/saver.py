@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,18 @@ from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.commit import Committer, Limits, wait_durable
 from lowtide.checkpoint.config import MIB, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
-from lowtide.checkpoint.folders import make_part_folder, remove
+from lowtide.checkpoint.epochs import prune_copies
+from lowtide.checkpoint.folders import (
+    make_part_folder,
+    remove,
+    remove_scratch,
+    remove_trash,
+)
+from lowtide.checkpoint.nodes import Nodes, find_nodes
+from lowtide.checkpoint.peers import Peers
 from lowtide.checkpoint.plan import FileResult
 from lowtide.checkpoint.retention import finish_published, prune, remove_abandoned
-from lowtide.checkpoint.saving import Level, Saving, Stage
+from lowtide.checkpoint.saving import Level, Saving, Stage, levels_of
 from lowtide.checkpoint.torch_file import lay_out
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.core.errors import CheckpointError
@@ -47,11 +56,26 @@ class Saver:
         config: The plugin's settings.
         board: Where the ranks of this run agree.
         buffer_bytes: Host memory for bytes on their way.
+        nodes: Who is on which node; found out where a level needs it. That is collective.
     """
 
-    def __init__(self, config: CheckpointConfig, board: Board, *, buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        board: Board,
+        *,
+        buffer_bytes: int,
+        nodes: Nodes | None = None,
+    ) -> None:
         self.config = config
         self.board = board
+        if nodes is None and any(tier.scope == "node" for tier in config.tiers):
+            nodes = find_nodes(board)
+        self.tiers = levels_of(config, nodes)
+        of_node = [level for level in self.tiers if level.is_of_node]
+        self.peers: Peers | None = None
+        if nodes is not None and of_node:
+            self.peers = Peers(board, nodes, of_node, stall_s=config.stall_timeout_s)
         self.writer: Writer = open_writer(
             buffer_bytes=buffer_bytes,
             chunk_bytes=CHUNK_BYTES,
@@ -62,13 +86,15 @@ class Saver:
         self.current: Saving | None = None
         self.last_error: CheckpointError | None = None
         self._committer = Committer(
-            board, Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s)
+            board, Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s), nodes
         )
-        self._drain = Drain(config, self._committer)
+        self._drain = Drain(config, self._committer, self.peers)
         self._count = 0
         self._tier_count = 0
         self._cleaned: set[Path] = set()
         self._sick: set[int] = set()  # levels that failed last time, as rank 0 knows them
+        self._committed: dict[int, str] = {}  # the newest of each level, by its tag
+        self._replicated: dict[int, str] = {}  # the newest of which all nodes' copies are there
         self._pending: deque[Saving] = deque()  # not yet captured, oldest first
         self._to_commit: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
         self._to_drain: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
@@ -107,7 +133,7 @@ class Saver:
             raise CheckpointError(f"{name}: no checkpoint has begun; call begin() first")
         path = saving.part() / name
         try:
-            make_part_folder(saving.part(), is_owner=self.board.rank == 0)
+            make_part_folder(saving.part(), is_owner=self._committer.leads(saving.levels[0]))
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             saving.give_up(CheckpointError(f"{path.parent}: cannot be made ({error.strerror})"))
@@ -171,6 +197,12 @@ class Saver:
 
     # -- everyone -----------------------------------------------------------------------------
 
+    def used_folders(self) -> list[Path]:
+        """Return the folders that hold this run's checkpoints."""
+        with self._lock:
+            used = [level.folder for saving in self.history for level in saving.levels]
+        return list(dict.fromkeys([*(level.folder for level in self.tiers), *used]))
+
     def is_busy(self) -> bool:
         """Whether a checkpoint is still on its way."""
         with self._lock:
@@ -212,12 +244,16 @@ class Saver:
                     f"the run (lowtide.checkpoint.close_timeout_s)"
                 )
             )
+        if late:
+            self.board.close()
         threads, self._threads = self._threads, []
         self._to_commit.put(None)
         self._to_drain.put(None)
         for thread in threads:  # they are daemons: one that hangs in a system call is left behind
             thread.join(max(1.0, end_s - time.monotonic()) if not late else 1.0)
         self._drain.close()
+        if self.peers is not None:
+            self.peers.close()
         self.writer.close(timeout_s=1.0)
         return not late
 
@@ -269,10 +305,12 @@ class Saver:
             self._committer.decide(saving, level, vote)
         except CheckpointError:
             self._sick.add(level.number)
+            self._prune(level)  # on a full disk nothing else would ever make room
             raise
         self._sick.discard(level.number)
+        self._committed[level.number] = saving.tag
         saving.advance(Stage.COMMITTED)
-        if len(saving.levels) > 1:
+        if len(saving.levels) > 1 or level.copies:
             with self._lock:
                 self._draining.append(saving.tag)
             self._to_drain.put(saving)
@@ -283,13 +321,22 @@ class Saver:
     def _bring_down(self, saving: Saving) -> None:
         try:
             is_newest = self._to_drain.empty()
+            self._replicate(saving, saving.levels[0], is_newest=is_newest)
             for above, level in zip(saving.levels, saving.levels[1:], strict=False):
-                self._drain.bring(saving, above, level, is_superseded=not is_newest)
-                self._prune(level)
+                try:
+                    self._drain.bring(saving, above, level, is_superseded=not is_newest)
+                finally:
+                    self._prune(level)
+                self._replicate(saving, level, is_newest=is_newest)
             saving.advance(Stage.DRAINED)
         finally:
             with self._lock:
                 self._draining.remove(saving.tag)
+
+    def _replicate(self, saving: Saving, level: Level, *, is_newest: bool) -> None:
+        if level.copies and self._drain.replicate(saving, level, is_superseded=not is_newest):
+            self._replicated[level.number] = saving.tag
+            self._prune(level)
 
     def _failed(self, saving: Saving, error: CheckpointError) -> None:
         self.last_error = error
@@ -299,12 +346,17 @@ class Saver:
 
     # -- folders ----------------------------------------------------------------------------------
 
+    def folders(self, asked: Path) -> list[Path]:
+        """Return where to look for what is asked for in the folder `asked`, fastest first."""
+        paths = [Path(tier.path).absolute() for tier in self.config.tiers]
+        if asked not in paths:
+            return [asked]
+        levels = self.tiers if asked == paths[-1] else [self.tiers[paths.index(asked)]]
+        return [level.folder for level in levels]
+
     def _levels(self, folder: Path, attempt: str) -> list[Level]:
-        tiers = [
-            Level.of_tier(number, tier, self.config.keep)
-            for number, tier in enumerate(self.config.tiers)
-        ]
-        if not tiers or folder != tiers[-1].folder:
+        tiers = self.tiers
+        if not tiers or folder != Path(self.config.tiers[-1].path).absolute():
             return [Level(number=0, folder=folder, keep=self.config.keep)]
         self._tier_count += 1
         due = [
@@ -321,24 +373,31 @@ class Saver:
     def _clean(self, levels: Sequence[Level]) -> None:
         """Finish or remove what an earlier run left half done, once for each folder."""
         for level in levels:
-            if self.board.rank == 0 and level.folder not in self._cleaned:
+            if self._committer.leads(level) and level.folder not in self._cleaned:
                 self._cleaned.add(level.folder)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # the save itself will tell
                     level.folder.mkdir(parents=True, exist_ok=True)
-                    finish_published(level.folder)
-                    remove_abandoned(level.folder)
+                remove_unowned = partial(remove_scratch, token=self.board.token)
+                for clean in (finish_published, remove_abandoned, remove_unowned, remove_trash):
+                    with contextlib.suppress(OSError, CheckpointError):  # as much as is possible
+                        clean(level.folder)
 
     def _prune(self, level: Level) -> None:
-        if self.board.rank != 0 or level.keep is None:
+        if not self._committer.leads(level) or level.keep is None:
             return
+        newest = (self._committed.get(level.number), self._replicated.get(level.number))
         with self._lock:
-            protected = tuple(self._draining)
+            protected = [*self._draining, *filter(None, newest)]
+        # The copies of an earlier run are worth most until this run has made its own.
+        is_waiting = bool(level.copies) and level.number not in self._replicated
         try:
             prune(
                 level.folder,
-                keep=level.keep,
+                keep=level.keep + is_waiting,
                 keep_every=self.config.keep_every_n_steps,
                 protect=protected,
             )
-        except OSError as error:
+            if level.is_of_node:
+                prune_copies(level.folder)
+        except (OSError, CheckpointError) as error:
             logger.warning("%s: old checkpoints cannot be removed: %s", level.folder, error)

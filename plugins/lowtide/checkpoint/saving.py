@@ -6,14 +6,15 @@ import enum
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowtide.checkpoint.config import TierConfig
+from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
 from lowtide.checkpoint.folders import part_folder
+from lowtide.checkpoint.nodes import Nodes
 from lowtide.checkpoint.writer import Ticket
 from lowtide.core.errors import CheckpointError
 
@@ -42,19 +43,38 @@ class Level:
         folder: The folder that holds checkpoints.
         keep: How many to keep there, or None.
         bytes_per_s: Highest rate of this rank, or None.
+        is_of_node: Whether each node has a folder of its own there.
+        copies: How many other nodes keep this node's files too.
     """
 
     number: int
     folder: Path
     keep: int | None = None
     bytes_per_s: float | None = None
+    is_of_node: bool = False
+    copies: int = 0
 
     @classmethod
-    def of_tier(cls, number: int, tier: TierConfig, keep: int | None) -> Level:
-        """Return the level that a ``tiers`` entry describes."""
-        kept = tier.keep if tier.keep is not None else keep
-        folder = Path(tier.path).absolute()
-        return cls(number=number, folder=folder, keep=kept, bytes_per_s=tier.bytes_per_s)
+    def of_tier(cls, number: int, tier: TierConfig, keep: int | None, *, node: int = 0) -> Level:
+        """Return the level that a ``tiers`` entry describes, on the node of number `node`."""
+        return cls(
+            number=number,
+            folder=Path(tier.path.replace(NODE, str(node))).absolute(),
+            keep=tier.keep if tier.keep is not None else keep,
+            bytes_per_s=tier.bytes_per_s,
+            is_of_node=tier.scope == "node",
+            copies=tier.copies,
+        )
+
+
+def levels_of(config: CheckpointConfig, nodes: Nodes | None) -> list[Level]:
+    """Return the levels in ``tiers`` as they are on this rank's node."""
+    node, is_alone = (0, True) if nodes is None else (nodes.number, len(nodes.ranks) == 1)
+    levels = [
+        Level.of_tier(number, tier, config.keep, node=node)
+        for number, tier in enumerate(config.tiers)
+    ]
+    return [replace(level, copies=0) if is_alone else level for level in levels]
 
 
 @dataclass
@@ -96,6 +116,8 @@ class Saving:
         self.eager_bytes = 0
         self.times_s: dict[Stage, float] = {Stage.REQUESTED: time.perf_counter()}
         self.superseded: list[str] = []  # levels that a newer checkpoint went to instead
+        self.is_replicated: bool | None = None  # whether every rank's files have their copies
+        self.replica_error: str | None = None
         self._stage = Stage.REQUESTED
         self._changed = threading.Condition()
         self._settling = threading.Lock()
@@ -233,5 +255,7 @@ class Saving:
             "blocked_s": self.blocked_s,
             "after_s": {stage.value: at_s - begin_s for stage, at_s in self.times_s.items()},
             "superseded": self.superseded,
+            "is_replicated": self.is_replicated,
+            "replica_error": self.replica_error,
             "error": None if self.error is None else str(self.error),
         }

@@ -18,8 +18,7 @@ class StableMemory:
     def __init__(self) -> None:
         self._storages: set[int] = set()
         self._bytes = 0
-        self._masters_bytes = 0
-        self._has_moments = False
+        self._missing_bytes = 0
 
     def look_at(self, model: Any, optimizer: Any) -> None:
         """Collect the storages of `model` and `optimizer` as they are now."""
@@ -27,15 +26,17 @@ class StableMemory:
         self._bytes = 0
         for tensor in _parameters(model):
             self._add(tensor)
-        masters, moments = 0, 0
-        for innermost in _optimizers(optimizer):
-            for group in getattr(innermost, "param_groups", []):
-                masters += sum(self._add(p) for p in group["params"] if torch.is_tensor(p))
-            for state in getattr(innermost, "state", {}).values():
-                if isinstance(state, dict):
-                    moments += sum(self._add(v) for v in state.values() if torch.is_tensor(v))
-        self._has_moments = moments > 0
-        self._masters_bytes = masters
+        self._missing_bytes = 0
+        for each in _optimizers(optimizer):
+            updated = [p for g in getattr(each, "param_groups", []) for p in g["params"]]
+            for tensor in filter(torch.is_tensor, updated):
+                self._add(tensor)
+            states = [s for s in getattr(each, "state", {}).values() if isinstance(s, dict)]
+            for tensor in [v for s in states for v in s.values() if torch.is_tensor(v)]:
+                self._add(tensor)
+            if not states:  # Adam makes its two moments, in fp32, in the first step
+                elements = sum(p.numel() for p in updated if torch.is_tensor(p))
+                self._missing_bytes = max(self._missing_bytes, 8 * elements)
 
     def covers(self, tensor: torch.Tensor) -> bool:
         """Tell whether only an update changes the memory of `tensor`."""
@@ -43,9 +44,7 @@ class StableMemory:
 
     def expected_bytes(self) -> int:
         """Return about how many bytes one checkpoint will have."""
-        # Adam makes its two moments, as large as the masters, in the first step.
-        moments = 0 if self._has_moments else 2 * max(self._masters_bytes, self._bytes // 3)
-        return self._bytes + moments
+        return self._bytes + self._missing_bytes
 
     def _add(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -13,9 +13,12 @@ Lowtide), whose tensor bytes are still where they were. Differences from torch's
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import pickle
-from collections import OrderedDict
+import re
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,28 +26,12 @@ from typing import Any
 
 import torch
 
+from lowtide.checkpoint import opcodes
 from lowtide.checkpoint.archive import Archive, Record
 from lowtide.checkpoint.plan import FilePlan
 
+_PROTOCOL = b"\x80\x02"
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
-
-# The storage classes that torch names in its files. Other dtypes take torch's own way to pickle.
-_STORAGES: dict[torch.dtype, Any] = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
-
-# What torch's own pickles call, so that torch.load takes the file, also with weights_only.
-_REBUILD = torch._utils._rebuild_tensor_v2
-_REBUILD_PARAMETER = torch._utils._rebuild_parameter
 
 
 @dataclass(kw_only=True)
@@ -62,23 +49,15 @@ class TorchFile:
     eager_bytes: int
 
 
-@dataclass
+@dataclass(slots=True)
 class _Range:
     """A stretch of one storage that becomes one record of the archive."""
 
+    storage: torch.UntypedStorage
     begin: int  # bytes, in the storage
     end: int
     tensors: list[torch.Tensor] = field(default_factory=list)
-    name: _Name | None = None
-
-
-class _Name:
-    """Stands for a storage inside the pickle; pickled as torch's persistent id."""
-
-    __slots__ = ("id",)
-
-    def __init__(self, storage_type: Any, number: int, location: str, elements: int) -> None:
-        self.id = ("storage", storage_type, str(number), location, elements)
+    opcodes: bytes | None = None  # that push it; once it has a record
 
 
 def lay_out(state: Any, path: Path, *, is_stable: Callable[[torch.Tensor], bool]) -> TorchFile:
@@ -93,11 +72,24 @@ def lay_out(state: Any, path: Path, *, is_stable: Callable[[torch.Tensor], bool]
     Raises:
         pickle.PicklingError, TypeError: `state` holds something that cannot be pickled.
     """
-    pickler = _StatePickler(is_stable)
-    pickler.add_ranges(state)
-    pickled = pickler.dump_bytes(state)
-    plan = Archive(path, pickled, pickler.records).plan()
+    with _no_collection():
+        pickler = _StatePickler(is_stable)
+        pickler.add_ranges(state)
+        pickled = pickler.dump_bytes(state)
+        plan = Archive(path, pickled, pickler.records).plan()
     return TorchFile(plan=plan, lazy=pickler.lazy, eager_bytes=pickler.eager_bytes)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from looking for cycles among the many small objects that are made meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _tensors(state: Any) -> Iterator[torch.Tensor]:
@@ -119,7 +111,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         (kind is torch.Tensor or kind is torch.nn.Parameter)
         and tensor.layout is torch.strided
-        and tensor.dtype in _STORAGES
+        and tensor.dtype in opcodes.STORAGES
         and tensor.device.type in ("cpu", "cuda")
         and not tensor.is_neg()
         and not (kind is torch.Tensor and tensor.grad_fn is not None)
@@ -138,8 +130,15 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + (steps + 1) * item
 
 
+def _mark(name: str) -> None:
+    """Stand in the stream for a tensor, until its opcodes are put there. Never called."""
+
+
 class _StatePickler(pickle.Pickler):
-    """Writes torch's pickle; collects the bytes of the storages it names."""
+    """Writes torch's pickle; collects the bytes of the storages it names.
+
+    Tensors are written as marks first, which are then replaced by their opcodes.
+    """
 
     def __init__(self, is_stable: Callable[[torch.Tensor], bool]) -> None:
         self._buffer = io.BytesIO()
@@ -147,8 +146,10 @@ class _StatePickler(pickle.Pickler):
         self._is_stable = is_stable
         self._ranges: dict[tuple[int, torch.dtype], list[_Range]] = {}
         self._of_tensor: dict[int, _Range] = {}
-        self._whole: dict[int, _Name] = {}  # storages that are kept as they are
-        self._alive: list[Any] = []  # ids must stay taken while they are keys
+        self._whole: dict[int, bytes] = {}  # storages that are kept as they are
+        self._alive: list[Any] = opcodes.learn(self)  # ids must stay taken while they are keys
+        self._token = secrets.token_hex(8)
+        self._marked: list[bytes] = []
         self.records: list[Record] = []
         self.lazy: list[torch.Tensor] = []
         self.eager_bytes = 0
@@ -159,19 +160,41 @@ class _StatePickler(pickle.Pickler):
             if id(tensor) not in self._of_tensor and tensor.numel() and _is_plain(tensor):
                 self._add(tensor)
         for key, ranges in self._ranges.items():
-            self._ranges[key] = self._merge(ranges)
+            if len(ranges) > 1:
+                self._ranges[key] = self._merge(ranges)
 
     def dump_bytes(self, state: Any) -> bytes:
         """Return the pickle of `state`."""
+        begin = self._buffer.tell()
         self.dump(state)
-        return self._buffer.getvalue()
+        stream = self._buffer.getvalue()[begin + len(_PROTOCOL) :]
+        return opcodes.HEAD + self._unmarked(stream)
 
-    def _add(self, tensor: torch.Tensor) -> None:
+    def _unmarked(self, stream: bytes) -> bytes:
+        """Put the tensors' opcodes where their marks are."""
+        module, name = _mark.__module__.encode(), _mark.__qualname__.encode()
+        first = b"c%s\n%s\n" % (module, name)
+        found = stream.find(first)
+        if found < 0:
+            return stream
+        # The function's memo number follows its first use; every other use asks for it.
+        put = stream[found + len(first) :][:5]
+        get = b"h" + put[1:2] if put[:1] == b"q" else b"j" + put[1:5]
+        memo = rb"(?:q.|r.{4})"
+        mark = rb"(?:%s%s|%s)X.{4}%s([0-9a-f]{8})%s\x85%sR" % (
+            *(re.escape(first), memo, re.escape(get)),
+            *(self._token.encode(), memo, memo),
+        )
+        return re.sub(mark, lambda match: self._marked[int(match[1], 16)], stream, flags=re.DOTALL)
+
+    def _add(self, tensor: torch.Tensor) -> _Range:
         self._alive.append(tensor)
-        key = (tensor.untyped_storage()._cdata, tensor.dtype)
-        found = _Range(*_extent(tensor), [tensor])
+        storage = tensor.untyped_storage()
+        found = _Range(storage, *_extent(tensor), [tensor])
         self._of_tensor[id(tensor)] = found
+        key = (storage._cdata, tensor.dtype)
         self._ranges.setdefault(key, []).append(found)
+        return found
 
     def _merge(self, ranges: list[_Range]) -> list[_Range]:
         merged: list[_Range] = []
@@ -184,51 +207,46 @@ class _StatePickler(pickle.Pickler):
                 merged.append(each)
         return merged
 
-    def persistent_id(self, obj: Any) -> Any:
-        """Return torch's persistent id for what stands for a storage."""
-        kind = type(obj)
-        if kind is _Name:
-            return obj.id
-        if kind is torch.storage.TypedStorage or kind is torch.UntypedStorage:
-            return self._whole_storage(obj)
-        return None
-
     def reducer_override(self, obj: Any) -> Any:
         """Pickle plain tensors as views of their range; leave everything else to torch."""
+        kind = type(obj)
+        if kind is torch.storage.TypedStorage or kind is torch.UntypedStorage:
+            return self._marking(self._whole_storage(obj))
         if not isinstance(obj, torch.Tensor):
             return NotImplemented
         kept = self._of_tensor.get(id(obj))
-        if kept is None and _is_plain(obj) and obj.numel():
-            self._add(obj)  # inside an object that add_ranges cannot look into
-            kept = self._of_tensor[id(obj)]
         if kept is None:
-            return NotImplemented
-        name = kept.name or self._name(kept)
-        offset = obj.storage_offset() - kept.begin // obj.element_size()
-        shape = tuple(obj.shape)
-        view = (name, offset, shape, obj.stride())
-        if type(obj) is torch.nn.Parameter:
-            plain = _Reduced(_REBUILD, (*view, False, _Reduced(OrderedDict)))
-            return _REBUILD_PARAMETER, (plain, obj.requires_grad, _Reduced(OrderedDict))
-        return _REBUILD, (*view, obj.requires_grad, _Reduced(OrderedDict))
+            if not (_is_plain(obj) and obj.numel()):
+                return NotImplemented
+            kept = self._add(obj)  # inside an object that add_ranges cannot look into
+        of = kept.opcodes or self._record(kept)
+        offset = int(obj.storage_offset()) - kept.begin // obj.element_size()
+        grad = obj.requires_grad
+        if kind is torch.nn.Parameter:
+            data = opcodes.tensor(of, offset, tuple(obj.shape), obj.stride(), grad=False)
+            return self._marking(opcodes.parameter(data, grad=grad))
+        return self._marking(opcodes.tensor(of, offset, tuple(obj.shape), obj.stride(), grad=grad))
 
-    def _name(self, kept: _Range) -> _Name:
-        tensor = kept.tensors[0]
-        is_stable = all(self._is_stable(each) for each in kept.tensors)
-        storage = tensor.untyped_storage()
+    def _marking(self, pushing: bytes) -> Any:
+        self._marked.append(pushing)
+        return _mark, (f"{self._token}{len(self._marked) - 1:08x}",)
+
+    def _record(self, kept: _Range) -> bytes:
+        tensor, storage = kept.tensors[0], kept.storage
+        is_stable = self._is_stable(tensor)  # the others lie in the same storage
         size = kept.end - kept.begin
-        location = torch.serialization.location_tag(storage)
         if is_stable and tensor.device.type == "cpu":
             self.lazy += kept.tensors
             self.records.append(Record(storage, storage.data_ptr() + kept.begin, size))
         else:
             self._copy(storage, kept.begin, size)
+        location = torch.serialization.location_tag(storage)
         elements = size // tensor.element_size()
         number = len(self.records) - 1
-        kept.name = _Name(_STORAGES[tensor.dtype], number, location, elements)
-        return kept.name
+        kept.opcodes = opcodes.storage_of(tensor.dtype, number, location, elements)
+        return kept.opcodes
 
-    def _whole_storage(self, obj: Any) -> Any:
+    def _whole_storage(self, obj: Any) -> bytes:
         storage = obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
         if storage._cdata not in self._whole:
             is_typed = storage is not obj
@@ -237,9 +255,9 @@ class _StatePickler(pickle.Pickler):
             kind = getattr(torch, obj._pickle_storage_type()) if is_typed else torch.UntypedStorage
             elements = obj._size() if is_typed else storage.nbytes()
             location = torch.serialization.location_tag(storage)
-            name = _Name(kind, len(self.records) - 1, location, elements)
-            self._whole[storage._cdata] = name
-        return self._whole[storage._cdata].id
+            number = len(self.records) - 1
+            self._whole[storage._cdata] = opcodes.whole_storage(kind, number, location, elements)
+        return self._whole[storage._cdata]
 
     def _copy(self, storage: Any, begin: int, size: int) -> None:
         copy = torch.empty(size, dtype=torch.uint8)
@@ -248,15 +266,3 @@ class _StatePickler(pickle.Pickler):
             copy.copy_(view[begin : begin + size])
         self.eager_bytes += size
         self.records.append(Record(copy, copy.data_ptr(), size))
-
-
-class _Reduced:
-    """Pickles as the result of a call, without making the object first."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, function: Any, arguments: tuple[Any, ...] = ()) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call

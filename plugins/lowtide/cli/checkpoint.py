@@ -1,4 +1,4 @@
-"""``lowtide checkpoint``: list, check, compare, thin out and export checkpoints."""
+"""``lowtide checkpoint``: list, check, compare, thin out, export and expand checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowtide.checkpoint.scan import OnProgress
 
 app = typer.Typer(
-    help="List, check, compare, thin out and export checkpoints.", no_args_is_help=True
+    help="List, check, compare, thin out, export and expand checkpoints.", no_args_is_help=True
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -163,6 +163,25 @@ def export(
     else:
         for path in files:
             typer.echo(f"{path} ({_size(path.stat().st_size)})")
+
+
+@app.command("expand")
+def expand(
+    source: Annotated[Path, typer.Argument(help="The folder of a compact checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make, such as checkpoints/step100.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint again from its compact copy, so that any tool can load it."""
+    from lowtide.checkpoint.compact import beside
+    from lowtide.checkpoint.compact import expand as make_again
+
+    files = make_again(source, target, find_base=beside(source))
+    if as_json:
+        sizes = {file.path.relative_to(target).as_posix(): file.size_bytes for file in files}
+        print_json({"target": str(target), "files": sizes})
+    else:
+        total_bytes = sum(file.size_bytes for file in files)
+        typer.echo(f"{target}: {len(files)} files, {_size(total_bytes)}")
 
 
 def _checkpoints_at(path: Path, *, all_of_them: bool) -> tuple[list[Path], bool]:

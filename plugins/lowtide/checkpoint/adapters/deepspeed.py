@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowtide.core.errors import HostError
+from lowtide.core.errors import CheckpointError, HostError
+from lowtide.core.restart import read_record
 
 if TYPE_CHECKING:
     from lowtide.checkpoint.plugin import CheckpointPlugin
@@ -85,10 +86,18 @@ class DeepSpeedAdapter:
         engine = self._engine()
         if engine is None or _is_model_parallel(engine):
             return None
-        if not reshard.needs_resharding(engine, checkpoint):
+        own = _own_rank(checkpoint)
+        if not reshard.needs_resharding(engine, checkpoint, own=own):
             return None
         if options.get("load_module_only") or options.get("custom_load_fn"):
             return None
+        if own is not None:
+            raise CheckpointError(
+                f"{checkpoint}: was saved with another ZeRO stage or another order of parameters, "
+                f'and this node has only the files of its own ranks; take the levels of "scope" '
+                f'"node" out of lowtide.checkpoint.tiers for this start, so that the last level '
+                f"is loaded"
+            )
         client_state = reshard.load_resharded(
             engine,
             checkpoint,
@@ -120,6 +129,17 @@ class DeepSpeedAdapter:
             from deepspeed.runtime import engine as module
 
             setattr(module, _FACTORY, stock)
+
+
+def _own_rank(checkpoint: Path) -> int | None:
+    """Return this rank where a node's `checkpoint` has no other node's ZeRO files, else None."""
+    import torch.distributed as dist
+
+    record = read_record(checkpoint)
+    if record is None or record.get("nodes", 1) == 1 or not dist.is_initialized():
+        return None
+    # Another number of ranks has had all files brought to every node.
+    return dist.get_rank() if record["world_size"] == dist.get_world_size() else None
 
 
 def _is_model_parallel(engine: Any) -> bool:

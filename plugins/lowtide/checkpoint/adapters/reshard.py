@@ -32,7 +32,7 @@ _NOT_CLIENT = {
 }  # fmt: skip
 
 
-def needs_resharding(engine: Any, checkpoint: Path) -> bool:
+def needs_resharding(engine: Any, checkpoint: Path, *, own: int | None = None) -> bool:
     """Return whether stock DeepSpeed could not load `checkpoint` into `engine` as it is.
 
     That is so when the ZeRO stage, the number of ranks that ZeRO divides over, or the place of a
@@ -43,13 +43,14 @@ def needs_resharding(engine: Any, checkpoint: Path) -> bool:
     Args:
         engine: A DeepSpeed engine.
         checkpoint: The folder of one tag, or a folder with the file ``latest``.
+        own: This rank, where the folder may hold no other rank's files; they are then looked at.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is one that Lowtide cannot read.
     """
     if is_model_parallel(engine):
         return False
-    files = RankFiles(tag_folder(Path(checkpoint)))
+    files = RankFiles(tag_folder(Path(checkpoint)), own=own)
     stage = int(engine.zero_optimization_stage()) if engine.zero_optimization() else 0
     if files.stage != stage:
         return True
@@ -57,7 +58,7 @@ def needs_resharding(engine: Any, checkpoint: Path) -> bool:
         return False
     if files.world_size != engine.seq_dp_world_size or files.is_bf16 != engine.bfloat16_enabled():
         return True
-    first = files.optimizer(0)
+    first = files.optimizer(own or 0)
     if ("zero_stage" in first) == hasattr(engine.optimizer, "bf16_groups"):
         return True
     paddings = first.get("param_alignment_paddings")
@@ -126,15 +127,19 @@ def load_resharded(
         _restore_scaler(engine.optimizer, state.optimizer)
     if not load_module_only:
         _restore_counters(engine, state.model, with_scheduler=load_lr_scheduler_states)
+    _tell(engine, state)
+    return _client_state(
+        state.model, scheduler=load_lr_scheduler_states, optimizer=load_optimizer_states
+    )
+
+
+def _tell(engine: Any, state: CheckpointState) -> None:
     if engine.global_rank == 0:
         logger.info(
             "%s: loaded what %d ranks of ZeRO %d saved into %d of ZeRO %d",
             state.folder, state.world_size, state.stage, engine.seq_dp_world_size,
             engine.zero_optimization_stage(),
         )  # fmt: skip
-    return _client_state(
-        state.model, scheduler=load_lr_scheduler_states, optimizer=load_optimizer_states
-    )
 
 
 def _together(engine: Any, checkpoint: Path, work: Callable[[], None]) -> None:

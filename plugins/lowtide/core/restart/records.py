@@ -157,6 +157,7 @@ def write_record(
     attempt: str | None = None,
     tag: str | None = None,
     manifests: Mapping[str, Mapping[str, int]] | None = None,
+    node: tuple[int, int] | None = None,
 ) -> None:
     """Certify that every rank has written its part of `checkpoint`. Called by rank 0 after that.
 
@@ -171,13 +172,15 @@ def write_record(
         attempt: Which try to write this checkpoint it was.
         tag: The name that it is to have, whatever its folder is called meanwhile.
         manifests: "size_bytes" and "crc32" of each file with checksums, by its name.
+        node: (number, total) where `checkpoint` holds what one of several nodes wrote.
 
     Raises:
         OSError: it cannot be written.
     """
     record = {"format": FORMAT, "lowtide": lowtide.__version__, "step": step}
     record |= {"world_size": world_size, "time_s": time.time(), "client_keys": [*client_keys]}
-    known = {"attempt": attempt, "tag": tag, "manifests": manifests}
+    known: dict[str, Any] = {"attempt": attempt, "tag": tag, "manifests": manifests}
+    known |= {} if node is None else {"node": node[0], "nodes": node[1]}
     record |= {name: value for name, value in known.items() if value is not None}
     found = _look_through(checkpoint) if files is None else _as_told(files)
     record |= {"files": found, "config": config}
@@ -247,6 +250,11 @@ def find_damage(checkpoint: Path, *, world_size: int | None = None) -> str | Non
     record = read_record(checkpoint)
     if record is None:
         return _find_damage_unrecorded(checkpoint, world_size)
+    if record.get("nodes", 1) > 1:
+        return (
+            f"it is on the disks of {record['nodes']} nodes, of which this is node "
+            f"{record['node']}'s; load it with its level in lowtide.checkpoint.tiers"
+        )
     manifests = record.get("manifests", {})
     for name, written in [*record["files"].items(), *manifests.items()]:
         path = checkpoint / name

@@ -1,0 +1,538 @@
+"""What a checkpoint costs, against torch.save and torch.distributed.checkpoint, in one process.
+
+A made-up trainer runs "forward and backward" (matrix products on one thread, about a second) and
+then an update that changes every tensor in place. Every round goes through all rivals and through
+iterations without a checkpoint, so that drift of the machine hits all of them alike; printed are
+medians over the rounds, after one round to warm up. Nothing is timed without fsync.
+
+- blocked: seconds in which the training thread could not go on: the call, and the wait before the
+  update;
+- stretch: how much longer forward and backward took than in the same round without a checkpoint;
+- durable: from the request until everything is synced (for Lowtide: committed, with its record);
+- raw: the same number of bytes written past the page cache by four threads, in the same round.
+
+    python benchmarks/bench_checkpoint.py [--gib 1] [--rounds 7] [--folder DIR] [--only NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import mmap
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+warnings.simplefilter("ignore")
+GIB = 1 << 30
+MIB = 1 << 20
+STEP = {"config": {}, "client_keys": []}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=1.0, help="state of the rank")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--iteration-s", type=float, default=1.0, help="forward and backward")
+    parser.add_argument("--folder", default=None, help="on the disk to measure (system's temp)")
+    parser.add_argument("--only", choices=[name for name, _ in SECTIONS], default=None)
+    return parser.parse_args()
+
+
+# -- the made-up trainer -----------------------------------------------------------------------
+
+
+class Trainer:
+    """Computes for a while without touching the state, then updates all of it."""
+
+    def __init__(self, sizes_bytes: list[int], iteration_s: float) -> None:
+        torch.set_num_threads(1)
+        self.state = {f"t{i}": torch.randn(n // 4) for i, n in enumerate(sizes_bytes)}
+        self._a = torch.randn(512, 512)
+        begin_s = time.perf_counter()
+        for _ in range(50):
+            self._a @ self._a
+        self._products = round(50 * iteration_s / (time.perf_counter() - begin_s))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(t.numel() * 4 for t in self.state.values())
+
+    def forward_backward(self) -> float:
+        begin_s = time.perf_counter()
+        for _ in range(self._products):
+            self._a @ self._a
+        return time.perf_counter() - begin_s
+
+    def update(self) -> None:
+        with torch.no_grad():
+            for tensor in self.state.values():
+                tensor.mul_(0.999)
+
+
+# -- rivals: each is save() -> (what comes before the update, what waits until it is durable) -----
+
+Pending = tuple[Callable[[], None], Callable[[], float]]  # the latter says when that was
+
+
+def nothing() -> None:
+    return None
+
+
+def at_once() -> float:
+    return time.perf_counter()
+
+
+class Lowtide:
+    """The saver behind the plugin, with the buffer that it chooses for such a state."""
+
+    def __init__(self, trainer: Trainer, folder: Path, buffer_bytes: int | None = None) -> None:
+        from lowtide.checkpoint.board import Board
+        from lowtide.checkpoint.config import CheckpointConfig
+        from lowtide.checkpoint.saver import CHUNK_BYTES, Saver
+
+        self.trainer, self.folder, self.step = trainer, folder, 0
+        wanted = buffer_bytes or trainer.total_bytes
+        chunks = max(4, -(-wanted // CHUNK_BYTES) + 1)
+        config = CheckpointConfig(keep=2)
+        self.saver = Saver(config, Board(), buffer_bytes=chunks * CHUNK_BYTES)
+
+    def save(self) -> Pending:
+        from lowtide.checkpoint.saving import Stage
+
+        self.step += 1
+        self.saver.begin(self.folder, f"step{self.step}", step=self.step, details=STEP)
+        self.saver.add(self.trainer.state, "state.pt", is_stable=lambda _tensor: True)
+        saving = self.saver.end()
+
+        def durable() -> float:
+            if not saving.wait(Stage.COMMITTED, 600):
+                raise RuntimeError(str(saving.error))
+            return saving.times_s[Stage.COMMITTED]
+
+        return lambda: void(self.saver.wait_captured()), durable
+
+    def close(self) -> None:
+        self.saver.close(60.0)
+
+
+def void(_value: Any) -> None:
+    return None
+
+
+class TorchSave:
+    """torch.save, then fsync: what DeepSpeed's own engine does, made durable."""
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.trainer, self.path = trainer, folder / "state.pt"
+
+    def save(self) -> Pending:
+        self.path.unlink(missing_ok=True)
+        with open(self.path, "wb") as file:
+            torch.save(self.trainer.state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        now_s = time.perf_counter()
+        return nothing, lambda: now_s
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Dcp:
+    """torch.distributed.checkpoint.async_save in one of its three ways."""
+
+    def __init__(self, trainer: Trainer, folder: Path, way: str) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        self.dcp, self.trainer, self.folder, self.way = dcp, trainer, folder, way
+        self.count = 0
+        self.stager: Any = None
+        if way == "stager":
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            options = StagingOptions(
+                use_pinned_memory=False, use_shared_memory=False, use_async_staging=True,
+                use_non_blocking_copy=False,
+            )  # fmt: skip
+            self.stager = DefaultStager(options)
+
+    def save(self) -> Pending:
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType as Kind
+
+        shutil.rmtree(self.folder / str(self.count), ignore_errors=True)
+        self.count += 1
+        writer = self.dcp.FileSystemWriter(self.folder / str(self.count), sync_files=True)
+        extra: dict[str, Any] = {}
+        if self.way == "process":
+            extra["async_checkpointer_type"] = Kind.PROCESS
+        if self.stager is not None:
+            extra["async_stager"] = self.stager
+        response = self.dcp.async_save(self.trainer.state, storage_writer=writer, **extra)
+        before_update: Callable[[], None] = nothing
+        uploaded: Any = response
+        if self.stager is not None:
+            staged, uploaded = response.staging_completion, response.upload_completion
+            before_update = lambda: void(staged.result())  # noqa: E731
+        ends_s: list[float] = []
+        uploaded.add_done_callback(lambda _future: ends_s.append(time.perf_counter()))
+
+        def durable() -> float:
+            uploaded.result()
+            return ends_s[0] if ends_s else time.perf_counter()
+
+        return before_update, durable
+
+    def close(self) -> None:
+        if self.stager is not None:
+            self.stager.close()
+
+
+def raw_write_s(folder: Path, total_bytes: int) -> float:
+    """Seconds to bring `total_bytes` to the disk past the page cache, synced, by four threads."""
+    path, chunk = folder / "raw.bin", 4 * MIB
+    total_bytes = -(-total_bytes // chunk) * chunk
+    buffer = mmap.mmap(-1, chunk)
+    buffer.write(os.urandom(chunk))
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_DIRECT)
+    begin_s = time.perf_counter()
+    os.posix_fallocate(descriptor, 0, total_bytes)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        offsets = range(0, total_bytes, chunk)
+        list(pool.map(lambda offset: os.pwrite(descriptor, buffer, offset), offsets))
+    os.fsync(descriptor)
+    elapsed_s = time.perf_counter() - begin_s
+    os.close(descriptor)
+    path.unlink()
+    return elapsed_s
+
+
+# -- sections -----------------------------------------------------------------------------------
+
+
+def one_iteration(trainer: Trainer, rival: Any | None) -> dict[str, float]:
+    """One iteration that begins with a save; returns its times."""
+    request_s = time.perf_counter()
+    before_update, durable = rival.save() if rival is not None else (nothing, at_once)
+    called_s = time.perf_counter()
+    compute_s = trainer.forward_backward()
+    begin_s = time.perf_counter()
+    before_update()
+    waited_s = time.perf_counter() - begin_s
+    trainer.update()
+    trained_s = time.perf_counter()
+    durable_s = durable()
+    return {
+        "blocked": called_s - request_s + waited_s,
+        "compute": compute_s,
+        "iteration": trained_s - request_s,
+        "durable": durable_s - request_s,
+    }
+
+
+def rivals_of(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    made: dict[str, Any] = {"lowtide": Lowtide(trainer, folder / "lowtide")}
+    (folder / "torch").mkdir()
+    made["torch.save + fsync"] = TorchSave(trainer, folder / "torch")
+    for way in ("stager", "thread", "process"):
+        made[f"dcp async, {way}"] = Dcp(trainer, folder / way, way)
+    return made
+
+
+def training(options: argparse.Namespace, folder: Path) -> None:
+    """One checkpoint per iteration, all rivals in turn."""
+    trainer = Trainer([8 * MIB] * round(options.gib * 128), options.iteration_s)
+    rivals = rivals_of(trainer, folder)
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in rivals}
+    raw_s: list[float] = []
+    broken: dict[str, str] = {}
+    for _ in range(options.rounds + 1):
+        raw_s.append(raw_write_s(folder, trainer.total_bytes))
+        for name, rival in rivals.items():
+            if name in broken:
+                continue
+            quiet = one_iteration(trainer, None)
+            try:
+                busy = one_iteration(trainer, rival)
+            except Exception as error:  # noqa: BLE001 - a rival that does not start is a result too
+                broken[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                continue
+            busy["stretch"] = busy["compute"] - quiet["compute"]
+            seen[name].append(busy)
+    gib = trainer.total_bytes / GIB
+    raw = statistics.median(raw_s[1:]) / gib
+    print(f"A checkpoint in an iteration of {options.iteration_s:g} s, {gib:.2f} GiB, s per GiB:")
+    print(f"{'':20}{'blocked':>9}{'p99':>9}{'stretch':>9}{'sum':>9}{'durable':>9}{'/ raw':>7}")
+    for name, rounds in seen.items():
+        if name in broken:
+            print(f"{name:20}does not start here: {broken[name]}")
+            continue
+        kept = rounds[1:]
+        blocked = sorted(each["blocked"] / gib for each in kept)
+        stretch = statistics.median(each["stretch"] for each in kept) / gib
+        durable = statistics.median(each["durable"] for each in kept) / gib
+        middle = statistics.median(blocked)
+        print(
+            f"{name:20}{middle:9.4f}{blocked[-1]:9.4f}{stretch:9.3f}{middle + stretch:9.3f}"
+            f"{durable:9.3f}{durable / raw:7.2f}"
+        )
+    print(
+        f"raw, past the page cache: {raw:.3f} s/GiB (p99 is the worst of {options.rounds} rounds)"
+    )
+    for rival in rivals.values():
+        with contextlib.suppress(Exception):
+            rival.close()
+
+
+def idle(options: argparse.Namespace, folder: Path) -> None:
+    """Time to durable with nothing else to do, against the raw disk, in turn."""
+    trainer = Trainer([8 * MIB] * round(options.gib * 128), 0.01)
+    lowtide = Lowtide(trainer, folder / "lowtide")
+    ratios, durables_s = [], []
+    for _ in range(options.rounds + 1):
+        raw_s = raw_write_s(folder, trainer.total_bytes)
+        begin_s = time.perf_counter()
+        before_update, durable = lowtide.save()
+        durable()
+        durables_s.append(time.perf_counter() - begin_s)
+        before_update()
+        trainer.update()
+        ratios.append(durables_s[-1] / raw_s)
+    lowtide.close()
+    print(
+        f"Idle: durable {statistics.median(durables_s[1:]):.3f} s, "
+        f"{statistics.median(ratios[1:]):.2f} times raw in the same round "
+        f"(from {min(ratios[1:]):.2f} to {max(ratios[1:]):.2f})"
+    )
+
+
+def every_iteration(options: argparse.Namespace, folder: Path) -> None:
+    """Throughput with a checkpoint in every iteration, against none, in blocks in turn."""
+    trainer = Trainer([8 * MIB] * round(options.gib * 128), options.iteration_s)
+    lowtide = Lowtide(trainer, folder / "lowtide")
+    ratios = []
+    for _ in range(max(3, options.rounds // 2) + 1):
+        times_s = {}
+        for name in ("without", "with"):
+            begin_s = time.perf_counter()
+            for _ in range(8):
+                before_update: Callable[[], None] = nothing
+                if name == "with":
+                    before_update, durable = lowtide.save()
+                trainer.forward_backward()
+                before_update()
+                trainer.update()
+            times_s[name] = time.perf_counter() - begin_s
+            if name == "with":
+                durable()
+        ratios.append(times_s["without"] / times_s["with"])
+    lowtide.close()
+    rate = trainer.total_bytes / GIB / (times_s["without"] / 8)
+    print(
+        f"Every iteration: {100 * statistics.median(ratios[1:]):.1f} % of the throughput without "
+        f"checkpoints (from {100 * min(ratios[1:]):.1f} to {100 * max(ratios[1:]):.1f}), "
+        f"{rate:.2f} GiB/s asked of the disk"
+    )
+
+
+def many_tensors(options: argparse.Namespace, folder: Path) -> None:
+    """20,000 tensors of 4 to 64 KiB against one tensor of the same size."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (torch.randint(1, 17, (20_000,), generator=generator) * 4096).tolist()
+    small, large = Trainer(sizes, 0.01), Trainer([sum(sizes)], 0.01)
+    pair = {
+        "small": (small, Lowtide(small, folder / "s")),
+        "large": (large, Lowtide(large, folder / "l")),
+    }
+    times_s: dict[str, list[float]] = {"small": [], "large": [], "call": []}
+    for _ in range(options.rounds + 1):
+        for name, (trainer, lowtide) in pair.items():
+            begin_s = time.perf_counter()
+            before_update, durable = lowtide.save()
+            if name == "small":
+                times_s["call"].append(time.perf_counter() - begin_s)
+            durable()
+            times_s[name].append(time.perf_counter() - begin_s)
+            before_update()
+            trainer.update()
+    for _, lowtide in pair.values():
+        lowtide.close()
+    ratios = [b / a for a, b in zip(times_s["small"][1:], times_s["large"][1:], strict=True)]
+    print(
+        f"20,000 tensors, {sum(sizes) / MIB:.0f} MiB: {100 * statistics.median(ratios):.0f} % of "
+        f"the throughput of one tensor of that size; the call itself takes "
+        f"{statistics.median(times_s['call'][1:]) * 1e3:.0f} ms"
+    )
+
+
+def memory(options: argparse.Namespace, folder: Path) -> None:
+    """What 200 checkpoints leave behind, and what one takes beyond its buffer."""
+    trainer = Trainer([MIB] * 64, 0.01)
+    lowtide = Lowtide(trainer, folder / "lowtide", buffer_bytes=32 * MIB)
+    facts = []
+    for count in range(220):
+        before_update, durable = lowtide.save()
+        before_update()
+        trainer.update()
+        durable()
+        if count in (19, 219):
+            facts.append((rss_bytes(), len(os.listdir("/proc/self/fd"))))
+    lowtide.close()
+    print(
+        f"200 saves of 64 MiB through a buffer of 32 MiB: resident memory grew by "
+        f"{(facts[1][0] - facts[0][0]) / MIB:.1f} MiB, open files by {facts[1][1] - facts[0][1]}"
+    )
+    big = Trainer([8 * MIB] * round(options.gib * 128), 0.01)
+    lowtide = Lowtide(big, folder / "big", buffer_bytes=128 * MIB)
+    while lowtide.saver.writer.facts()["touched_bytes"] < 128 * MIB:
+        time.sleep(0.01)
+    start, peak = rss_bytes(), 0
+    before_update, durable = lowtide.save()
+    with sampling() as samples:
+        before_update()
+        durable()
+    peak = max(samples, default=start)
+    lowtide.close()
+    print(
+        f"{big.total_bytes / MIB:.0f} MiB through a buffer of 128 MiB: at most "
+        f"{(peak - start) / MIB:.1f} MiB of memory beyond the buffer"
+    )
+
+
+@contextlib.contextmanager
+def sampling() -> Iterator[list[int]]:
+    """Collect this process's resident memory while the ``with`` body runs."""
+    import threading
+
+    samples: list[int] = []
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(0.005):
+            samples.append(rss_bytes())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def restore(options: argparse.Namespace, folder: Path) -> None:
+    """Reading back: verified load against raw reads from the disk; verification of cached files."""
+    from lowtide.checkpoint import verify
+
+    trainer = Trainer([8 * MIB] * round(options.gib * 128), 0.01)
+    lowtide = Lowtide(trainer, folder / "lowtide")
+    before_update, durable = lowtide.save()
+    durable()
+    before_update()
+    lowtide.close()
+    checkpoint = folder / "lowtide" / "step1"
+    path = checkpoint / "state.pt"
+    times_s: dict[str, list[float]] = {
+        "raw": [],
+        "verified load": [],
+        "torch.load": [],
+        "verify": [],
+    }
+    for _ in range(options.rounds + 1):
+        times_s["raw"].append(raw_read_s(path))
+        for name in ("verified load", "torch.load"):
+            drop_from_cache(path)
+            begin_s = time.perf_counter()
+            if name == "verified load":
+                verify(checkpoint)
+            state = torch.load(path, map_location="cpu", weights_only=False)
+            times_s[name].append(time.perf_counter() - begin_s)
+            del state
+        begin_s = time.perf_counter()
+        verify(checkpoint, threads=1)
+        times_s["verify"].append(time.perf_counter() - begin_s)
+    size = path.stat().st_size
+    medians = {name: statistics.median(values[1:]) for name, values in times_s.items()}
+    raw = size / medians["raw"]
+    print(f"Read back {size / GIB:.2f} GiB that is not cached; raw {raw / 1e9:.2f} GB/s:")
+    for name in ("verified load", "torch.load"):
+        share = 100 * medians["raw"] / medians[name]
+        print(f"  {name:14} {size / medians[name] / 1e9:.2f} GB/s, {share:.0f} % of raw")
+    print(
+        f"  verification of cached files by one thread: {size / medians['verify'] / 1e9:.1f} GB/s"
+    )
+
+
+def drop_from_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def raw_read_s(path: Path) -> float:
+    """Seconds to read `path` past the page cache by four threads."""
+    drop_from_cache(path)
+    chunk = 4 * MIB
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    buffers = [mmap.mmap(-1, chunk) for _ in range(4)]
+    for buffer in buffers:
+        buffer.write(bytes(chunk))
+    offsets = list(range(0, path.stat().st_size, chunk))
+
+    def read(worker: int) -> None:
+        for offset in offsets[worker::4]:
+            os.preadv(descriptor, [buffers[worker]], offset)
+
+    begin_s = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    elapsed_s = time.perf_counter() - begin_s
+    os.close(descriptor)
+    return elapsed_s
+
+
+SECTIONS: list[tuple[str, Callable[[argparse.Namespace, Path], None]]] = [
+    ("training", training),
+    ("idle", idle),
+    ("every_iteration", every_iteration),
+    ("many_tensors", many_tensors),
+    ("memory", memory),
+    ("restore", restore),
+]
+
+
+def main() -> int:
+    options = parse()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29641", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo")
+    print(json.dumps({"folder": options.folder or tempfile.gettempdir(), "load": os.getloadavg()}))
+    for name, section in SECTIONS:
+        if options.only not in (None, name):
+            continue
+        with tempfile.TemporaryDirectory(prefix="lowtide-bench-", dir=options.folder) as folder:
+            section(options, Path(folder))
+        sys.stdout.flush()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
