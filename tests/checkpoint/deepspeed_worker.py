@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -217,6 +218,34 @@ def interval_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def compact_facts(folder: Path) -> dict[str, Any]:
+    """The slow level holds small copies; without the fast one they are expanded and loaded."""
+    fast, slow = folder / "fast", folder / "slow"
+    compact = {"codec": "lowtide.zstd", "delta": True}
+    tiers = [{"path": str(fast)}, {"path": str(slow), "compact": compact}]
+    settings = {"keep": 1, "tiers": tiers}
+    engine = build(lowtide.initialize, ds_config(2, {"checkpoint": settings}))
+    for _ in range(3):
+        steps(engine, 1)
+        engine.save_checkpoint(str(slow))
+        engine.lowtide.checkpoint.wait("drained")
+    after = steps(engine, 3, seed=2)
+    engine.destroy()
+    dist.barrier()
+    facts: dict[str, Any] = {"after": after, "from fast": None}
+    config = ds_config(2, {"checkpoint": settings})
+    facts["from fast"] = resumed(lowtide.initialize, config, slow)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(fast)
+    dist.barrier()
+    facts["from slow"] = resumed(lowtide.initialize, config, slow)
+    dist.barrier()
+    facts["slow"] = sorted(p.name for p in slow.iterdir() if p.is_dir())
+    facts["files"] = sorted(p.name for p in (slow / "global_step3").iterdir())
+    return facts
+
+
 class _Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -343,6 +372,7 @@ def main() -> None:
         facts["fallback"] = fallback_facts(folder / "fallback")
         facts["fault"] = fault_facts(folder / "fault")
         facts["interval"] = interval_facts(folder / "interval")
+        facts["compact"] = compact_facts(folder / "compact")
         facts["moe"] = moe_facts(folder / "moe")
         last_words(folder / "last")
         # Last of all: DeepSpeed keeps the groups of a pipeline for the rest of the process.

@@ -55,6 +55,9 @@ static ssize_t write_at(int fd, const void *data, size_t size, off_t offset) {
     if (has(fd, "eagain") && call % 2 == 0) {
         return fails(EAGAIN);
     }
+    if (has(fd, "short") && (fcntl(fd, F_GETFL) & O_DIRECT) && (offset % 4096 || size % 4096)) {
+        fprintf(stderr, "direct write that does not begin or end on a page\n");
+    }
     if (has(fd, "short") && size > 3 && call % 3 != 0) {
         const ssize_t written = next(fd, data, size, offset);
         return written < 0 ? written : written / 2 + call % 3; // also ends inside a page

@@ -114,6 +114,23 @@ def test_equal_checksums_are_not_enough(tmp_path: Path, monkeypatch: pytest.Monk
     assert encodings(records_of(small)["module/frozen"]) == {"base"}
 
 
+def test_the_base_is_only_read_where_checksums_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shrink(make(tmp_path, 1), tmp_path / "slow" / "step1", delta=True)
+    two, read = make(tmp_path, 2), []
+    original = compact_file.CompactFile.read
+
+    def noted(self: Any, record: Any, number: int) -> bytes:
+        read.append((record.path.removeprefix("module/"), number))
+        return original(self, record, number)
+
+    monkeypatch.setattr(compact_file.CompactFile, "read", noted)
+    shrink(two, tmp_path / "slow" / "step2", base=base, delta=True)
+    same = [("frozen", 0), ("frozen", 1), ("frozen", 2), ("embedding", 0), ("embedding", 1)]
+    assert read == same
+
+
 def test_other_sizes_and_names_are_stored_in_full(tmp_path: Path) -> None:
     same = torch.randn(5000)
     one = make(tmp_path, 1, state={"module": {"a": same, "b": same.clone()}})

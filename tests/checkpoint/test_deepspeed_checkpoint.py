@@ -167,6 +167,13 @@ def test_resume_takes_the_newest_of_all_levels(others: list[Any]) -> None:
         assert (resumed["step"], resumed["client_state"]) == (10, {"note": "at 10"})
 
 
+def test_small_copies_are_expanded_and_loaded(others: list[Any]) -> None:
+    for facts in (each["compact"] for each in others):
+        assert {**facts["from slow"], "path": None} == {**facts["from fast"], "path": None}
+        assert "mp_rank_00_model_states.pt.compact" in facts["files"]
+        assert facts["slow"] == ["global_step3"]  # what was expanded is gone again
+
+
 @pytest.mark.parametrize("kind", ["pipeline", "moe"])
 def test_pipelines_and_experts_resume_alike_in_stock_and_lazy(others: list[Any], kind: str) -> None:
     for facts in (each[kind] for each in others):

@@ -14,7 +14,7 @@ from lowtide.checkpoint import commit as commit_module
 from lowtide.checkpoint import verify
 from lowtide.checkpoint.catalog import read_latest
 from lowtide.checkpoint.config import MIB, CheckpointConfig
-from lowtide.checkpoint.epochs import copy_folder
+from lowtide.checkpoint.epochs import copy_folder, holdings
 from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.nodes import _grouped, find_nodes, own_name
 from lowtide.checkpoint.peers import Peers
@@ -218,6 +218,22 @@ def test_parts_of_two_attempts_are_not_put_together(tmp_path: Path, monkeypatch:
 
 
 # -- restore --------------------------------------------------------------------------------------
+
+
+def test_a_node_names_only_ranks_whose_files_are_all_there(tmp_path: Path) -> None:
+    with start(tmp_path) as run:
+        run.save(1)
+        run.save(2)
+    old, new = tmp_path / "node0/step1", tmp_path / "node0/step2"
+    (new / file_name(1)).unlink()
+    shutil.copy(old / "manifest-00000.json", new)  # of another attempt
+    (tmp_path / "node0/.copies/step2/2" / file_name(2)).write_bytes(b"short")
+    found = {each["tag"]: each for each in holdings(tmp_path / "node0")}
+    assert found["step1"]["ranks"] == {"0": [MODEL], "1": []}
+    assert found["step1"]["copies"] == {"2": [], "3": []}
+    assert found["step2"]["ranks"] == {}
+    assert found["step2"]["copies"] == {"3": []}
+    assert (found["step1"]["is_latest"], found["step2"]["is_latest"]) == (False, True)
 
 
 @pytest.mark.parametrize("mode", ["full", "fast", "off"])

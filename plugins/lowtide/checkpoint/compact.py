@@ -41,8 +41,9 @@ class CompactConfig(BaseModel):
     """Name or configuration of the codec for everything; it must be lossless."""
 
     moments: str | dict[str, Any] | None = None
-    """Name or configuration of a codec with an error bound for the optimizer's moments (exp_avg,
-    exp_avg_sq). Null: the one for everything. Parameters and master weights are always exact."""
+    """Name or configuration of a codec with an error bound for the optimizer's moments: exp_avg,
+    and exp_avg_sq if the bound is relative to each value ("pw_rel"). Null: the one for everything.
+    Parameters and master weights are always exact."""
 
     delta: bool = False
     """Store what has not changed since the checkpoint before as a reference to that one."""
@@ -236,10 +237,10 @@ def _expand_file(file: CompactFile, path: Path) -> FileResult:
     table = file.table
     with SummedFile(path, chunk_bytes=table.chunk_bytes) as out:
         rest = _blocks_of(file, table.rest)
-        held = b""
+        held = memoryview(b"")
         for offset, record in (*((r.offset, r) for r in table.records), (table.size_bytes, None)):
             while out.sums.size_bytes < offset:
-                held = held or next(rest)
+                held = held or memoryview(next(rest))
                 part = held[: offset - out.sums.size_bytes]
                 out.write(part)
                 held = held[len(part) :]

@@ -71,8 +71,7 @@ class Encoder:
             out: Where to write.
             may_change: Whether its bytes may become other ones.
         """
-        may_change &= record.role in (MOMENT, SECOND_MOMENT) and record.dtype in _LOSSY_DTYPES
-        lossy = self._moments if may_change else None
+        lossy = self._moments if may_change and self._may_change(record) else None
         done, crc = [], 0
         for number, raw in enumerate(blocks):
             block, payload, decoded = self._encode(record, raw, number, lossy=lossy)
@@ -85,6 +84,23 @@ class Encoder:
             bound = {"kind": lossy.bound.kind, "value": lossy.bound.value}
             record = replace(record, codec=lossy.get_config(), bound=bound)
         return record, crc
+
+    def _may_change(self, record: Record) -> bool:
+        """Tell whether a record may have errors within the bound of the codec for moments."""
+        if self._moments is None or record.dtype not in _LOSSY_DTYPES:
+            return False
+        bound = self._moments.bound
+        is_safe = bound.kind == "lossless" or (bound.kind == "pw_rel" and bound.value < 1)
+        if record.role == SECOND_MOMENT and not is_safe:
+            # Adam divides by the root of it: next to a large one, zero for a small one is within
+            # the bound, and the parameter then makes a giant step.
+            _tell(
+                self._moments,
+                f"keeps no bound relative to each value ({bound}): small second moments would "
+                "become zero and updates large",
+            )
+            return False
+        return record.role in (MOMENT, SECOND_MOMENT)
 
     def _encode(
         self, record: Record, raw: bytes, number: int, *, lossy: Codec | None
@@ -134,12 +150,13 @@ class Encoder:
             return False
 
 
-_told: set[Codec] = set()  # those that have been warned of: once, not for each checkpoint
+_told: set[tuple[Codec, str]] = set()  # what has been warned of: once, not for each checkpoint
 
 
 def _tell(codec: Codec, text: str) -> None:
-    if codec not in _told:
-        _told.add(codec)
+    key = (codec, text.partition(" ")[0])
+    if key not in _told:
+        _told.add(key)
         logger.warning('codec "%s" %s; such blocks are stored without it', codec.codec_id, text)
 
 

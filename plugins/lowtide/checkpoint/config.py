@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lowtide.checkpoint.compact import CompactConfig
 from lowtide.core.config import Auto, PluginConfig
 from lowtide.core.errors import ConfigError
 
@@ -54,6 +55,10 @@ class TierConfig(BaseModel):
                 f'"shared"; set "scope" to "node" or name one folder'
             )
         return self
+
+    compact: CompactConfig | None = None
+    """Store small copies here: compressed, and only what has changed. Only for the last level, when
+    there is one above it. They are expanded before they are loaded."""
 
 
 class CheckpointConfig(PluginConfig):
@@ -123,6 +128,13 @@ class CheckpointConfig(PluginConfig):
             raise ValueError(
                 f'"host_buffer_bytes" is {self.host_buffer_bytes}, at least {16 * MIB} (16 MiB) '
                 f"are needed"
+            )
+        if any(tier.compact for tier in self.tiers[:-1]) or (
+            len(self.tiers) == 1 and self.tiers[0].compact
+        ):
+            raise ValueError(
+                '"compact" is for the last of two or more levels: a checkpoint is made small on '
+                "its way down, not while training waits; move it there or add a level before it"
             )
         paths = [tier.path.rstrip("/") for tier in self.tiers]
         if len(set(paths)) != len(paths):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import mmap
+import time
 from pathlib import Path
 
 import numpy as np
 
+from lowtide.checkpoint.catalog import list_checkpoints
 from lowtide.checkpoint.commit import Committer, wait_durable
+from lowtide.checkpoint.compact import compact, is_compact
 from lowtide.checkpoint.config import MIB, CheckpointConfig
 from lowtide.checkpoint.folders import make_part_folder
 from lowtide.checkpoint.manifest import FileSums, manifest_name, read_manifest
@@ -106,6 +109,12 @@ class Drain:
                 f"{level.folder}; give each checkpoint a tag of its own"
             )
         make_part_folder(part, is_owner=self._committer.leads(level))
+        if level.compact is not None:
+            pace = _Pace(level.bytes_per_s)
+            base = _newest_compact(level.folder)
+            return compact(
+                source, part, manifest=manifest, config=level.compact, base=base, pace=pace.wait
+            )
         plans = []
         for name, sums in manifest.files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +137,29 @@ class Drain:
                 buffer_bytes=_BUFFER_BYTES, io=self._config.io, bytes_per_s=level.bytes_per_s
             )
         return self._writers[level.number]
+
+
+class _Pace:
+    """Holds a loop back to a rate."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._begin_s = time.monotonic()
+        self._written_bytes = 0
+
+    def wait(self, written_bytes: int) -> None:
+        """Sleep until `written_bytes` more are allowed."""
+        self._written_bytes += written_bytes
+        if self._bytes_per_s is not None:
+            due_s = self._begin_s + self._written_bytes / self._bytes_per_s
+            time.sleep(max(0.0, due_s - time.monotonic()))
+
+
+def _newest_compact(folder: Path) -> Path | None:
+    """Return the checkpoint that a new one in `folder` may refer to."""
+    entries = list_checkpoints(folder) if folder.is_dir() else []
+    complete = (e.path for e in entries if e.state == "complete" and e.is_published)
+    return next((path for path in complete if is_compact(path)), None)
 
 
 def _plan_copy(source: Path, target: Path, sums: FileSums) -> FilePlan:

@@ -102,9 +102,6 @@ def put_together(nodes: Sequence[Iterable[Holding]]) -> list[Epoch]:
                 for rank, shared in ranks.items():
                     epoch["holders"].setdefault(rank, []).append([node, is_copy])
                     epoch["shared"][rank] = shared
-    for epoch in epochs.values():
-        for holders in epoch["holders"].values():
-            holders.sort(key=lambda each: each[1])  # copies last
     return list(epochs.values())
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from lowtide.checkpoint.board import open_board
 from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.expanding import Expander
 from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.interval import Interval
 from lowtide.checkpoint.ledger import Ledger
@@ -78,6 +79,7 @@ class CheckpointPlugin(Plugin):
         self._interval: Interval | None = None
         self._ledger: Ledger | None = None
         self._scrub: Scrub | None = None
+        self._expander: Expander | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._step_begin_s: float | None = None
 
@@ -179,6 +181,7 @@ class CheckpointPlugin(Plugin):
             Event.BEFORE_SAVE: self._before_save,
             Event.AFTER_SAVE: self._after_save,
             Event.BEFORE_LOAD: self._before_load,
+            Event.LOADED: self._loaded,
             Event.CLOSED: self._closed,
         }
         for event, listener in listeners.items():
@@ -340,10 +343,19 @@ class CheckpointPlugin(Plugin):
                 logger.warning("%s: no checkpoint is %s, so nothing is loaded", asked, what)
             moment.data["is_empty"] = moment.data["tag"] is None
             return
-        moment.data["path"], moment.data["tag"] = str(found.folder), found.name
-        result = self._adapter.load(found.folder / found.name, moment.data.get("options", {}))
+        checkpoint = self._the_expander().expanded(found.folder / found.name)
+        moment.data["path"], moment.data["tag"] = str(checkpoint.parent), checkpoint.name
+        result = self._adapter.load(checkpoint, moment.data.get("options", {}))
         if result is not None:
             moment.data["result"] = result
+
+    def _loaded(self, _moment: Moment) -> None:
+        if self._expander is not None:
+            self._expander.forget()
+
+    def _the_expander(self) -> Expander:
+        self._expander = self._expander or Expander(self._the_saver().board)
+        return self._expander
 
     def _closed(self, _moment: Moment) -> None:
         if self._saver is None:

@@ -20,6 +20,7 @@ from lowtide.checkpoint.catalog import (
     has_live_owner,
     list_checkpoints,
 )
+from lowtide.checkpoint.compact import bases_of
 from lowtide.checkpoint.folders import trash_folder
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import sync_folder
@@ -59,7 +60,8 @@ def prune(
     """Remove old complete checkpoints, and trash that a killed run left.
 
     Never removed: the newest complete one, the one that ``latest`` names, one without a whole
-    record (stock DeepSpeed's, or damaged), one in the making, and a symbolic link.
+    record (stock DeepSpeed's, or damaged), one in the making, one that a kept compact checkpoint
+    refers to, and a symbolic link.
 
     Args:
         folder: What ``save_checkpoint`` was given.
@@ -87,6 +89,8 @@ def prune(
         return position < keep or is_milestone or is_named or entry.path.is_symlink()
 
     kept = [entry for position, entry in enumerate(complete) if stays(position, entry)]
+    needed = _bases(kept)
+    kept = [entry for entry in complete if entry in kept or entry.tag in needed]
     removed = [entry for entry in complete if entry not in kept]
     trash = [entry for entry in entries if entry.state == "trash"]
     if not dry_run:
@@ -97,6 +101,19 @@ def prune(
                 _delete(entry.path)
     freed_bytes = sum(entry.size_bytes for entry in [*removed, *trash])
     return Pruned(removed=removed, kept=kept, removed_bytes=freed_bytes)
+
+
+def _bases(entries: Iterable[Entry]) -> set[str]:
+    """Return the tags that compact checkpoints refer to, directly and through each other."""
+    found: set[str] = set()
+    waiting = [entry.path for entry in entries]
+    while waiting:
+        path = waiting.pop()
+        for tag, _ in bases_of(path):
+            if tag not in found:
+                found.add(tag)
+                waiting.append(path.with_name(tag))
+    return found
 
 
 def remove_abandoned(folder: Path | str, *, max_age_s: float = MAX_AGE_S) -> list[Path]:

@@ -28,12 +28,7 @@ from lowtide.checkpoint.commit import Committer, Limits, wait_durable
 from lowtide.checkpoint.config import MIB, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
 from lowtide.checkpoint.epochs import prune_copies
-from lowtide.checkpoint.folders import (
-    make_part_folder,
-    remove,
-    remove_scratch,
-    remove_trash,
-)
+from lowtide.checkpoint.folders import make_part_folder, remove, remove_scratch, remove_trash
 from lowtide.checkpoint.nodes import Nodes, find_nodes
 from lowtide.checkpoint.peers import Peers
 from lowtide.checkpoint.plan import FileResult

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lowtide.checkpoint.compact import CompactConfig
 from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
 from lowtide.checkpoint.folders import part_folder
 from lowtide.checkpoint.nodes import Nodes
@@ -45,6 +46,7 @@ class Level:
         bytes_per_s: Highest rate of this rank, or None.
         is_of_node: Whether each node has a folder of its own there.
         copies: How many other nodes keep this node's files too.
+        compact: How checkpoints are made small there, or None.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Level:
     bytes_per_s: float | None = None
     is_of_node: bool = False
     copies: int = 0
+    compact: CompactConfig | None = None
 
     @classmethod
     def of_tier(cls, number: int, tier: TierConfig, keep: int | None, *, node: int = 0) -> Level:
@@ -64,6 +67,7 @@ class Level:
             bytes_per_s=tier.bytes_per_s,
             is_of_node=tier.scope == "node",
             copies=tier.copies,
+            compact=tier.compact,
         )
 
 
