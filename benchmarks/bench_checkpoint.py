@@ -101,8 +101,8 @@ class Lowtide:
 
     def __init__(self, trainer: Trainer, folder: Path, buffer_bytes: int | None = None) -> None:
         from lowtide.checkpoint.board import Board
-        from lowtide.checkpoint.config import CheckpointConfig
-        from lowtide.checkpoint.saver import CHUNK_BYTES, Saver
+        from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
+        from lowtide.checkpoint.saver import Saver
 
         self.trainer, self.folder, self.step = trainer, folder, 0
         wanted = buffer_bytes or trainer.total_bytes

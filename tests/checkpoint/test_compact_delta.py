@@ -20,10 +20,12 @@ from lowtide.checkpoint.compact import bases_of, beside, expand, expand_files, i
 from lowtide.checkpoint.compact_file import read_table
 from lowtide.checkpoint.compact_table import SUFFIX
 from lowtide.checkpoint.manifest import manifest_name, read_manifest
+from lowtide.core.codec import codecs
 from lowtide.core.errors import CheckpointError
 from tests.checkpoint.small_copies import (
     MIB,
     NAME,
+    Ratios,
     assert_gives,
     checkpoint,
     contents,
@@ -228,6 +230,27 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path, small: Path) -> None:
             expands(small, tmp_path / "again")
 
 
+def test_any_flipped_bit_is_noticed_when_there_is_no_sum_of_the_whole(tmp_path: Path) -> None:
+    codecs.register(Ratios.codec_id, Ratios)
+    try:
+        noise = torch.frombuffer(bytearray(random.Random(0).randbytes(6000)), dtype=torch.uint8)
+        states = {0: {"exp_avg": torch.randn(1500), "other": noise}}
+        original = make(tmp_path, 1, state={"state": states})
+        small = shrink(original, tmp_path / "slow" / "step1", moments="test.ratios")
+        kinds = set().union(*(encodings(r) for r in records_of(small).values()))
+        assert kinds == {"lossy", "raw"}
+        raw = (small / FILE).read_bytes()
+        expands(small, tmp_path / "again")
+        for place in random.Random(1).sample(range(8 * len(raw)), 800):
+            hurt = bytearray(raw)
+            hurt[place // 8] ^= 1 << place % 8
+            (small / FILE).write_bytes(hurt)
+            with pytest.raises(CheckpointError, match=FILE):
+                expands(small, tmp_path / "again")
+    finally:
+        codecs.unregister(Ratios.codec_id)
+
+
 def test_every_truncation_and_extension_is_noticed(tmp_path: Path, small: Path) -> None:
     raw = (small / FILE).read_bytes()
     lengths = [*range(30), *range(len(raw) - 40, len(raw)), *range(30, len(raw), 101)]
@@ -267,6 +290,11 @@ FORGERIES: dict[str, Any] = {
     "short block": lambda t: t | {"rest": t["rest"] | {"blocks": [BLOCK]}},
     "encoding": lambda t: t | {"rest": t["rest"] | {"blocks": [
         ["zip", *t["rest"]["blocks"][0][1:]]]}},
+    "first position": lambda t: t | {"records": [
+        t["records"][0] | {"position": 0}, *t["records"][1:]]},
+    "order": lambda t: t | {"records": [
+        r | {"offset": other["offset"]}
+        for r, other in zip(t["records"], t["records"][::-1], strict=True)]},
     "position": lambda t: t | {"rest": t["rest"] | {"position": 0}},
     "offset": lambda t: t | {"records": [r | {"offset": 5} for r in t["records"]]},
     "offset beyond": lambda t: t | {"records": [
@@ -290,14 +318,26 @@ FORGERIES: dict[str, Any] = {
 }  # fmt: skip
 
 
+# What is not wrong in itself shows when it is used; everything else is refused before that.
+USED = {
+    "no base": "refers to a checkpoint but names none",
+    "itself": "refers to as many others",
+    "depth": "refers to as many others",
+    "name": f"is ../x of attempt {attempt(3)}, not",
+    "attempt": "of attempt 0, not of",
+    "checksums": "does not give the file that it was made of",
+}
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_table_is_refused_without_much_memory(
     tmp_path: Path, small: Path, name: str
 ) -> None:
     forge(small / FILE, FORGERIES[name])
+    text = USED.get(name, f"{FILE}: is not a whole compact file")
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match=FILE):
+        with pytest.raises(CheckpointError, match=text):
             expands(small, tmp_path / "again")
         peak = tracemalloc.get_traced_memory()[1]
     finally:

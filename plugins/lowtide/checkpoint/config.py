@@ -12,6 +12,7 @@ from lowtide.core.config import Auto, PluginConfig
 from lowtide.core.errors import ConfigError
 
 MIB = 1 << 20
+CHUNK_BYTES = 4 * MIB  # of one write and one checksum, on every level
 NODE = "{node}"  # in a path: the number of the node
 
 

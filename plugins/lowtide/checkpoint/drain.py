@@ -12,7 +12,7 @@ import numpy as np
 from lowtide.checkpoint.catalog import list_checkpoints
 from lowtide.checkpoint.commit import Committer, wait_durable
 from lowtide.checkpoint.compact import compact, is_compact
-from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.config import CHUNK_BYTES, MIB, CheckpointConfig
 from lowtide.checkpoint.folders import make_part_folder
 from lowtide.checkpoint.manifest import FileSums, manifest_name, read_manifest
 from lowtide.checkpoint.peers import Peers
@@ -134,8 +134,9 @@ class Drain:
     def _writer(self, level: Level) -> Writer:
         if level.number not in self._writers:
             self._writers[level.number] = open_writer(
-                buffer_bytes=_BUFFER_BYTES, io=self._config.io, bytes_per_s=level.bytes_per_s
-            )
+                buffer_bytes=_BUFFER_BYTES, chunk_bytes=CHUNK_BYTES, io=self._config.io,
+                bytes_per_s=level.bytes_per_s,
+            )  # fmt: skip
         return self._writers[level.number]
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowtide.checkpoint.board import open_board
-from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.config import CHUNK_BYTES, MIB, CheckpointConfig
 from lowtide.checkpoint.expanding import Expander
 from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.interval import Interval
 from lowtide.checkpoint.ledger import Ledger
-from lowtide.checkpoint.saver import CHUNK_BYTES, Saver
+from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
 from lowtide.checkpoint.scrub import Scrub
 from lowtide.checkpoint.stable import StableMemory

@@ -25,7 +25,7 @@ import torch
 
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.commit import Committer, Limits, wait_durable
-from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
 from lowtide.checkpoint.epochs import prune_copies
 from lowtide.checkpoint.folders import make_part_folder, remove, remove_scratch, remove_trash
@@ -41,7 +41,6 @@ from lowtide.core.errors import CheckpointError
 logger = logging.getLogger("lowtide")
 
 _HISTORY = 64  # ended checkpoints that are remembered
-CHUNK_BYTES = 4 * MIB
 
 
 class Saver:
@@ -77,7 +76,7 @@ class Saver:
             io=config.io,
             bytes_per_s=config.tiers[0].bytes_per_s if config.tiers else None,
         )
-        self.history: deque[Saving] = deque(maxlen=_HISTORY)
+        self.history: deque[Saving] = deque()
         self.current: Saving | None = None
         self.last_error: CheckpointError | None = None
         self._committer = Committer(
@@ -145,6 +144,8 @@ class Saver:
         saving.save_latest = save_latest
         with self._lock:
             self.history.append(saving)
+            while len(self.history) > _HISTORY and self.history[0].has_ended:
+                self.history.popleft()
             self._pending.append(saving)
         if not self.config.lazy:
             self.wait_captured()
