@@ -114,9 +114,13 @@ def test_other_files_come_back_when_they_are_no_torch_files(tmp_path: Path) -> N
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(3 * MIB))
         archive.writestr("archive/data.pkl", b"no pickle at all")
+    with zipfile.ZipFile(tmp_path / "twice.pt", "w") as archive:
+        archive.writestr("archive/data/0", bytes(2 * MIB))
+        archive.filelist *= 2  # one member under two entries: they overlap
     noise = random.Random(0).randbytes(2 * MIB + 5)
     states = {"a.pt": legacy.read_bytes(), "b.pt": packed.read_bytes(), "c.pt": noise,
-              "d.pt": packed.read_bytes()[:-30], "e.pt": b"PK\5\6" + bytes(18)}  # fmt: skip
+              "d.pt": packed.read_bytes()[:-30], "e.pt": b"PK\5\6" + bytes(18),
+              "f.pt": (tmp_path / "twice.pt").read_bytes()}  # fmt: skip
     original = checkpoint(tmp_path / "step1", states)
     small = shrink(original, tmp_path / "slow" / "step1", moments="test.steps")
     assert_gives(small, original, tmp_path / "again")
@@ -148,7 +152,7 @@ def test_roles_are_read_from_the_pickle(tmp_path: Path, save: Save) -> None:
             "state": {1: {"exp_avg": shared, "twice": twice}},
         },
         "alias": shared,
-        "ema": {"exp_avg": big()},
+        "ema": {"exp_avg": big(), "module": big()},
         "elsewhere": twice,
         "tiny": torch.randn(3),
     }
@@ -167,6 +171,7 @@ def test_roles_are_read_from_the_pickle(tmp_path: Path, save: Save) -> None:
         f"{inner}/single_partition_of_fp32_groups/0": "master",
         f"{inner}/single_partition_of_fp32_groups/1": "master",
         "ema/exp_avg": "other",
+        "ema/module": "other",
     }
     assert [r.role for r in found if r.path in ("alias", f"{inner}/state/1/exp_avg")] == ["other"]
     assert {r.dtype for r in found} == {"float32"}

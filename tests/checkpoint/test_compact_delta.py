@@ -285,6 +285,8 @@ FORGERIES: dict[str, Any] = {
     "float": lambda t: t | {"size_bytes": float(t["size_bytes"])},
     "rest": lambda t: t | {"rest": t["rest"] | {"size_bytes": HUGE}},
     "blocks": lambda t: t | {"rest": t["rest"] | {"blocks": [BLOCK] * 9999}},
+    "more blocks": lambda t: t | {"rest": t["rest"] | {"blocks": [
+        *t["rest"]["blocks"], ["base", 0, 1]]}},
     "long block": lambda t: t | {"rest": t["rest"] | {"blocks": [["raw", HUGE, 1]]}},
     "long codec block": lambda t: t | {"rest": t["rest"] | {"blocks": [["codec", HUGE, 1]]}},
     "short block": lambda t: t | {"rest": t["rest"] | {"blocks": [BLOCK]}},

@@ -128,6 +128,46 @@ def test_newest_one_with_copies_outlives_a_newer_one_without(
         assert (tmp_path / f"node{node}/.copies/step2").is_dir()
 
 
+def test_copies_of_an_earlier_run_stay_until_there_are_newer_ones(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    with start(tmp_path, keep=1) as run:
+        run.save(1)
+    with start(tmp_path, keep=1) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(Peers, "send_copy", _die)
+            run.save(2)
+        for node in range(2):
+            assert tags(tmp_path / f"node{node}") == ["step1", "step2"]
+        run.save(3)
+        for node in range(2):
+            assert tags(tmp_path / f"node{node}") == ["step3"]
+
+
+def test_what_a_dead_run_left_on_a_node_is_removed_by_its_leader(tmp_path: Path) -> None:
+    dead = tmp_path / f"node1/.step1.{'0' * 16}.part"
+    dead.mkdir(parents=True)
+    owner = {"host": socket.gethostname(), "pid": 999_999_999, "time_s": 1.0}
+    (dead / "owner.json").write_text(json.dumps(owner))
+    with start(tmp_path) as run:
+        run.save(2)
+    assert not dead.exists()
+
+
+def test_half_of_a_copy_that_a_dead_run_left_is_removed(tmp_path: Path) -> None:
+    with start(tmp_path, keep=2) as run:
+        run.save(1)
+        record = read_record(tmp_path / "node0/step1")
+        assert record is not None
+        copies = tmp_path / "node0/.copies/step1"
+        mine, dead = copies / f".2.{record['attempt']}.part", copies / f".2.{'0' * 16}.part"
+        for path in (mine, dead):  # the first is just being made, for all that is known
+            path.mkdir()
+        run.save(2)
+        assert mine.exists()
+        assert not dead.exists()
+
+
 # -- failure --------------------------------------------------------------------------------------
 
 
@@ -281,6 +321,30 @@ def test_a_damaged_file_is_brought_back_from_its_copy(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_a_file_of_an_older_attempt_is_brought_back_from_its_copy(tmp_path: Path) -> None:
+    with start(tmp_path) as run:
+        run.save(1)
+        run.save(2)
+    folder = tmp_path / "node1/step2"
+    before = contents(folder)
+    for name in (file_name(3), "manifest-00003.json"):  # they agree with each other
+        shutil.copy(tmp_path / "node1/step1" / name, folder)
+    with start(tmp_path) as run:
+        assert assert_found(run, tmp_path, "step2") == []
+    assert {name: contents(folder)[name] for name in before} == before
+
+
+def test_a_part_that_only_lacks_its_name_counts(tmp_path: Path) -> None:
+    with start(tmp_path) as run:
+        run.save(1)
+    record = read_record(tmp_path / "node1/step1")
+    assert record is not None
+    shutil.rmtree(tmp_path / "node0/.copies")
+    (tmp_path / "node1/step1").rename(tmp_path / f"node1/.step1.{record['attempt']}.part")
+    with start(tmp_path) as run:
+        assert assert_found(run, tmp_path, "step1") == []
+
+
 def test_a_damaged_copy_is_not_used(tmp_path: Path) -> None:
     with start(tmp_path) as run:
         run.save(1)
@@ -381,7 +445,7 @@ def test_half_of_what_was_brought_back_is_no_checkpoint(tmp_path: Path, monkeypa
     assert_holds(tmp_path / "node1/step1", 1, (2, 3))
 
 
-def _die(*_: Any) -> str:
+def _die(*_: Any, **__: Any) -> str:
     raise OSError(5, "as if it were dead")
 
 

@@ -14,7 +14,7 @@ from lowtide.checkpoint import verify
 from lowtide.checkpoint.epochs import copy_folder
 from lowtide.checkpoint.peers import Peers, _Pace
 from lowtide.checkpoint.saving import Stage
-from lowtide.checkpoint.wire import connect
+from lowtide.checkpoint.wire import Wire, connect
 from lowtide.core.errors import CheckpointError
 from tests.checkpoint.node_runs import (
     EVER,
@@ -124,6 +124,18 @@ def test_a_request_out_of_bounds_is_refused(tmp_path: Path, request_: Any) -> No
             with pytest.raises(CheckpointError, match=r"node 0: (cannot read the request|a list)"):
                 wire.hear()
     assert not list(tmp_path.rglob("*out*"))
+
+
+def test_a_frame_has_an_end_and_so_has_a_wait() -> None:
+    ends = socket.socketpair()
+    with Wire(ends[0], timeout_s=5.0) as sender, Wire(ends[1], timeout_s=0.05) as receiver:
+        sender.send(b"x" * 10)
+        assert receiver.receive(10) == b"x" * 10
+        with pytest.raises(TimeoutError):
+            receiver.receive()
+        sender.send(b"x" * 11)
+        with pytest.raises(CheckpointError, match="a frame of 11 bytes came, allowed are 10"):
+            receiver.receive(10)
 
 
 def test_no_thread_and_no_file_is_left(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.catalog import Entry, list_checkpoints
+from lowtide.checkpoint.compact import bases_of
 from lowtide.checkpoint.epochs import Epoch, Holding, holdings, put_together, what_is_missing
 from lowtide.checkpoint.integrity import verify
 from lowtide.checkpoint.peers import Peers
@@ -168,7 +169,19 @@ class Finder:
             return find_damage(checkpoint)
         share = (self._board.rank, self._board.world_size)
         report = verify(checkpoint, mode=self._mode, part=share)
-        return str(report.damage[0]) if report.damage else None
+        return str(report.damage[0]) if report.damage else self._damage_of_bases(checkpoint)
+
+    def _damage_of_bases(self, checkpoint: Path) -> str | None:
+        """Say what is wrong with what a compact checkpoint refers to, or return None."""
+        for tag, attempt in bases_of(checkpoint):
+            base = checkpoint.with_name(tag)
+            record = read_record(base)
+            if record is None or record.get("attempt") != attempt:
+                return f"it refers to {tag}, which is not there any more"
+            damage = self._find_damage(base, None)
+            if damage is not None:
+                return f"it refers to {tag}: {damage}"
+        return None
 
 
 # Position of the level, name, has it a record, and where only its node sees it: what all have.

@@ -89,7 +89,8 @@ def prune(
         return position < keep or is_milestone or is_named or entry.path.is_symlink()
 
     kept = [entry for position, entry in enumerate(complete) if stays(position, entry)]
-    needed = _bases(kept)
+    # Also of those that have all but their name: the next start will give it to them.
+    needed = _bases([*kept, *(e for e in entries if e.state == "complete" and not e.is_published)])
     kept = [entry for entry in complete if entry in kept or entry.tag in needed]
     removed = [entry for entry in complete if entry not in kept]
     trash = [entry for entry in entries if entry.state == "trash"]
