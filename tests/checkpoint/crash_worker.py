@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import functools
 import importlib
 import json
 import os
@@ -32,7 +31,6 @@ from lowtide.checkpoint.config import CheckpointConfig
 from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Saving, Stage
-from lowtide.checkpoint.writer import open_writer
 from lowtide.core.errors import CheckpointError
 
 CHUNK_BYTES = 64 * 1024
@@ -199,7 +197,7 @@ class Job:
         self.log = Log(root / "logs" / order.log)
         self.board = Board(rank=order.rank, world_size=order.world_size, store=_store(order))
         saver_module.CHUNK_BYTES = CHUNK_BYTES
-        drain.open_writer = functools.partial(open_writer, chunk_bytes=CHUNK_BYTES)
+        drain.CHUNK_BYTES = CHUNK_BYTES
         self.saver = Saver(self._config(), self.board, buffer_bytes=6 * CHUNK_BYTES)
         self._untold: list[tuple[Saving, int, set[str]]] = []
 
