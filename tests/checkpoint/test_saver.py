@@ -248,6 +248,26 @@ def test_leftovers_of_a_dead_run_are_removed(tmp_path: Path) -> None:
     assert not dead.exists()
 
 
+def test_what_others_put_into_the_folder_stays(tmp_path: Path) -> None:
+    with savers(1) as (saver,):
+        save([saver], tmp_path, 1)
+        (tmp_path / "step1" / "offloaded").mkdir(parents=True, exist_ok=True)  # as DeepSpeed's NVMe
+        (tmp_path / "step1" / "offloaded" / "x.swp").write_text("theirs")
+        saver.wait(Stage.COMMITTED, EVER)
+    assert (tmp_path / "step1" / file_name(0)).is_file()
+    assert (tmp_path / "step1" / "offloaded" / "x.swp").read_text() == "theirs"
+
+
+def test_cycles_in_a_state_end(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"weights": torch.arange(5)}
+    state["self"] = state
+    with savers(1) as (saver,):
+        save([saver], tmp_path, 1, states=[state])
+        assert saver.wait(Stage.COMMITTED, EVER)
+    loaded = torch.load(tmp_path / "step1" / file_name(0), weights_only=False)
+    assert loaded["self"] is loaded
+
+
 # -- levels ---------------------------------------------------------------------------------------
 
 

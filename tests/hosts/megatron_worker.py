@@ -149,7 +149,7 @@ def update_facts() -> dict[str, Any]:
     since, at = len(session.probe.seen), run.digest()
     run.forward_backward(function)
     facts["skip_result"] = list(run.optimizer.step())
-    facts["skip"] = events(session, since)[-2:]
+    facts["skip"] = events(session, since)[-3:]
     facts["skip_unchanged"] = run.digest() == at
     facts["skip_step"] = session.step
     facts["skip_counters"] = session.telemetry.snapshot()["counters"]
@@ -160,7 +160,7 @@ def update_facts() -> dict[str, Any]:
     run.forward_backward(function)
     run.optimizer.prepare_grads()
     run.optimizer.step_with_ready_grads()
-    facts["apart"] = events(session, since)[-2:]
+    facts["apart"] = events(session, since)[-3:]
 
     since = len(session.probe.seen)
     run.forward_backward(function, forward_only=True)

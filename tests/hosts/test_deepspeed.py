@@ -17,7 +17,7 @@ pytestmark = pytest.mark.dist
 
 STEPS = 4
 MICRO_BATCH = ["before_forward", "after_forward", "after_backward"]
-UPDATE = ["before_update", "after_update"]
+UPDATE = ["before_update", "after_update", "after_step"]
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_losses_and_parameters_are_bit_identical_when_attached(
 
 def test_events_come_in_order_when_data_parallel(ranks: list[dict[str, Any]]) -> None:
     micro_batch = [*FORWARD, "after_backward"]
-    step = [*micro_batch, *micro_batch, "before_update", "after_update"]
+    step = [*micro_batch, *micro_batch, "before_update", "after_update", "after_step"]
     start = ["configured", "model_built", "optimizer_built"]
     for facts in ranks:
         assert names(facts["data"]) == [*start, *step * STEPS]
@@ -49,7 +49,7 @@ def test_events_come_in_order_when_data_parallel(ranks: list[dict[str, Any]]) ->
 
 
 def test_events_follow_the_schedule_when_pipeline_parallel(ranks: list[dict[str, Any]]) -> None:
-    update = ["before_update", "after_update"]
+    update = ["before_update", "after_update", "after_step"]
     # The first stage runs one micro-batch ahead, the last one alternates.
     first = [*FORWARD, *FORWARD, "after_backward", "after_backward", *update]
     last = [*FORWARD, "after_backward", *FORWARD, "after_backward", *update]
@@ -87,7 +87,8 @@ def test_after_backward_sees_the_gradients_of_its_micro_batch(ranks: list[dict[s
 def test_skipped_update_fires_after_update_alone(ranks: list[dict[str, Any]]) -> None:
     facts = ranks[0]["update"]
     assert facts["skip_result"] == [False, None, None]
-    assert facts["skip"] == [["after_backward", 1, None], ["after_update", None, False]]
+    last = ["after_step", None, None]
+    assert facts["skip"] == [["after_backward", 1, None], ["after_update", None, False], last]
     assert facts["skip_unchanged"]
     assert facts["skip_step"] == 2
     assert facts["skip_counters"]["lowtide.core.skipped_updates_count"] == 1
@@ -96,6 +97,7 @@ def test_skipped_update_fires_after_update_alone(ranks: list[dict[str, Any]]) ->
 
 def test_update_events_fire_when_the_loop_takes_step_apart(ranks: list[dict[str, Any]]) -> None:
     expected = [["before_update", None, None], ["after_update", None, True]]
+    expected.append(["after_step", None, None])
     assert ranks[0]["update"]["apart"] == expected
 
 
@@ -118,7 +120,7 @@ def test_save_and_load_contexts_fire_around_the_loops_own_files(
 
 def test_plain_torch_optimizer_and_structured_outputs_work(ranks: list[dict[str, Any]]) -> None:
     events = ranks[0]["torch"]
-    step = [*FORWARD, "after_backward", "before_update", "after_update"]
+    step = [*FORWARD, "after_backward", "before_update", "after_update", "after_step"]
     assert [event for event, _, _ in events][3:] == [*step, *step, "closed"]
     assert [number for _, number, _ in events if number is not None] == [0, 0, 0, 1, 1, 1]
 

@@ -36,7 +36,7 @@ def test_events_come_in_order() -> None:
     loop.close()
     assert [name for name, _ in loop.session.plugins["probe"].seen] == [  # type: ignore[attr-defined]
         "configured", "model_built", "optimizer_built", "before_forward", "after_forward",
-        "after_backward", "before_update", "after_update", "closed",
+        "after_backward", "before_update", "after_update", "after_step", "closed",
     ]  # fmt: skip
     spans = loop.session.telemetry.snapshot()["spans"]
     assert {name: span["count"] for name, span in spans.items()} == {

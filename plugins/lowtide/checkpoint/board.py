@@ -26,9 +26,13 @@ class Board:
         rank: This process's rank.
         world_size: Number of ranks.
         store: A torch.distributed store, or None for a single process.
+        keeps: Kept alive as long as the board: the store's own server, on the rank that has it.
     """
 
-    def __init__(self, *, rank: int = 0, world_size: int = 1, store: Any = None) -> None:
+    def __init__(
+        self, *, rank: int = 0, world_size: int = 1, store: Any = None, keeps: Any = None
+    ) -> None:
+        self._keeps = keeps
         self.rank = rank
         self.world_size = world_size
         self._store = store
@@ -128,4 +132,7 @@ def open_board() -> Board:
     shared: Any = dist.distributed_c10d._get_default_store()
     own = shared.clone() if hasattr(shared, "clone") else shared
     prefixed = dist.PrefixStore(f"{_PREFIX}/{_boards}", own)
-    return Board(rank=dist.get_rank(), world_size=dist.get_world_size(), store=prefixed)
+    # A script may destroy its process groups while the last checkpoint is on its way.
+    return Board(
+        rank=dist.get_rank(), world_size=dist.get_world_size(), store=prefixed, keeps=shared
+    )

@@ -181,8 +181,7 @@ class Committer:
         elif not errors:
             try:
                 self._complete(saving, level, votes.values())
-                if saving.save_latest:
-                    write_latest(level.folder, saving.tag)
+                self._move_latest(saving, level)
             except OSError as error:
                 errors.append(f"rank 0: {error}")
         if errors:
@@ -249,17 +248,21 @@ class Committer:
         """Move this node's ``latest``, or take back what was done here."""
         part, final = saving.part(level), saving.final(level)
         if "error" not in outcome:
-            if saving.save_latest:
-                try:
-                    write_latest(level.folder, saving.tag)
-                except OSError as error:  # it is complete all the same, and will be found
-                    logger.warning("%s: latest cannot be moved: %s", level.folder, error)
+            self._move_latest(saving, level)
             return
         record = read_record(final)
         if record is not None and record.get("attempt") == saving.attempt:
             remove(final, final)
         if not set(outcome.get("missing", [])) & set(nodes.mine):
             remove(part, final)
+
+    def _move_latest(self, saving: Saving, level: Level) -> None:
+        if not saving.save_latest:
+            return
+        try:
+            write_latest(level.folder, saving.tag)
+        except OSError as error:  # it is complete all the same, and will be found
+            logger.warning("%s: latest cannot be moved: %s", level.folder, error)
 
     def _collect(
         self, place: str, ranks: Iterable[int]

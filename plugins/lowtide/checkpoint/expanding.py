@@ -59,6 +59,6 @@ class Expander:
         shutil.rmtree(target, ignore_errors=True)  # of a start that died while loading
         try:
             expand(checkpoint, target, find_base=beside(checkpoint))
-        except CheckpointError as error:
-            return str(error)
+        except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer
+            return f"{checkpoint}: cannot be expanded: {error}"
         return None

@@ -155,7 +155,7 @@ class Finder:
     def _damage(self, checkpoint: Path, parts: int | None) -> str | None:
         try:
             return self._find_damage(checkpoint, parts)
-        except (CheckpointError, OSError) as error:  # the others wait for an answer
+        except Exception as error:  # noqa: BLE001 - the others wait for an answer
             return f"rank {self._board.rank}: {error}"
 
     def _find_damage(self, checkpoint: Path, parts: int | None) -> str | None:

@@ -60,7 +60,9 @@ def publish(part: Path, final: Path) -> None:
     """Give a complete checkpoint its name. One that had the name before is removed.
 
     At every moment one of the two bears a whole record: under `final`, or (only where the file
-    system cannot exchange two names) for an instant under the name of `part`.
+    system cannot exchange two names) for an instant under the name of `part`. What others have put
+    into a folder `final` that is no checkpoint of ours (DeepSpeed its NVMe files, a script its
+    tokenizer) stays in it.
 
     Raises:
         OSError: the folder cannot be renamed.
@@ -68,6 +70,10 @@ def publish(part: Path, final: Path) -> None:
     (part / OWNER_FILE).unlink(missing_ok=True)
     sync_folder(part)
     old: Path | None = None
+    if final.is_dir() and not has_record(final):
+        for entry in final.iterdir():
+            if not (part / entry.name).exists():
+                entry.rename(part / entry.name)
     if final.exists():
         old = part if _exchange(part, final) else trash_folder(final)
         if old is not part:

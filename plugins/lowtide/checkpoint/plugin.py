@@ -26,7 +26,7 @@ from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 logger = logging.getLogger("lowtide")
 
 _FIRST = -100  # before plugins that begin to change the state
-_EXIT_TIMEOUT_S = 60.0
+_PATIENT_S = 7200.0  # ranks may come to a save at very different times
 
 
 class Adapter(Protocol):
@@ -159,6 +159,12 @@ class CheckpointPlugin(Plugin):
         """Say whether the checkpoint that has begun moves ``latest``."""
         self._save_latest = is_wanted
 
+    def never_lazy(self, why: str) -> None:
+        """Copy everything at once from now on, because something else changes it too."""
+        self._stable.is_trusted = False
+        if self._the_session().rank == 0:
+            logger.warning("checkpoint: nothing is copied lazily, because %s", why)
+
     def release(self) -> None:
         """Copy what is still to be copied, because the state is about to change."""
         if self._saver is not None:
@@ -237,7 +243,8 @@ class CheckpointPlugin(Plugin):
             )  # fmt: skip
         # For a script that just ends. Made after the session's own, so it runs before that.
         self._finalizer = weakref.finalize(
-            self, _end_of_process, self._saver, self._ledger, self._scrub
+            *(self, _end_of_process, self._saver, self._ledger, self._scrub),
+            self.config.close_timeout_s,
         )
         if session.rank == 0:
             logger.info("checkpoint: %s", _said(self._saver.writer.facts()))
@@ -372,7 +379,9 @@ class CheckpointPlugin(Plugin):
         self._raises += 1
         known = ledger.unraised
         text = self._the_saver().board.share(
-            f"raise/{self._raises}", lambda: None if known is None else str(known)
+            f"raise/{self._raises}",
+            lambda: None if known is None else str(known),
+            timeout_s=_PATIENT_S,
         )
         self._raise(None if text is None else CheckpointError(text))
 
@@ -400,10 +409,10 @@ class CheckpointPlugin(Plugin):
         return self._session
 
 
-def _end_of_process(saver: Saver, ledger: Ledger, scrub: Scrub | None) -> None:
+def _end_of_process(saver: Saver, ledger: Ledger, scrub: Scrub | None, timeout_s: float) -> None:
     if scrub is not None:
         scrub.close()
-    saver.close(_EXIT_TIMEOUT_S)
+    saver.close(timeout_s)
     ledger.settle()
 
 

@@ -33,13 +33,15 @@ from lowtide.checkpoint.nodes import Nodes, find_nodes
 from lowtide.checkpoint.peers import Peers
 from lowtide.checkpoint.plan import FileResult
 from lowtide.checkpoint.retention import finish_published, prune, remove_abandoned
-from lowtide.checkpoint.saving import Level, Saving, Stage, levels_of
+from lowtide.checkpoint.saving import CANCEL_S, Level, Saving, Stage, levels_of
 from lowtide.checkpoint.torch_file import lay_out
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.core.errors import CheckpointError
 
 logger = logging.getLogger("lowtide")
 
+_PATIENT_S = 7200.0  # ranks may come to a save at very different times
+_GOODBYE_S = 3.0
 _HISTORY = 64  # ended checkpoints that are remembered
 
 
@@ -156,8 +158,7 @@ class Saver:
         """Give up a checkpoint that has begun and was not ended."""
         self.current = None
         saving.fail(CheckpointError(f"checkpoint {saving.tag}: {why}"))
-        for part in saving.parts:
-            part.ticket.wait_captured(None)
+        saving.wait_cancelled()
         with contextlib.suppress(OSError):
             remove(saving.part(), saving.final())
 
@@ -171,7 +172,7 @@ class Saver:
             scratch.replace(path)
         finally:
             ticket.cancel()
-            ticket.wait_captured(None)
+            ticket.wait_captured(CANCEL_S)
             scratch.unlink(missing_ok=True)
 
     def wait_captured(self) -> float:
@@ -247,11 +248,26 @@ class Saver:
         self._to_drain.put(None)
         for thread in threads:  # they are daemons: one that hangs in a system call is left behind
             thread.join(max(1.0, end_s - time.monotonic()) if not late else 1.0)
+        if not late:
+            self._say_goodbye()
         self._drain.close()
         if self.peers is not None:
             self.peers.close()
         self.writer.close(timeout_s=1.0)
         return not late
+
+    def _say_goodbye(self) -> None:
+        """Let rank 0, whose process may hold the store, stay until the others have heard all."""
+        if not self.history or self.board.world_size == 1:
+            return
+        with contextlib.suppress(CheckpointError):
+            if self.board.rank != 0:
+                self.board.post(f"closed/{self.board.rank}", [])
+                return
+            end_s = time.monotonic() + _GOODBYE_S
+            for rank in range(1, self.board.world_size):
+                left_s = max(0.0, end_s - time.monotonic())
+                self.board.wait(f"closed/{rank}", timeout_s=left_s)
 
     # -- the commit thread and the drain thread -------------------------------------------------
 
@@ -362,9 +378,17 @@ class Saver:
         ] or tiers[:1]
         if len(due) > 1:
             # One view of what works, or two ranks would write one checkpoint to two places.
-            sick = self.board.share(f"{attempt}/sick", lambda: sorted(self._sick))
+            sick = self.board.share(f"{attempt}/sick", self._take_sick, timeout_s=_PATIENT_S)
             due = [level for level in due if level.number not in sick] or due[-1:]
         return due
+
+    def _take_sick(self) -> list[int]:
+        """Return the levels that the next checkpoint leaves out; the one after tries them again."""
+        sick, self._sick = sorted(self._sick), set()
+        if sick:
+            folders = ", ".join(str(self.tiers[number].folder) for number in sick)
+            logger.warning("the next checkpoint leaves out %s, which failed last time", folders)
+        return sick
 
     def _clean(self, levels: Sequence[Level]) -> None:
         """Finish or remove what an earlier run left half done, once for each folder."""

@@ -31,7 +31,7 @@ class Stage(str, enum.Enum):
     FAILED = "failed"
 
 
-_CANCEL_S = 5.0
+CANCEL_S = 5.0
 _ORDER = [Stage.REQUESTED, Stage.CAPTURED, Stage.DURABLE, Stage.COMMITTED, Stage.DRAINED]
 
 
@@ -212,9 +212,14 @@ class Saving:
         if self.error is not None:
             # What is being copied just now. A write that hangs in the kernel may go on: its pages
             # stay, and nobody will look at what it wrote.
-            for part in self.parts:
-                part.ticket.wait_captured(_CANCEL_S)
+            self.wait_cancelled()
         self.settle()
+
+    def wait_cancelled(self) -> None:
+        """Wait for what is being copied just now, after it was given up."""
+        end_s = time.monotonic() + CANCEL_S
+        for part in self.parts:
+            part.ticket.wait_captured(max(0.0, end_s - time.monotonic()))
 
     def settle(self) -> None:
         """Note that everything is captured, if it is, and make sure that nothing is torn.

@@ -16,6 +16,7 @@ class StableMemory:
     """
 
     def __init__(self) -> None:
+        self.is_trusted = True  # False: something changes even this outside of updates
         self._storages: set[int] = set()
         self._bytes = 0
         self._missing_bytes = 0
@@ -31,6 +32,8 @@ class StableMemory:
             updated = [p for g in getattr(each, "param_groups", []) for p in g["params"]]
             for tensor in filter(torch.is_tensor, updated):
                 self._add(tensor)
+            for flat in _flat_masters(each):
+                self._add(flat)
             states = [s for s in getattr(each, "state", {}).values() if isinstance(s, dict)]
             for tensor in [v for s in states for v in s.values() if torch.is_tensor(v)]:
                 self._add(tensor)
@@ -40,7 +43,7 @@ class StableMemory:
 
     def covers(self, tensor: torch.Tensor) -> bool:
         """Tell whether only an update changes the memory of `tensor`."""
-        return tensor.untyped_storage().data_ptr() in self._storages
+        return self.is_trusted and tensor.untyped_storage().data_ptr() in self._storages
 
     def expected_bytes(self) -> int:
         """Return about how many bytes one checkpoint will have."""
@@ -73,3 +76,10 @@ def _optimizers(optimizer: Any) -> Iterator[Any]:
         seen.add(id(optimizer))
         yield optimizer
         optimizer = getattr(optimizer, "optimizer", None)
+
+
+def _flat_masters(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Yield the masters that ZeRO-3 keeps outside of ``param_groups`` between two steps."""
+    groups = getattr(optimizer, "fp32_partitioned_groups_flat", None) or []
+    keys = getattr(optimizer, "state", None) or {}
+    yield from (tensor for tensor in [*groups, *keys] if torch.is_tensor(tensor))

@@ -94,14 +94,18 @@ def _no_collection() -> Iterator[None]:
 
 def _tensors(state: Any) -> Iterator[torch.Tensor]:
     """Find the tensors in nested dicts, lists and tuples; others are found by the pickler."""
-    waiting = [state]
+    waiting, seen = [state], set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, torch.Tensor):
             yield value
-        elif isinstance(value, dict):
+            continue
+        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
             waiting.extend(value.values())
-        elif isinstance(value, (list, tuple)):
+        else:
             waiting.extend(value)
 
 
@@ -196,6 +200,13 @@ class _StatePickler(pickle.Pickler):
         self._ranges.setdefault(key, []).append(found)
         return found
 
+    def _known(self, tensor: torch.Tensor) -> _Range | None:
+        """Return the range that holds all of `tensor` already, if there is one."""
+        begin, end = _extent(tensor)
+        key = (tensor.untyped_storage()._cdata, tensor.dtype)
+        ranges = self._ranges.get(key, [])
+        return next((r for r in ranges if r.begin <= begin and end <= r.end), None)
+
     def _merge(self, ranges: list[_Range]) -> list[_Range]:
         merged: list[_Range] = []
         for each in sorted(ranges, key=lambda r: r.begin):
@@ -216,9 +227,10 @@ class _StatePickler(pickle.Pickler):
             return NotImplemented
         kept = self._of_tensor.get(id(obj))
         if kept is None:
-            if not (_is_plain(obj) and obj.numel()):
+            if not _is_plain(obj):
                 return NotImplemented
-            kept = self._add(obj)  # inside an object that add_ranges cannot look into
+            # Empty, or inside an object that add_ranges cannot look into.
+            kept = self._known(obj) or self._add(obj)
         of = kept.opcodes or self._record(kept)
         offset = int(obj.storage_offset()) - kept.begin // obj.element_size()
         grad = obj.requires_grad

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 _FACTORY = "create_checkpoint_engine"
 _KEYWORDS = {"config_params", "groups", "zero_stage", "has_moe_layers", "optimize_dp_state"}
 # Methods of the engine that move or rewrite the state outside of an update.
-_REWRITERS = ("offload_states", "reload_states", "load_module_state_dict")
+_REWRITERS = ("offload_states", "reload_states", "load_module_state_dict", "load_checkpoint")
+# Optimizers that begin to update while the backward pass still runs, in processes of their own.
+_EARLY = ("ZenFlow", "SuperOffload")
 
 
 class DeepSpeedAdapter:
@@ -68,6 +70,9 @@ class DeepSpeedAdapter:
         self._restore()
         self._engine = weakref.ref(engine)
         plugin = self._plugin
+        optimizer = type(engine.optimizer).__name__
+        if any(early in optimizer for early in _EARLY):
+            plugin.never_lazy(f"{optimizer} updates the state during the backward pass too")
         for name in _REWRITERS:
             stock = getattr(engine, name, None)
             if stock is not None:
