@@ -80,6 +80,8 @@ def main() -> None:
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Bytes(), callbacks=[PrintLoss()])
     trainer.train()
+    if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
