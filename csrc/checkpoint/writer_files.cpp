@@ -1,5 +1,6 @@
 // The writer's second half: from slabs to the disk.
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -27,7 +28,13 @@ std::size_t whole_pages(std::size_t bytes) {
 }
 
 // Opens for direct I/O if that is wanted and possible; says in `use_direct` what it became.
+// What stands at the path is removed, not written over: a write of a job that has failed may still
+// be under way there, and must not end in the new file.
 int open_for_writing(const std::string &path, bool &use_direct) {
+    struct stat found{};
+    if (::lstat(path.c_str(), &found) == 0 && S_ISREG(found.st_mode)) {
+        ::unlink(path.c_str()); // if it stays, opening tells why
+    }
     constexpr int flags = O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC;
     constexpr mode_t mode = 0666;
     if (use_direct) {

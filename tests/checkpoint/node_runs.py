@@ -37,7 +37,7 @@ class Run:
     def find(self, tag: str | None = None) -> list[Found]:
         return on_all(
             [
-                lambda s=saver, f=finder: f.find(s.folders(self.shared), tag, parts=None)  # type: ignore[misc]
+                lambda s=saver, f=finder: f.find(s.router.places(self.shared), tag, parts=None)  # type: ignore[misc]
                 for saver, finder in zip(self.savers, self._finders, strict=True)
             ]
         )

@@ -43,7 +43,7 @@ def plain(folder: Path, what: str) -> dict[str, Any]:
             facts["is_replicated"] = saving.is_replicated
     else:
         finder = Finder(saver.board, "full", saver.peers)
-        found = finder.find(saver.folders(folder / "shared"), None, parts=4)
+        found = finder.find(saver.router.places(folder / "shared"), None, parts=4)
         assert found.folder is not None
         assert found.name is not None
         facts["found"] = str(found.folder / found.name)

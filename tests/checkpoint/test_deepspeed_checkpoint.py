@@ -134,6 +134,11 @@ def test_all_ranks_fall_back_to_the_newest_whole_one(others: list[Any]) -> None:
         assert facts["fallback"]["fallback"] == 2
 
 
+def test_nothing_is_loaded_when_all_are_damaged(others: list[Any]) -> None:
+    for facts in others:
+        assert facts["fallback"]["all damaged"] is None
+
+
 def test_damaged_checkpoint_that_was_asked_for_raises_on_all_ranks(others: list[Any]) -> None:
     for facts in others:
         text = facts["fallback"]["explicit"]

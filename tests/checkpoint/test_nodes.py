@@ -411,7 +411,7 @@ def test_nodes_may_have_changed_their_numbers(tmp_path: Path) -> None:
     with start(tmp_path, is_swapped=True) as run:  # rank 0 is not on node 0
         run.save(1)
         assert run.savers[0].board.rank == 0
-        assert run.savers[0].tiers[0].folder == tmp_path / "node1"
+        assert run.savers[0].router.levels[0].folder == tmp_path / "node1"
     assert_holds(tmp_path / "node0/step1", 1, (2, 3))
     assert_holds(tmp_path / "node1/step1", 1, (0, 1))
     with start(tmp_path) as run:

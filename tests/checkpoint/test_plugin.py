@@ -13,17 +13,25 @@ import pytest
 import torch
 
 from lowtide.checkpoint import list_checkpoints, verify
+from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.interval import FIRST_STEP, Interval, best_interval_s
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.core.config import resolve
 from lowtide.core.errors import CheckpointError, ConfigError
 from lowtide.core.lifecycle import Event
+from lowtide.core.state import Location
 from lowtide.hosts import torch_loop
 from tests.helpers.plugin_suite import check_plugin
 
 MIB = 1 << 20
 SMALL = {"host_buffer_bytes": 16 * MIB}
+
+
+class Engine:
+    """As much of a DeepSpeed engine as the adapter looks at."""
+
+    optimizer: Any = None
 
 
 class Loop:
@@ -140,6 +148,37 @@ def test_unknown_level_names_the_known_ones(tmp_path: Path) -> None:
         run.checkpoint.wait("stored")
     run.loop.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_state_that_is_elsewhere_is_brought_back_before_a_save(tmp_path: Path) -> None:
+    run = Loop()
+    run.steps(1)
+    state, drained = run.loop.session.state, []
+
+    def drain(keys: Any) -> None:
+        drained.extend(keys)
+        state.publish("moments", Location.HOST, 1)
+
+    state.register("moments", drain=drain, location=Location.DEVICE, version=1)
+    run.checkpoint.save(tmp_path, {"state.pt": run.state()})
+    run.loop.close()
+    assert drained == ["moments"]
+
+
+@pytest.mark.parametrize("name", ["ZenFlowZeroOptimizer", "SuperOffloadOptimizer_Stage3"])
+def test_nothing_is_lazy_with_optimizers_that_update_early(tmp_path: Path, name: str) -> None:
+    run = Loop()
+    run.steps(1)
+    adapter = DeepSpeedAdapter(run.checkpoint)
+    engine = Engine()
+    engine.optimizer = type(name, (), {})()
+    adapter.after_engine(engine)
+    run.checkpoint.save(tmp_path, {"state.pt": run.state()})
+    run.loop.close()
+    adapter.close()
+    counters = run.loop.session.telemetry.snapshot()["counters"]
+    state_bytes = sum(p.numel() * 12 for p in run.model.parameters())
+    assert counters["lowtide.checkpoint.eager_bytes"] >= state_bytes
 
 
 def test_a_script_that_saves_by_itself_is_left_alone(tmp_path: Path) -> None:

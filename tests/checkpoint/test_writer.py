@@ -77,6 +77,19 @@ def test_files_are_as_planned_around_ends_of_pages_and_chunks(
     assert writer.close(timeout_s=EVER_S)
 
 
+def test_an_old_file_is_not_written_over(way: Way, tmp_path: Path) -> None:
+    # A write of a job that has failed may still be under way: it must not end in the next file.
+    path = tmp_path / "again"
+    path.write_bytes(b"of the job before")
+    writer = way.open()
+    with open(path, "rb") as before:
+        draft = simple(path, 3 * PAGE + 5)
+        finish(writer.submit([draft.plan()]))
+        assert before.read() == b"of the job before"
+    assert path.stat().st_size == 3 * PAGE + 5
+    assert writer.close(timeout_s=EVER_S)
+
+
 def test_checksum_is_whole_when_chunks_and_pieces_cut_it(way: Way, tmp_path: Path) -> None:
     writer = way.open()
     drafts = []

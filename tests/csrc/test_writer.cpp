@@ -101,7 +101,9 @@ void write_jobs(Writer &writer, const std::string &folder, int number) {
         std::memset(source.entry.get(), 0, size); // a race, if anybody still reads it
         expect(writer.wait_settled(*job, 60), "settled");
         const JobState state = writer.state(*job);
-        expect(state.is_durable == (round % 4 < 2), "durable unless cancelled or misplaced");
+        if (round % 4 != 2) { // a job may be done before it is cancelled
+            expect(state.is_durable == (round % 4 < 2), "durable unless misplaced");
+        }
         if (state.is_durable) {
             expect(contents(path + ".a") == expected, "contents of a");
             expect(contents(path + ".b") == expected, "contents of b");

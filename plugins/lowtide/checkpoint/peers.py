@@ -23,9 +23,9 @@ from lowtide.checkpoint.folders import part_folder, publish
 from lowtide.checkpoint.manifest import Manifest, manifest_name, parse_manifest
 from lowtide.checkpoint.nodes import Nodes
 from lowtide.checkpoint.saving import Level
-from lowtide.checkpoint.wire import GREETING_S, Wire, connect, own_hosts, write_synced
+from lowtide.checkpoint.wire import GREETING_S, Wire, connect, own_hosts
 from lowtide.core.errors import CheckpointError
-from lowtide.core.restart import RECORD_FILE, sync_folder
+from lowtide.core.restart import RECORD_FILE, replace_synced, sync_folder
 
 _MOST_CALLERS = 64
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
@@ -141,7 +141,7 @@ class Peers:
             manifest = _parsed(bytes(raw), target, rank, attempt)
             for name in manifest.files if names is None else names:
                 wire.receive_file(target / name, manifest.files[name])
-        write_synced(target / manifest_name(rank), raw)
+        replace_synced(target / manifest_name(rank), raw)
         return record
 
     def _call(self, node: int) -> Wire:
@@ -212,8 +212,8 @@ class Peers:
             part.mkdir(parents=True)
             for name, sums in manifest.files.items():
                 wire.receive_file(part / name, sums)
-            write_synced(part / RECORD_FILE, record)
-            write_synced(part / manifest_name(rank), raw)
+            replace_synced(part / RECORD_FILE, record)
+            replace_synced(part / manifest_name(rank), raw)
             publish(part, final)
             for parent in (folder / COPIES, folder):
                 sync_folder(parent)

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowtide.checkpoint.board import open_board
-from lowtide.checkpoint.config import CHUNK_BYTES, MIB, CheckpointConfig
+from lowtide.checkpoint.config import MIB, CheckpointConfig
 from lowtide.checkpoint.expanding import Expander
 from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.interval import Interval
 from lowtide.checkpoint.ledger import Ledger
+from lowtide.checkpoint.routing import PATIENT_S
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
 from lowtide.checkpoint.scrub import Scrub
+from lowtide.checkpoint.sizing import choose_buffer_bytes
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
@@ -26,7 +28,6 @@ from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 logger = logging.getLogger("lowtide")
 
 _FIRST = -100  # before plugins that begin to change the state
-_PATIENT_S = 7200.0  # ranks may come to a save at very different times
 
 
 class Adapter(Protocol):
@@ -251,14 +252,10 @@ class CheckpointPlugin(Plugin):
 
     def _buffer_bytes(self) -> int:
         chosen = self.config.host_buffer_bytes
-        if isinstance(chosen, int):
-            return chosen
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        limit = _available_bytes() // 8 // max(ranks, 1)
-        wanted = max(min(self._stable.expected_bytes(), limit), 32 * MIB)
-        chunks = -(-wanted // CHUNK_BYTES)
-        self._the_session().config.decide("checkpoint.host_buffer_bytes", chunks * CHUNK_BYTES)
-        return chunks * CHUNK_BYTES
+        if not isinstance(chosen, int):
+            chosen = choose_buffer_bytes(self._stable.expected_bytes())
+            self._the_session().config.decide("checkpoint.host_buffer_bytes", chosen)
+        return chosen
 
     def _before_save(self, moment: Moment) -> None:
         tag = moment.data["tag"]
@@ -273,6 +270,8 @@ class CheckpointPlugin(Plugin):
         self._asked = folder / tag
         if self.config.on_error == "raise":
             self._raise_on_all()
+        if session.state.keys():  # somebody may hold a newer copy elsewhere
+            session.state.ensure_host()
         self._stable.look_at(self._model, self._optimizer)
         details = {"config": session.config.as_dict(), "client_keys": client_keys}
         self._the_saver().begin(folder, tag, step=session.step, details=details)
@@ -337,7 +336,7 @@ class CheckpointPlugin(Plugin):
         saver.wait(Stage.COMMITTED)  # one of them may be what is to be loaded
         self._the_ledger().settle()
         asked = Path(moment.data["path"]).absolute()
-        folders = saver.folders(asked)
+        folders = saver.router.places(asked)
         parts = self._adapter.parts()
         with session.telemetry.span("verify"):
             found = finder.find(folders, moment.data["tag"], parts=parts)
@@ -381,7 +380,7 @@ class CheckpointPlugin(Plugin):
         text = self._the_saver().board.share(
             f"raise/{self._raises}",
             lambda: None if known is None else str(known),
-            timeout_s=_PATIENT_S,
+            timeout_s=PATIENT_S,
         )
         self._raise(None if text is None else CheckpointError(text))
 
@@ -420,14 +419,3 @@ def _said(facts: Mapping[str, Any]) -> str:
     why = f" ({facts['io_reason']})" if facts["io_reason"] else ""
     buffer_mib = facts["buffer_bytes"] / MIB
     return f"{facts['implementation']} writer, {facts['io']}{why}, {buffer_mib:.0f} MiB per rank"
-
-
-def _available_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

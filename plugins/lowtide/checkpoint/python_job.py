@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -188,6 +189,10 @@ class File:
                 raise Failed("reserve space for", code)
 
     def _open(self, use_direct: bool) -> int:
+        # Not written over: a write of a job that has failed may still be under way there.
+        if os.path.isfile(self.path) and not os.path.islink(self.path):
+            with contextlib.suppress(OSError):  # if it stays, opening tells why
+                os.unlink(self.path)
         try:
             if use_direct:
                 fd = os.open(self.path, _FLAGS | _O_DIRECT, 0o666)

@@ -20,9 +20,8 @@ from lowtide.checkpoint.nodes import Nodes
 from lowtide.checkpoint.peers import Peers
 from lowtide.checkpoint.saving import Level
 from lowtide.checkpoint.scan import Run, make_runs, scan_all
-from lowtide.checkpoint.wire import write_synced
 from lowtide.core.errors import CheckpointError
-from lowtide.core.restart import RECORD_FILE
+from lowtide.core.restart import RECORD_FILE, replace_synced
 
 logger = logging.getLogger("lowtide")
 
@@ -160,7 +159,7 @@ class Restorer:
             problem = self._fetch(rank, [], "it has no record")
             if problem is not None or self._record is None:
                 return f"{self._folder}: {problem}"
-        write_synced(self._folder / RECORD_FILE, self._record)
+        replace_synced(self._folder / RECORD_FILE, self._record)
         publish(self._folder, self._final)
         if self._epoch["is_latest"] and not (self._level.folder / LATEST_FILE).exists():
             write_latest(self._level.folder, self._epoch["tag"])

@@ -33,6 +33,7 @@ from lowtide.checkpoint.nodes import Nodes, find_nodes
 from lowtide.checkpoint.peers import Peers
 from lowtide.checkpoint.plan import FileResult
 from lowtide.checkpoint.retention import finish_published, prune, remove_abandoned
+from lowtide.checkpoint.routing import Router
 from lowtide.checkpoint.saving import CANCEL_S, Level, Saving, Stage, levels_of
 from lowtide.checkpoint.torch_file import lay_out
 from lowtide.checkpoint.writer import Writer, open_writer
@@ -40,7 +41,6 @@ from lowtide.core.errors import CheckpointError
 
 logger = logging.getLogger("lowtide")
 
-_PATIENT_S = 7200.0  # ranks may come to a save at very different times
 _GOODBYE_S = 3.0
 _HISTORY = 64  # ended checkpoints that are remembered
 
@@ -67,8 +67,8 @@ class Saver:
         self.board = board
         if nodes is None and any(tier.scope == "node" for tier in config.tiers):
             nodes = find_nodes(board)
-        self.tiers = levels_of(config, nodes)
-        of_node = [level for level in self.tiers if level.is_of_node]
+        self.router = Router(config, board, levels_of(config, nodes))
+        of_node = [level for level in self.router.levels if level.is_of_node]
         self.peers: Peers | None = None
         if nodes is not None and of_node:
             self.peers = Peers(board, nodes, of_node, stall_s=config.stall_timeout_s)
@@ -86,9 +86,7 @@ class Saver:
         )
         self._drain = Drain(config, self._committer, self.peers)
         self._count = 0
-        self._tier_count = 0
         self._cleaned: set[Path] = set()
-        self._sick: set[int] = set()  # levels that failed last time, as rank 0 knows them
         self._committed: dict[int, str] = {}  # the newest of each level, by its tag
         self._replicated: dict[int, str] = {}  # the newest of which all nodes' copies are there
         self._pending: deque[Saving] = deque()  # not yet captured, oldest first
@@ -117,7 +115,7 @@ class Saver:
             self.abandon(self.current, "save_checkpoint did not return")
         self._count += 1
         attempt = f"{self.board.token}{self._count:08x}"
-        levels = self._levels(folder.absolute(), attempt)
+        levels = self.router.route(folder.absolute(), attempt)
         saving = Saving(levels, tag=tag, attempt=attempt, step=step, details=details)
         self.current = saving
         return saving
@@ -198,7 +196,7 @@ class Saver:
         """Return the folders that hold this run's checkpoints."""
         with self._lock:
             used = [level.folder for saving in self.history for level in saving.levels]
-        return list(dict.fromkeys([*(level.folder for level in self.tiers), *used]))
+        return list(dict.fromkeys([*(level.folder for level in self.router.levels), *used]))
 
     def is_busy(self) -> bool:
         """Whether a checkpoint is still on its way."""
@@ -316,10 +314,10 @@ class Saver:
         try:
             self._committer.decide(saving, level, vote)
         except CheckpointError:
-            self._sick.add(level.number)
+            self.router.fell_ill(level)
             self._prune(level)  # on a full disk nothing else would ever make room
             raise
-        self._sick.discard(level.number)
+        self.router.recovered(level)
         self._committed[level.number] = saving.tag
         saving.advance(Stage.COMMITTED)
         if len(saving.levels) > 1 or level.copies:
@@ -357,38 +355,6 @@ class Saver:
             logger.warning("%s; training goes on", error)
 
     # -- folders ----------------------------------------------------------------------------------
-
-    def folders(self, asked: Path) -> list[Path]:
-        """Return where to look for what is asked for in the folder `asked`, fastest first."""
-        paths = [Path(tier.path).absolute() for tier in self.config.tiers]
-        if asked not in paths:
-            return [asked]
-        levels = self.tiers if asked == paths[-1] else [self.tiers[paths.index(asked)]]
-        return [level.folder for level in levels]
-
-    def _levels(self, folder: Path, attempt: str) -> list[Level]:
-        tiers = self.tiers
-        if not tiers or folder != Path(self.config.tiers[-1].path).absolute():
-            return [Level(number=0, folder=folder, keep=self.config.keep)]
-        self._tier_count += 1
-        due = [
-            level
-            for level, tier in zip(tiers, self.config.tiers, strict=True)
-            if self._tier_count % tier.every == 0
-        ] or tiers[:1]
-        if len(due) > 1:
-            # One view of what works, or two ranks would write one checkpoint to two places.
-            sick = self.board.share(f"{attempt}/sick", self._take_sick, timeout_s=_PATIENT_S)
-            due = [level for level in due if level.number not in sick] or due[-1:]
-        return due
-
-    def _take_sick(self) -> list[int]:
-        """Return the levels that the next checkpoint leaves out; the one after tries them again."""
-        sick, self._sick = sorted(self._sick), set()
-        if sick:
-            folders = ", ".join(str(self.tiers[number].folder) for number in sick)
-            logger.warning("the next checkpoint leaves out %s, which failed last time", folders)
-        return sick
 
     def _clean(self, levels: Sequence[Level]) -> None:
         """Finish or remove what an earlier run left half done, once for each folder."""

@@ -202,17 +202,6 @@ def own_hosts() -> list[str]:
     return list(dict.fromkeys([*outside, socket.gethostname(), "127.0.0.1"]))
 
 
-def write_synced(path: Path, data: bytes | bytearray) -> None:
-    """Replace a small file by `data`, synced to disk with its name."""
-    scratch = path.with_name(f".{path.name}.part")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    sync_folder(path.parent)
-
-
 def _chunk_sizes(sums: FileSums) -> list[int]:
     whole, rest = divmod(sums.size_bytes, sums.chunk_bytes)
     return [sums.chunk_bytes] * whole + [rest] * (rest > 0)

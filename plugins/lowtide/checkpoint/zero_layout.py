@@ -8,6 +8,7 @@ itself into equal parts, one per rank, and lays a rank's parts of a sub-group en
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -84,7 +85,7 @@ def hyperparameters(groups: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
-class _FlatLayout:
+class _FlatLayout(ABC):
     """What the stages have in common: the tensors of slots."""
 
     places: dict[str, Place]
@@ -137,11 +138,11 @@ class _FlatLayout:
                 )
         return found
 
-    def _masters(self, rank: int) -> list[torch.Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def _masters(self, rank: int) -> list[torch.Tensor]: ...
 
-    def _state(self, rank: int, slot: int) -> Mapping[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _state(self, rank: int, slot: int) -> Mapping[str, Any]: ...
 
     def _sizes(self, rank: int, slot: int) -> tuple[int, ...]:
         return (self._masters(rank)[slot].numel(),)

@@ -104,7 +104,8 @@ def checkpoint_methods(base: Any) -> dict[str, Any]:
                 **data, engine=self, options=options,
             )  # fmt: skip
             data = moment.data
-            if data["tag"] is None and session.stop is not None:
+            is_decided = data["tag"] is not None or "is_empty" in data
+            if not is_decided and session.stop is not None:
                 choice = _newest_complete(self, session.stop, load_dir)
                 data |= {"tag": choice.tag, "is_empty": choice.tag is None and bool(choice.skipped)}
             if data.get("is_empty"):

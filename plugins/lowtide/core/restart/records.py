@@ -104,14 +104,19 @@ def write_durable(path: Path, value: Mapping[str, Any], *, has_checksum: bool = 
     if has_checksum:
         value = {**value, CHECKSUM: json_checksum(value)}
     raw = (json.dumps(value, indent=2) + "\n").encode("utf-8")
+    replace_synced(path, raw)
+    return raw
+
+
+def replace_synced(path: Path, data: bytes | bytearray) -> None:
+    """Replace a small file by `data` atomically, synced to disk with its folder."""
     scratch = path.with_name(f"{path.name}.part")
     with open(scratch, "wb") as file:
-        file.write(raw)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
     sync_folder(path.parent)
-    return raw
 
 
 def sync_folder(folder: Path) -> None:
