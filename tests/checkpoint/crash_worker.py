@@ -25,12 +25,13 @@ import torch
 import torch.distributed as dist
 
 import lowtide.checkpoint.saver as saver_module
-from lowtide.checkpoint import drain, folders
+from lowtide.checkpoint import drain
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CheckpointConfig
-from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Saving, Stage
+from lowtide.checkpoint.store import folders
+from lowtide.checkpoint.store.finding import Finder
 from lowtide.core.errors import CheckpointError
 
 CHUNK_BYTES = 64 * 1024

@@ -11,10 +11,10 @@ import torch
 
 from lowtide.checkpoint import list_checkpoints
 from lowtide.checkpoint.config import MIB
-from lowtide.checkpoint.finding import Finder, Found
-from lowtide.checkpoint.nodes import find_nodes
+from lowtide.checkpoint.nodes.placement import find_nodes
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Saving, Stage
+from lowtide.checkpoint.store.finding import Finder, Found
 from tests.checkpoint.ranks import file_name, make_boards, make_config, on_all, save, state_of
 
 EVER = 30.0

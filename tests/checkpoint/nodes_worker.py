@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from lowtide.checkpoint.board import open_board
 from lowtide.checkpoint.config import MIB
-from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.store.finding import Finder
 from tests.checkpoint.ranks import file_name, make_config, save, state_of
 from tests.helpers.ranks import leave_result
 

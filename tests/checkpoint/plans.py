@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lowtide.checkpoint.plan import LITERAL, FilePlan
-from lowtide.checkpoint.torch_file import lay_out
+from lowtide.checkpoint.files.torch_file import lay_out
+from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
 
 
 def write_plan(plan: FilePlan, *, is_sparse: bool = False) -> None:

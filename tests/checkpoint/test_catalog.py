@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.checkpoint import catalog, list_checkpoints
-from lowtide.checkpoint.catalog import Entry, is_checkpoint
+from lowtide.checkpoint import list_checkpoints
+from lowtide.checkpoint.store import catalog
+from lowtide.checkpoint.store.catalog import Entry, is_checkpoint
 from lowtide.core.errors import CheckpointError
 from tests.helpers.checkpoints import ATTEMPT, make_checkpoint, make_part, make_stock
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from lowtide.checkpoint import compact_encode, compact_file
-from lowtide.checkpoint.compact import bases_of, beside, expand, expand_files, is_compact
-from lowtide.checkpoint.compact_file import read_table
-from lowtide.checkpoint.compact_table import SUFFIX
-from lowtide.checkpoint.manifest import manifest_name, read_manifest
+from lowtide.checkpoint.compact import encode as compact_encode
+from lowtide.checkpoint.compact import file as compact_file
+from lowtide.checkpoint.compact.copies import bases_of, beside, expand, expand_files, is_compact
+from lowtide.checkpoint.compact.file import read_table
+from lowtide.checkpoint.compact.table import SUFFIX
+from lowtide.checkpoint.store.manifest import manifest_name, read_manifest
 from lowtide.core.codec import codecs
 from lowtide.core.errors import CheckpointError
 from tests.checkpoint.small_copies import (

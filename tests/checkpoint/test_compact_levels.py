@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from lowtide.checkpoint import list_checkpoints
-from lowtide.checkpoint.compact import bases_of
-from lowtide.checkpoint.finding import Finder
+from lowtide.checkpoint.compact.copies import bases_of
 from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.store.finding import Finder
 from tests.checkpoint.ranks import save, savers
 
 

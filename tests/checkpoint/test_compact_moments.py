@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lowtide.checkpoint import compact_encode, verify
-from lowtide.checkpoint.compact import CompactConfig, beside, expand
-from lowtide.checkpoint.compact_bound import keeps_bound
-from lowtide.checkpoint.compact_file import read_table
-from lowtide.checkpoint.compact_records import find_records
-from lowtide.checkpoint.compact_table import SUFFIX
+from lowtide.checkpoint import verify
+from lowtide.checkpoint.compact import encode as compact_encode
+from lowtide.checkpoint.compact.bound import keeps_bound
+from lowtide.checkpoint.compact.copies import CompactConfig, beside, expand
+from lowtide.checkpoint.compact.file import read_table
+from lowtide.checkpoint.compact.records import find_records
+from lowtide.checkpoint.compact.table import SUFFIX
 from lowtide.core.codec import Bound, codecs
 from tests.checkpoint import plans
 from tests.checkpoint.small_copies import (

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from lowtide.checkpoint import verify
-from lowtide.checkpoint.catalog import read_latest
 from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.store.catalog import read_latest
 from lowtide.core.restart import TRASH, read_record
 from tests.checkpoint.crash_worker import (
     KEEP,
@@ -209,46 +209,46 @@ ANYONE = {
     "folder is made": at("saver:make_part_folder", "after", where=".step5."),
     "files are being written": at("saver:wait_durable", where="step5"),
     "files are written": at("saver:wait_durable", "after", where="step5"),
-    "manifest is not written": at("commit:write_manifest", where=".step5."),
-    "manifest is half written": at("folders:os.replace", nth=6, where=".part/manifest-"),
-    "manifest is written": at("commit:write_manifest", "after", where=".step5."),
+    "manifest is not written": at("store.commit:write_manifest", where=".step5."),
+    "manifest is half written": at("store.folders:os.replace", nth=6, where=".part/manifest-"),
+    "manifest is written": at("store.commit:write_manifest", "after", where=".step5."),
 }
 LEADER = {
-    "folder has no owner": at("folders:json.dumps", nth=11, where="'pid'"),
-    "folder has half an owner": at("folders:os.replace", nth=11, where="owner.json"),
-    "votes are there": at("commit:write_record", where=".step5."),
-    "record is half written": at("folders:os.replace", nth=6, where=".part/lowtide.json"),
-    "record is written": at("commit:write_record", "after", where=".step5."),
-    "owner is removed": at("folders:sync_folder", where=".step5."),
-    "folder has its name": at("folders:os.rename", "after", where="/step5'"),
-    "latest is not written": at("commit:write_latest", where="'step5'"),
-    "latest is half written": at("folders:os.replace", nth=6, where="/latest'"),
-    "latest is written": at("commit:write_latest", "after", where="'step5'"),
+    "folder has no owner": at("store.folders:json.dumps", nth=11, where="'pid'"),
+    "folder has half an owner": at("store.folders:os.replace", nth=11, where="owner.json"),
+    "votes are there": at("store.commit:write_record", where=".step5."),
+    "record is half written": at("store.folders:os.replace", nth=6, where=".part/lowtide.json"),
+    "record is written": at("store.commit:write_record", "after", where=".step5."),
+    "owner is removed": at("store.folders:sync_folder", where=".step5."),
+    "folder has its name": at("store.folders:os.rename", "after", where="/step5'"),
+    "latest is not written": at("store.commit:write_latest", where="'step5'"),
+    "latest is half written": at("store.folders:os.replace", nth=6, where="/latest'"),
+    "latest is written": at("store.commit:write_latest", "after", where="'step5'"),
     "others do not know": at("board:Board.post", nth=6, where="outcome"),
     "others know": at("board:Board.post", "after", nth=6, where="outcome"),
     "old ones are there": at("saver:prune", nth=6),
-    "an old one is trash": at("retention:os.rename", "after", where="/last'), Posix"),
-    "an old one is half removed": at("retention:os.unlink", "after", nth=15, where=".trash/"),
+    "an old one is trash": at("store.retention:os.rename", "after", where="/last'), Posix"),
+    "an old one is half removed": at("store.retention:os.unlink", "after", nth=15, where=".trash/"),
 }
 REPLACING = {
-    "again, with its record": at("commit:publish", nth=2, where=".step4."),
-    "between two names": at("folders:os.rename", "after", where="/step4'), PosixPath"),
-    "names are exchanged": at("folders:_exchange", "after", where=".step4."),
-    "the replaced one is trash": at("folders:shutil.rmtree", where=".step4."),
-    "replaced": at("commit:publish", "after", nth=2, where=".step4."),
+    "again, with its record": at("store.commit:publish", nth=2, where=".step4."),
+    "between two names": at("store.folders:os.rename", "after", where="/step4'), PosixPath"),
+    "names are exchanged": at("store.folders:_exchange", "after", where=".step4."),
+    "the replaced one is trash": at("store.folders:shutil.rmtree", where=".step4."),
+    "replaced": at("store.commit:publish", "after", nth=2, where=".step4."),
 }
 DRAINING_ANYONE = {
     "before it is copied": at("drain:Drain.bring", nth=6),
     "it is being copied": at("drain:wait_durable", where="step5"),
     "it is copied": at("drain:wait_durable", "after", where="step5"),
-    "copy has its manifest": at("commit:write_manifest", "after", where="/slow/.step5."),
+    "copy has its manifest": at("store.commit:write_manifest", "after", where="/slow/.step5."),
 }
 DRAINING_LEADER = {
-    "copy is voted for": at("commit:write_record", where="/slow/.step5."),
-    "copy has its record": at("commit:publish", where="/slow/.step5."),
-    "copy has its name": at("commit:write_latest", where="/slow'), 'step5'"),
+    "copy is voted for": at("store.commit:write_record", where="/slow/.step5."),
+    "copy has its record": at("store.commit:publish", where="/slow/.step5."),
+    "copy has its name": at("store.commit:write_latest", where="/slow'), 'step5'"),
     "others do not know of the copy": at("board:Board.post", nth=6, where="/1/outcome"),
-    "old copy is trash": at("retention:os.rename", "after", where="/slow/last'), Posix"),
+    "old copy is trash": at("store.retention:os.rename", "after", where="/slow/last'), Posix"),
 }
 
 
@@ -317,9 +317,9 @@ def test_rank_dies_on_the_way_to_the_slow_level_when(
     "second",
     [
         at("saver:finish_published"),
-        at("folders:os.rename", nth=1),
-        at("folders:os.rename", nth=2),  # between the two names
-        at("folders:os.rename", "after", nth=2),
+        at("store.folders:os.rename", nth=1),
+        at("store.folders:os.rename", nth=2),  # between the two names
+        at("store.folders:os.rename", "after", nth=2),
         at("saver:finish_published", "after"),
         at("saver:remove_abandoned", "after"),
     ],
@@ -452,7 +452,7 @@ def test_leader_hears_that_a_rank_died_before_it(
 ) -> None:
     points = {
         "writes": at("saver:wait_durable", where="last"),
-        "votes": at("commit:write_manifest", "after", where=".last."),
+        "votes": at("store.commit:write_manifest", "after", where=".last."),
     }
     seen = run_alone(nursery, tmp_path, points[phase], rank=1)
     assert (seen["committed"], seen["failed"]) == (2, 3)
@@ -472,8 +472,8 @@ def test_rank_that_dies_after_its_vote_costs_nothing(nursery: Nursery, tmp_path:
 @pytest.mark.parametrize("phase", ["votes", "decides", "tells"])
 def test_ranks_hear_that_the_leader_died(nursery: Nursery, tmp_path: Path, phase: str) -> None:
     points = {
-        "votes": at("commit:write_manifest", where=".last."),
-        "decides": at("commit:write_record", "after", where=".last."),
+        "votes": at("store.commit:write_manifest", where=".last."),
+        "decides": at("store.commit:write_record", "after", where=".last."),
         "tells": at("board:Board.post", nth=3, where="outcome"),
     }
     seen = run_alone(nursery, tmp_path, points[phase], rank=0)
@@ -485,7 +485,7 @@ def test_ranks_hear_that_the_leader_died(nursery: Nursery, tmp_path: Path, phase
 
 
 def test_rank_ends_though_the_leader_hangs(nursery: Nursery, tmp_path: Path) -> None:
-    death = at("commit:write_record", where=".last.") | {"number": signal.SIGSTOP}
+    death = at("store.commit:write_record", where=".last.") | {"number": signal.SIGSTOP}
     seen = run_alone(nursery, tmp_path, death, rank=0, close_s=2.0)
     assert (seen["committed"], seen["failed"]) == (2, 3)
     assert "not complete within 2 s of the end of the run" in seen["error"]
@@ -494,7 +494,7 @@ def test_rank_ends_though_the_leader_hangs(nursery: Nursery, tmp_path: Path) -> 
 
 
 def test_ranks_end_though_the_leaders_commit_hangs(nursery: Nursery, tmp_path: Path) -> None:
-    death = at("commit:write_record", where=".last.") | {"number": 0}
+    death = at("store.commit:write_record", where=".last.") | {"number": 0}
     common = {"steps": 3, "is_patient": True, "is_last_alone": True, "close_s": 1.0}
     run = Run(nursery, tmp_path, on_rank={0: {"deaths": [death]}}, **common)
     run.wait()
@@ -577,7 +577,7 @@ def test_full_disk_fails_checkpoints_until_there_is_room(
 def test_replaced_checkpoint_comes_back_when_the_new_one_cannot_get_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowtide.checkpoint.folders._exchange", lambda *_: False)
+    monkeypatch.setattr("lowtide.checkpoint.store.folders._exchange", lambda *_: False)
     stock = Path.rename
     with savers(2) as all_savers:
         save(all_savers, tmp_path, 1, tag="best")

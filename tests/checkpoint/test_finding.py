@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowtide.checkpoint.finding import Finder
+from lowtide.checkpoint.store.finding import Finder
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import RECORD_FILE
 from tests.checkpoint.ranks import file_name, make_boards, on_all, save, savers

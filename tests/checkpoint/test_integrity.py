@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lowtide.checkpoint
-from lowtide.checkpoint import scan
-from lowtide.checkpoint.integrity import find_damage, find_latest_damage, verify
-from lowtide.checkpoint.manifest import FileSums, read_manifest
+from lowtide.checkpoint.store import scan
+from lowtide.checkpoint.store.integrity import find_damage, find_latest_damage, verify
+from lowtide.checkpoint.store.manifest import FileSums, read_manifest
 from lowtide.core import restart
 from lowtide.core.errors import CheckpointError
 from tests.helpers.checkpoints import CHUNK_BYTES, certify, make_checkpoint, make_stock, sums_of
@@ -424,7 +424,7 @@ def test_choose_falls_back_when_the_newest_is_damaged(tmp_path: Path, victim: st
 
 def test_package_gives_the_function_also_after_its_home_was_imported() -> None:
     code = (
-        "import lowtide.checkpoint.integrity, lowtide.checkpoint.catalog, sys; "
+        "import lowtide.checkpoint.store.integrity, lowtide.checkpoint.catalog, sys; "
         "from lowtide.checkpoint import list_checkpoints, verify; "
         "sys.exit(not callable(verify) or 'torch' in sys.modules or 'numpy' in sys.modules)"
     )

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.checkpoint.manifest import (
+from lowtide.checkpoint.store.manifest import (
     FileSums,
     Manifest,
     is_manifest_name,
@@ -21,7 +21,7 @@ from lowtide.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from lowtide.checkpoint.plan import FileResult
+from lowtide.checkpoint.writer.plan import FileResult
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import json_checksum
 from tests.helpers.checkpoints import ATTEMPT

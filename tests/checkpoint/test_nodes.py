@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from lowtide.checkpoint import commit as commit_module
 from lowtide.checkpoint import verify
-from lowtide.checkpoint.catalog import read_latest
 from lowtide.checkpoint.config import MIB, CheckpointConfig
-from lowtide.checkpoint.epochs import copy_folder, holdings
-from lowtide.checkpoint.finding import Finder
-from lowtide.checkpoint.nodes import _grouped, find_nodes, own_name
-from lowtide.checkpoint.peers import Peers
+from lowtide.checkpoint.nodes.epochs import copy_folder, holdings
+from lowtide.checkpoint.nodes.peers import Peers
+from lowtide.checkpoint.nodes.placement import _grouped, find_nodes, own_name
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.store import commit as commit_module
+from lowtide.checkpoint.store.catalog import read_latest
+from lowtide.checkpoint.store.finding import Finder
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import find_damage, read_record
 from tests.checkpoint.node_runs import (
@@ -436,7 +436,7 @@ def test_half_of_what_was_brought_back_is_no_checkpoint(tmp_path: Path, monkeypa
         run.save(1)
     shutil.rmtree(tmp_path / "node1")
     with start(tmp_path) as run:
-        monkeypatch.setattr("lowtide.checkpoint.restoring.Restorer._give_name", _die)
+        monkeypatch.setattr("lowtide.checkpoint.nodes.restoring.Restorer._give_name", _die)
         assert [each.name for each in run.find()] == [None] * 4
     assert not (tmp_path / "node1/step1").exists()
     monkeypatch.undo()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from lowtide.checkpoint import verify
-from lowtide.checkpoint.epochs import copy_folder
-from lowtide.checkpoint.peers import Peers, _Pace
+from lowtide.checkpoint.nodes.epochs import copy_folder
+from lowtide.checkpoint.nodes.peers import Peers, _Pace
+from lowtide.checkpoint.nodes.wire import Wire, connect
 from lowtide.checkpoint.saving import Stage
-from lowtide.checkpoint.wire import Wire, connect
 from lowtide.core.errors import CheckpointError
 from tests.checkpoint.node_runs import (
     EVER,
@@ -29,7 +29,7 @@ from tests.helpers.plugin_suite import open_files
 def test_a_partner_that_hangs_is_given_up_and_the_checkpoint_stays(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("lowtide.checkpoint.peers.own_hosts", lambda: ["127.0.0.1"])
+    monkeypatch.setattr("lowtide.checkpoint.nodes.peers.own_hosts", lambda: ["127.0.0.1"])
     with start(tmp_path, every=1, stall_timeout_s=0.5) as run, socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -154,7 +154,7 @@ def test_no_thread_and_no_file_is_left(tmp_path: Path) -> None:
 
 def test_copies_keep_to_the_rate_of_their_level(monkeypatch: Any) -> None:
     now_s = [100.0]
-    monkeypatch.setattr("lowtide.checkpoint.peers.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("lowtide.checkpoint.nodes.peers.time.monotonic", lambda: now_s[0])
     waits: list[float] = []
 
     class Clock(threading.Event):

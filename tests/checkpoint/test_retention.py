@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lowtide.checkpoint import list_checkpoints, verify
-from lowtide.checkpoint.integrity import find_damage
-from lowtide.checkpoint.retention import finish_published, prune, remove_abandoned
+from lowtide.checkpoint.store.integrity import find_damage
+from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
 from lowtide.core import restart
 from lowtide.core.errors import CheckpointError
 from tests.helpers.checkpoints import ATTEMPT, make_checkpoint, make_part, make_stock

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from lowtide.checkpoint import list_checkpoints, verify
-from lowtide.checkpoint.catalog import read_latest
 from lowtide.checkpoint.config import MIB
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.store.catalog import read_latest
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import read_record
 from tests.checkpoint.ranks import DETAILS, file_name, on_all, save, savers, state_of
@@ -137,7 +137,7 @@ def test_a_tag_used_again_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_tag_used_again_without_exchange(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lowtide.checkpoint.folders._exchange", lambda *_: False)
+    monkeypatch.setattr("lowtide.checkpoint.store.folders._exchange", lambda *_: False)
     test_a_tag_used_again_is_replaced_whole(tmp_path)
 
 

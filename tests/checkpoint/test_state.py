@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowtide.checkpoint import safetensors_file
+from lowtide.checkpoint.files import safetensors_file
 from lowtide.checkpoint.state import export, load_state, open_state
 from lowtide.core.errors import CheckpointError
 from tests.helpers.ranks import run_ranks

@@ -19,9 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowtide.checkpoint.archive import Archive, Record
-from lowtide.checkpoint.plan import LITERAL
-from lowtide.checkpoint.torch_file import lay_out
+from lowtide.checkpoint.files.archive import Archive, Record
+from lowtide.checkpoint.files.torch_file import lay_out
+from lowtide.checkpoint.writer.plan import LITERAL
 from tests.checkpoint.plans import save, write_plan
 
 DTYPES = [

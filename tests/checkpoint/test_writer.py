@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowtide.checkpoint.plan import FilePlan
-from lowtide.checkpoint.python_job import File
-from lowtide.checkpoint.python_writer import PythonWriter
 from lowtide.checkpoint.writer import open_writer
+from lowtide.checkpoint.writer.plan import FilePlan
+from lowtide.checkpoint.writer.python_job import File
+from lowtide.checkpoint.writer.python_writer import PythonWriter
 from lowtide.core import native
 from lowtide.core.errors import CheckpointError
 from tests.checkpoint.writer_cases import (

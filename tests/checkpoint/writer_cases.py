@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowtide.checkpoint.plan import LITERAL, FilePlan
-from lowtide.checkpoint.python_writer import PythonWriter
 from lowtide.checkpoint.writer import Ticket, Writer, open_writer
+from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
+from lowtide.checkpoint.writer.python_writer import PythonWriter
 from lowtide.core.native import status
 
 EVER_S = 60.0  # a wait that only a bug makes so long

@@ -84,7 +84,7 @@ def hang_in_direct_lane(way: Way, folder: Path) -> dict[str, Any]:
     seen["is_closed"] = writer.close(timeout_s=0.0)
     draft.arrays.clear()
     del ticket
-    from lowtide.checkpoint import native_writer
+    from lowtide.checkpoint.writer import native_writer
 
     seen["abandoned"] = len(native_writer._abandoned)
     return seen

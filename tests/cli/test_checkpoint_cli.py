@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from lowtide.checkpoint import compare
+from lowtide.checkpoint.state import compare
 from lowtide.cli import app
 from tests.helpers.checkpoints import make_checkpoint, make_part, make_stock
 

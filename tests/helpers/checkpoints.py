@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lowtide.checkpoint.manifest import FileSums, Manifest, write_manifest
+from lowtide.checkpoint.store.manifest import FileSums, Manifest, write_manifest
 from lowtide.core.restart import write_record
 
 ATTEMPT = "0123456789abcdef"

@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowtide.checkpoint.catalog import list_checkpoints
-    from lowtide.checkpoint.integrity import verify
     from lowtide.checkpoint.state import load_state
+    from lowtide.checkpoint.store.catalog import list_checkpoints
+    from lowtide.checkpoint.store.integrity import verify
 
 __all__ = ["list_checkpoints", "load_state", "verify"]
 
-_HOMES = {"list_checkpoints": "catalog", "load_state": "state", "verify": "integrity"}
+_HOMES = {"list_checkpoints": "store.catalog", "load_state": "state", "verify": "store.integrity"}
 
 
 def __getattr__(name: str) -> Any:

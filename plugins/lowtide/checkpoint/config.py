@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lowtide.checkpoint.compact import CompactConfig
+from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.core.config import Auto, PluginConfig
 from lowtide.core.errors import ConfigError
 

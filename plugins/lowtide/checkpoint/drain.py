@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lowtide.checkpoint.catalog import list_checkpoints
-from lowtide.checkpoint.commit import Committer, wait_durable
-from lowtide.checkpoint.compact import compact, is_compact
+from lowtide.checkpoint.compact.copies import compact, is_compact
 from lowtide.checkpoint.config import CHUNK_BYTES, MIB, CheckpointConfig
-from lowtide.checkpoint.folders import make_part_folder
-from lowtide.checkpoint.manifest import FileSums, manifest_name, read_manifest
-from lowtide.checkpoint.peers import Peers
-from lowtide.checkpoint.plan import FilePlan, FileResult
+from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.saving import Level, Saving
+from lowtide.checkpoint.store.catalog import list_checkpoints
+from lowtide.checkpoint.store.commit import Committer, wait_durable
+from lowtide.checkpoint.store.folders import make_part_folder
+from lowtide.checkpoint.store.manifest import FileSums, manifest_name, read_manifest
 from lowtide.checkpoint.writer import Writer, open_writer
+from lowtide.checkpoint.writer.plan import FilePlan, FileResult
 from lowtide.core.errors import CheckpointError
 
 logger = logging.getLogger("lowtide")

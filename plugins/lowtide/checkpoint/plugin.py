@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowtide.checkpoint.board import open_board
+from lowtide.checkpoint.compact.expanding import Expander
 from lowtide.checkpoint.config import MIB, CheckpointConfig
-from lowtide.checkpoint.expanding import Expander
-from lowtide.checkpoint.finding import Finder
 from lowtide.checkpoint.interval import Interval
 from lowtide.checkpoint.ledger import Ledger
 from lowtide.checkpoint.routing import PATIENT_S
@@ -22,6 +21,7 @@ from lowtide.checkpoint.saving import Stage
 from lowtide.checkpoint.scrub import Scrub
 from lowtide.checkpoint.sizing import choose_buffer_bytes
 from lowtide.checkpoint.stable import StableMemory
+from lowtide.checkpoint.store.finding import Finder
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 

@@ -24,19 +24,19 @@ from typing import Any
 import torch
 
 from lowtide.checkpoint.board import Board
-from lowtide.checkpoint.commit import Committer, Limits, wait_durable
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
-from lowtide.checkpoint.epochs import prune_copies
-from lowtide.checkpoint.folders import make_part_folder, remove, remove_scratch, remove_trash
-from lowtide.checkpoint.nodes import Nodes, find_nodes
-from lowtide.checkpoint.peers import Peers
-from lowtide.checkpoint.plan import FileResult
-from lowtide.checkpoint.retention import finish_published, prune, remove_abandoned
+from lowtide.checkpoint.files.torch_file import lay_out
+from lowtide.checkpoint.nodes.epochs import prune_copies
+from lowtide.checkpoint.nodes.peers import Peers
+from lowtide.checkpoint.nodes.placement import Nodes, find_nodes
 from lowtide.checkpoint.routing import Router
 from lowtide.checkpoint.saving import CANCEL_S, Level, Saving, Stage, levels_of
-from lowtide.checkpoint.torch_file import lay_out
+from lowtide.checkpoint.store.commit import Committer, Limits, wait_durable
+from lowtide.checkpoint.store.folders import make_part_folder, remove, remove_scratch, remove_trash
+from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
 from lowtide.checkpoint.writer import Writer, open_writer
+from lowtide.checkpoint.writer.plan import FileResult
 from lowtide.core.errors import CheckpointError
 
 logger = logging.getLogger("lowtide")

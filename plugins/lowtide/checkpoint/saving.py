@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from lowtide.checkpoint.compact import CompactConfig
+from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
-from lowtide.checkpoint.folders import part_folder
-from lowtide.checkpoint.nodes import Nodes
+from lowtide.checkpoint.nodes.placement import Nodes
+from lowtide.checkpoint.store.folders import part_folder
 from lowtide.checkpoint.writer import Ticket
 from lowtide.core.errors import CheckpointError
 

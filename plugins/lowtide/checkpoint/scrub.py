@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lowtide.checkpoint.catalog import Entry, list_checkpoints
-from lowtide.checkpoint.integrity import verify
+from lowtide.checkpoint.store.catalog import Entry, list_checkpoints
+from lowtide.checkpoint.store.integrity import verify
 from lowtide.core.errors import CheckpointError
 
 logger = logging.getLogger("lowtide")

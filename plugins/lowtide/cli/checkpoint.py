@@ -16,9 +16,9 @@ from lowtide.core.errors import CheckpointError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lowtide.checkpoint.catalog import Entry
-    from lowtide.checkpoint.integrity import Report
-    from lowtide.checkpoint.scan import OnProgress
+    from lowtide.checkpoint.store.catalog import Entry
+    from lowtide.checkpoint.store.integrity import Report
+    from lowtide.checkpoint.store.scan import OnProgress
 
 app = typer.Typer(
     help="List, check, compare, thin out, export and expand checkpoints.", no_args_is_help=True
@@ -34,7 +34,7 @@ _MARKS = {"complete": "green", "in progress": "cyan", "incomplete": "red", "aban
 @app.command("ls")
 def ls(folder: Folder, as_json: AsJson = False) -> None:
     """List the checkpoints in a folder, the newest first, with what is left of unfinished ones."""
-    from lowtide.checkpoint.catalog import list_checkpoints
+    from lowtide.checkpoint.store.catalog import list_checkpoints
 
     entries = list_checkpoints(folder)
     if as_json:
@@ -60,8 +60,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read a checkpoint and compare every byte with its checksums. Exit code 1 for damage."""
-    from lowtide.checkpoint.integrity import find_latest_damage
-    from lowtide.checkpoint.integrity import verify as check
+    from lowtide.checkpoint.store.integrity import find_latest_damage
+    from lowtide.checkpoint.store.integrity import verify as check
 
     paths, is_folder = _checkpoints_at(path, all_of_them=all_of_them)
     reports = []
@@ -97,7 +97,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove old complete checkpoints: never the newest one, nor the one that `latest` names."""
-    from lowtide.checkpoint.retention import prune as remove_old
+    from lowtide.checkpoint.store.retention import prune as remove_old
 
     done = remove_old(folder, keep=keep, keep_every=keep_every, dry_run=dry_run)
     if as_json:
@@ -118,7 +118,7 @@ def diff(first: Item, second: Item, as_json: AsJson = False) -> None:
 
     Unpickles both: only for files that you trust.
     """
-    from lowtide.checkpoint.compare import compare
+    from lowtide.checkpoint.state.compare import compare
 
     with _working(is_quiet=as_json) as on_file:
         found = compare(first, second, on_file=on_file)
@@ -172,8 +172,8 @@ def expand(
     as_json: AsJson = False,
 ) -> None:
     """Make a checkpoint again from its compact copy, so that any tool can load it."""
-    from lowtide.checkpoint.compact import beside
-    from lowtide.checkpoint.compact import expand as make_again
+    from lowtide.checkpoint.compact.copies import beside
+    from lowtide.checkpoint.compact.copies import expand as make_again
 
     files = make_again(source, target, find_base=beside(source))
     if as_json:
@@ -186,7 +186,7 @@ def expand(
 
 def _checkpoints_at(path: Path, *, all_of_them: bool) -> tuple[list[Path], bool]:
     """Return the checkpoints to look at, and whether `path` is a folder of checkpoints."""
-    from lowtide.checkpoint.catalog import is_checkpoint, list_checkpoints
+    from lowtide.checkpoint.store.catalog import is_checkpoint, list_checkpoints
 
     if is_checkpoint(path):
         return [path], False

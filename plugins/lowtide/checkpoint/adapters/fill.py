@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lowtide.checkpoint.adapters.live_state import LiveState, Slot
-from lowtide.checkpoint.view import CheckpointState
-from lowtide.checkpoint.zero_layout import MASTER
+from lowtide.checkpoint.state.view import CheckpointState
+from lowtide.checkpoint.state.zero_layout import MASTER
 from lowtide.core.errors import CheckpointError
 
 

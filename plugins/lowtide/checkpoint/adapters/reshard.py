@@ -17,9 +17,9 @@ import torch
 
 from lowtide.checkpoint.adapters.fill import copied, fill, persistent_buffers
 from lowtide.checkpoint.adapters.live_state import LiveState, is_model_parallel, live_state
-from lowtide.checkpoint.rank_files import RankFiles, tag_folder
-from lowtide.checkpoint.view import CheckpointState, open_state
-from lowtide.checkpoint.zero_layout import shapes_of
+from lowtide.checkpoint.state.rank_files import RankFiles, tag_folder
+from lowtide.checkpoint.state.view import CheckpointState, open_state
+from lowtide.checkpoint.state.zero_layout import shapes_of
 from lowtide.core.errors import CheckpointError, listed
 
 logger = logging.getLogger("lowtide")

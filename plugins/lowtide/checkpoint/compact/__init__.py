@@ -1,0 +1,1 @@
+"""Small copies of checkpoints for the slowest level of storage."""

@@ -1,0 +1,1 @@
+"""Folders of checkpoints: published whole or not at all, checked, found, kept and removed."""

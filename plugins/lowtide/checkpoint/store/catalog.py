@@ -1,0 +1,249 @@
+"""What lies in a folder of checkpoints, found out without reading the checkpoints themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from lowtide.checkpoint.store.folders import LATEST_FILE, OWNER_FILE
+from lowtide.checkpoint.store.manifest import is_manifest_name
+from lowtide.core.errors import CheckpointError
+from lowtide.core.restart import RECORD_FILE, TRASH, read_record
+
+State: TypeAlias = Literal[
+    "complete", "unverified", "incomplete", "in progress", "abandoned", "trash"
+]
+MAX_AGE_S = 3600.0  # nothing was written for so long: whoever began it is gone
+
+_PART = re.compile(r"\.(?P<tag>.+)\.(?P<attempt>[0-9a-f]{16})\.part")
+_TRASH = re.compile(r"\.(?P<tag>.+)\.[0-9a-f]{8}\.trash")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One checkpoint, or what is left of one.
+
+    Attributes:
+        tag: Its name; for one in the making the name that it is to have.
+        path: Its folder, whatever that is called.
+        state: "complete": the record is whole and every file has its size. "unverified": without
+            a record, as stock DeepSpeed writes it. "incomplete": files or the record are missing or
+            wrong. "in progress" and "abandoned": not finished; somebody is, or nobody is any more,
+            writing it. "trash": being removed.
+        step: Optimizer steps in it, where known.
+        time_s: Unix time at which it was finished, or else last written to.
+        size_bytes: Bytes of all its files.
+        files: Number of its files.
+        world_size: Number of ranks that wrote it, where known.
+        is_latest: Whether the file ``latest`` names it.
+    """
+
+    tag: str
+    path: Path
+    state: State
+    step: int | None
+    time_s: float
+    size_bytes: int
+    files: int
+    world_size: int | None
+    is_latest: bool
+
+    @property
+    def is_published(self) -> bool:
+        """Whether its folder bears its name."""
+        return self.path.name == self.tag
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON types."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass
+class _Contents:
+    """Sizes by name below a checkpoint, and when one of its files was last written to."""
+
+    sizes_bytes: dict[str, int] = field(default_factory=dict)
+    newest_s: float = 0.0
+
+    @classmethod
+    def of(cls, folder: Path) -> _Contents:
+        found = cls()
+        found._add(folder, "")
+        return found
+
+    def _add(self, folder: Path, prefix: str) -> None:
+        try:
+            self.newest_s = max(self.newest_s, folder.stat().st_mtime)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        self._add(Path(entry.path), f"{prefix}{entry.name}/")
+                        continue
+                    found = entry.stat()
+                    self.sizes_bytes[prefix + entry.name] = found.st_size
+                    self.newest_s = max(self.newest_s, found.st_mtime)
+        except FileNotFoundError:
+            return  # it is being removed just now
+
+    def agrees_with(self, record: dict[str, Any]) -> bool:
+        """Tell whether every file that `record` names is there in its size."""
+        named = {**record["files"], **record.get("manifests", {})}
+        return all(self.sizes_bytes.get(n) == w["size_bytes"] for n, w in named.items())
+
+
+def list_checkpoints(folder: Path | str, *, max_age_s: float = MAX_AGE_S) -> list[Entry]:
+    """Return the checkpoints in `folder`, the newest (by step) first.
+
+    Reads records, names and sizes, so it is quick and sees no damage within files: `verify` does.
+
+    Args:
+        folder: What ``save_checkpoint`` was given.
+        max_age_s: After how long without a write an unfinished checkpoint of another machine
+            counts as abandoned.
+
+    Raises:
+        CheckpointError: there is no such folder, or it cannot be read.
+    """
+    folder = Path(folder)
+    latest = read_latest(folder)
+    try:
+        paths = [path for path in folder.iterdir() if path.is_dir()]
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be listed ({error.strerror}); pass the folder that save_checkpoint "
+            "was given"
+        ) from error
+    found = (_look_at(path, latest=latest, max_age_s=max_age_s) for path in paths)
+    entries = [entry for entry in found if entry is not None]
+    return sorted(entries, key=age_key, reverse=True)
+
+
+def age_key(entry: Entry) -> tuple[int, float, str]:
+    """Return what orders checkpoints by age, the newest last."""
+    return (-1 if entry.step is None else entry.step, entry.time_s, entry.path.name)
+
+
+def read_latest(folder: Path) -> str | None:
+    """Return the tag in the file ``latest`` of `folder`, or None where there is none readable."""
+    try:
+        return (folder / LATEST_FILE).read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether `path` is the folder of a checkpoint, finished or not."""
+    return path.is_dir() and _look_at(path, latest=None, max_age_s=MAX_AGE_S) is not None
+
+
+def _look_at(path: Path, *, latest: str | None, max_age_s: float) -> Entry | None:
+    hidden = _PART.fullmatch(path.name) or _TRASH.fullmatch(path.name)
+    if hidden is None and not _looks_like_one(path):
+        return None
+    contents = _Contents.of(path)
+    record = None if path.name.endswith(TRASH) else read_record(path)
+    tag = hidden["tag"] if hidden else path.name
+    digits = re.search(r"(\d+)$", tag)
+    return Entry(
+        tag=tag,
+        path=path,
+        state=_state_of(path, contents, record, max_age_s=max_age_s),
+        step=record["step"] if record else int(digits[1]) if digits else None,
+        time_s=float(record["time_s"]) if record else contents.newest_s,
+        size_bytes=sum(contents.sizes_bytes.values()),
+        files=len(contents.sizes_bytes),
+        world_size=record["world_size"] if record else None,
+        is_latest=path.name == latest,
+    )
+
+
+def _looks_like_one(path: Path) -> bool:
+    # By the names at the top only: beside checkpoints there may lie all the logs of a group.
+    if path.name.startswith("."):
+        return False
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False
+    return any(n == RECORD_FILE or n.endswith("_states.pt") or is_manifest_name(n) for n in names)
+
+
+def _state_of(
+    path: Path, contents: _Contents, record: dict[str, Any] | None, *, max_age_s: float
+) -> State:
+    if path.name.endswith(TRASH):
+        return "trash"
+    if record is not None and contents.agrees_with(record):
+        return "complete"
+    if _PART.fullmatch(path.name):
+        is_gone = is_abandoned(path, newest_s=contents.newest_s, max_age_s=max_age_s)
+        return "abandoned" if is_gone else "in progress"
+    names = contents.sizes_bytes
+    is_ours = RECORD_FILE in names or any(map(is_manifest_name, names))
+    return "incomplete" if is_ours else "unverified"
+
+
+def is_abandoned(part: Path, *, newest_s: float, max_age_s: float = MAX_AGE_S) -> bool:
+    """Tell whether nobody writes the unfinished checkpoint `part` any more.
+
+    On the machine that wrote it by its process; from elsewhere by the age of its newest file.
+
+    Args:
+        part: Its folder.
+        newest_s: Unix time at which something in it was last written to.
+        max_age_s: How old that may be.
+    """
+    owner = _read_owner(part)
+    if owner is not None and owner["host"] == socket.gethostname():
+        return not _is_running(owner["pid"], since_s=owner["time_s"])
+    return time.time() - newest_s > max_age_s
+
+
+def has_live_owner(part: Path) -> bool:
+    """Tell whether a process of this machine is known to be writing `part`."""
+    owner = _read_owner(part)
+    if owner is None or owner["host"] != socket.gethostname():
+        return False
+    return _is_running(owner["pid"], since_s=owner["time_s"])
+
+
+def _read_owner(part: Path) -> dict[str, Any] | None:
+    try:
+        owner = json.loads((part / OWNER_FILE).read_text(encoding="utf-8"))
+        is_whole = isinstance(owner["host"], str) and type(owner["pid"]) is int
+        return {**owner, "time_s": float(owner["time_s"])} if is_whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_running(pid: int, *, since_s: float) -> bool:
+    """Tell whether process `pid` runs and did so at the time `since_s`."""
+    if pid <= 0:
+        return False  # to kill() these are groups of processes
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's, but there
+    started_s = _start_time_s(pid)
+    # In a container that was started again the same number is soon given to the next run.
+    return started_s is None or started_s <= since_s + 1.0
+
+
+def _start_time_s(pid: int) -> float | None:
+    """Return the Unix time at which a process was started, or None where it cannot be known."""
+    try:
+        # The name of the program, in brackets, may hold blanks and brackets itself.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+        ticks = os.sysconf("SC_CLK_TCK")
+        return None if boot is None else int(boot[1]) + int(fields[19]) / ticks
+    except (OSError, ValueError, IndexError):
+        return None

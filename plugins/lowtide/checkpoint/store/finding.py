@@ -1,0 +1,219 @@
+"""Which checkpoint to load: verified, and the same on all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lowtide.checkpoint.board import Board
+from lowtide.checkpoint.compact.copies import bases_of
+from lowtide.checkpoint.nodes.epochs import Epoch, Holding, holdings, put_together, what_is_missing
+from lowtide.checkpoint.nodes.peers import Peers
+from lowtide.checkpoint.nodes.restoring import Restorer
+from lowtide.checkpoint.saving import Level
+from lowtide.checkpoint.store.catalog import Entry, list_checkpoints
+from lowtide.checkpoint.store.integrity import verify
+from lowtide.core.errors import CheckpointError
+from lowtide.core.restart import find_damage, find_missing_parts, read_record
+
+_VERIFY_TIMEOUT_S = 3600.0
+_HOLDINGS_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint to load.
+
+    Attributes:
+        folder: The folder that holds it, or None where there is none to load.
+        name: The name of its own folder, what DeepSpeed calls its tag.
+        skipped: One line about each newer one that cannot be used.
+    """
+
+    folder: Path | None = None
+    name: str | None = None
+    skipped: list[str] = field(default_factory=list)
+
+
+class Finder:
+    """Chooses checkpoints for all ranks of a run.
+
+    Args:
+        board: Where the ranks agree.
+        mode: How much is read of a checkpoint before it is chosen.
+        peers: The way to the other nodes, where there are levels of which each has its own.
+    """
+
+    def __init__(
+        self, board: Board, mode: Literal["full", "fast", "off"], peers: Peers | None = None
+    ) -> None:
+        self._board = board
+        self._mode: Literal["full", "fast", "off"] = mode
+        self._peers = peers
+        self._count = 0
+
+    def find(self, folders: Sequence[Path], tag: str | None, *, parts: int | None) -> Found:
+        """Find the checkpoint to load. Collective.
+
+        Without a tag that is what ``latest`` names, if it is whole; else the newest that is.
+
+        Args:
+            folders: Where to look, the fastest level first.
+            tag: The name that the script asks for, or None.
+            parts: Number of ranks of which each needs a part of its own, where that is so.
+
+        Raises:
+            CheckpointError: the one that was asked for is damaged.
+        """
+        self._count += 1
+        place = f"find{self._count}"
+        levels = [None if self._peers is None else self._peers.level_of(each) for each in folders]
+        self._tell_holdings(levels, place)
+        candidates = self._board.share(
+            f"{place}/list",
+            lambda: _candidates(folders, tag, self._hear_epochs(levels, place)),
+            timeout_s=_VERIFY_TIMEOUT_S,
+        )
+        skipped: list[str] = []
+        for number, (position, name, is_recorded, epoch) in enumerate(candidates):
+            folder, level = folders[position], levels[position]
+            if level is not None and epoch is not None:
+                damage = self._bring_back(level, epoch, f"{place}/{number}")
+            else:
+                damage = self._damage(folder / name, None if is_recorded else parts)
+                damage = self._worst(damage, f"{place}/{number}")
+            if damage is None:
+                return Found(folder=folder, name=name, skipped=skipped)
+            skipped.append(f"checkpoint {folder / name} is not used: {damage}")
+        if tag is not None and skipped:
+            raise CheckpointError(
+                f"{'; '.join(skipped)}. Name another tag, or none to load the newest that is whole"
+            )
+        return Found(skipped=skipped)
+
+    def _tell_holdings(self, levels: Sequence[Level | None], place: str) -> None:
+        """Let each node's leader tell what is on the disks that only its node sees."""
+        if self._peers is None or not self._peers.nodes.is_leader or self._board.rank == 0:
+            return
+        for number, level in enumerate(levels):
+            if level is not None:
+                node = self._peers.nodes.number
+                self._board.post(f"{place}/{number}/node/{node}", holdings(level.folder))
+
+    def _hear_epochs(self, levels: Sequence[Level | None], place: str) -> dict[int, list[Epoch]]:
+        """Return, on rank 0, what all nodes have, by the position of the level."""
+        found = {}
+        for number, level in enumerate(levels):
+            if level is None or self._peers is None:
+                continue
+            told: list[list[Holding]] = []
+            for node in range(len(self._peers.nodes.ranks)):
+                name = f"{place}/{number}/node/{node}"
+                is_own = node == self._peers.nodes.number
+                heard = (
+                    holdings(level.folder)
+                    if is_own
+                    else self._board.wait(name, timeout_s=_HOLDINGS_TIMEOUT_S)
+                )
+                self._board.forget(name)
+                told.append(heard or [])
+            found[number] = put_together(told)
+        return found
+
+    def _bring_back(self, level: Level, epoch: Epoch, place: str) -> str | None:
+        """Have every node make its part whole; return what rank 0 heard of it."""
+        missing = what_is_missing(epoch)
+        if missing is not None or self._peers is None:
+            return missing
+        restorer = Restorer(self._peers, level, epoch, self._mode)
+        damage = self._worst(restorer.bring_back(), place)
+        if damage is not None:
+            restorer.discard()
+        elif not restorer.is_whole_everywhere:
+            damage = self._worst(restorer.give_name(), f"{place}/name")
+        return damage
+
+    def _worst(self, damage: str | None, place: str) -> str | None:
+        """Tell rank 0 what is wrong with this rank's share; return what it heard from all."""
+        if self._board.rank != 0:
+            self._board.post(f"{place}/of/{self._board.rank}", [damage])
+            answer: str | None = self._board.share(place, str, timeout_s=_VERIFY_TIMEOUT_S)
+            return answer
+        heard = [damage]
+        for rank in range(1, self._board.world_size):
+            name = f"{place}/of/{rank}"
+            found = self._board.wait(name, timeout_s=_VERIFY_TIMEOUT_S)
+            heard.append(found[0] if found else f"rank {rank} did not answer")
+            self._board.forget(name)
+        worst = next((text for text in heard if text is not None), None)
+        self._board.share(place, lambda: worst)
+        return worst
+
+    def _damage(self, checkpoint: Path, parts: int | None) -> str | None:
+        try:
+            return self._find_damage(checkpoint, parts)
+        except Exception as error:  # noqa: BLE001 - the others wait for an answer
+            return f"rank {self._board.rank}: {error}"
+
+    def _find_damage(self, checkpoint: Path, parts: int | None) -> str | None:
+        if not checkpoint.is_dir():
+            return f"rank {self._board.rank} cannot see it"
+        missing = find_missing_parts(checkpoint, world_size=parts) if parts is not None else None
+        if missing is not None:
+            return missing
+        record = read_record(checkpoint)
+        if self._mode == "off" or (record is not None and record.get("nodes", 1) > 1):
+            return find_damage(checkpoint)
+        share = (self._board.rank, self._board.world_size)
+        report = verify(checkpoint, mode=self._mode, part=share)
+        return str(report.damage[0]) if report.damage else self._damage_of_bases(checkpoint)
+
+    def _damage_of_bases(self, checkpoint: Path) -> str | None:
+        """Say what is wrong with what a compact checkpoint refers to, or return None."""
+        for tag, attempt in bases_of(checkpoint):
+            base = checkpoint.with_name(tag)
+            record = read_record(base)
+            if record is None or record.get("attempt") != attempt:
+                return f"it refers to {tag}, which is not there any more"
+            damage = self._find_damage(base, None)
+            if damage is not None:
+                return f"it refers to {tag}: {damage}"
+        return None
+
+
+# Position of the level, name, has it a record, and where only its node sees it: what all have.
+_Candidate = tuple[int, str, bool, "Epoch | None"]
+
+
+def _candidates(
+    folders: Sequence[Path], tag: str | None, epochs: Mapping[int, Sequence[Epoch]]
+) -> list[_Candidate]:
+    """Return what can be loaded, what is to be tried first first."""
+    found: list[tuple[Any, _Candidate]] = []
+
+    def add(candidate: _Candidate, *, is_latest: bool, step: int, time_s: float) -> None:
+        key = (not is_latest if tag is None else False, -step, candidate[0], -time_s)
+        found.append((key, candidate))
+
+    for number, folder in enumerate(folders):
+        for epoch in epochs.get(number, []):
+            if tag is None or tag == epoch["tag"]:
+                times = {name: epoch[name] for name in ("is_latest", "step", "time_s")}
+                add((number, epoch["tag"], True, epoch), **times)
+        entries: list[Entry] = []
+        if number not in epochs:
+            with contextlib.suppress(CheckpointError, OSError):  # a level that is not there yet
+                entries = list_checkpoints(folder)
+        for entry in entries:
+            if tag is not None and tag not in (entry.tag, entry.path.name):
+                continue
+            if entry.state in ("abandoned", "in progress", "trash"):
+                continue  # an incomplete one is looked at, so that it is told what it lacks
+            step = -1 if entry.step is None else entry.step
+            candidate = (number, entry.path.name, entry.state != "unverified", None)
+            add(candidate, is_latest=entry.is_latest, step=step, time_s=entry.time_s)
+    found.sort(key=lambda each: each[0])
+    return [candidate for _, candidate in found]

@@ -1,0 +1,375 @@
+"""The state of jobs of the writer in Python, and what it does to memory and files."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from lowtide.checkpoint.writer.base import Progress, Ticket, failure_text, not_durable_text
+from lowtide.checkpoint.writer.plan import FilePlan, FileResult
+from lowtide.checkpoint.writer.plan_check import PATCH_BYTES, patches_in
+from lowtide.core.errors import CheckpointError
+
+Failure: TypeAlias = tuple[str, str, int, int]  # operation, path, errno, wanted bytes
+CANCELLED: Failure = ("cancel", "", errno.ECANCELED, 0)
+
+_PAGE_BYTES = 4096  # alignment that direct I/O asks for
+_LARGEST_SLAB_BYTES = 2**30
+_MOST_FRUITLESS = 100  # attempts in a row that write nothing
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.ESPIPE}
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+# os.posix_fallocate would write the zeros itself where the file system cannot reserve.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Failed(Exception):  # noqa: N818 - becomes the job's CheckpointError
+    """An operation on a file failed."""
+
+    def __init__(self, operation: str, code: int) -> None:
+        super().__init__(operation, code)
+        self.operation, self.code = operation, code
+
+
+class Core(Protocol):
+    """What a job needs of its writer."""
+
+    slabs: Slabs
+
+    def check_process(self) -> None:
+        """Raise in a child process: it has none of the threads."""
+
+    def wait(self, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait until `is_over`, which is called under the lock."""
+
+    def cancel(self, job: Job) -> None:
+        """Give up a job."""
+
+
+class Slabs:
+    """One buffer, cut into slabs of one chunk each."""
+
+    def __init__(self, buffer_bytes: int, slab_bytes: int) -> None:
+        if slab_bytes % _PAGE_BYTES or not 0 < slab_bytes <= _LARGEST_SLAB_BYTES:
+            raise ValueError(
+                f"chunk_bytes: got {slab_bytes}, allowed is a multiple of 4096 up to 1073741824"
+            )
+        if buffer_bytes % slab_bytes or buffer_bytes < 2 * slab_bytes:
+            raise ValueError(
+                f"buffer_bytes: got {buffer_bytes}, allowed is a multiple of chunk_bytes, "
+                f"{slab_bytes}, and at least twice as much"
+            )
+        self.buffer_bytes, self.slab_bytes = buffer_bytes, slab_bytes
+        try:
+            mapping = mmap.mmap(-1, buffer_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"checkpoint writer: buffer_bytes: cannot map {buffer_bytes} bytes: {error}"
+            ) from error
+        mapping.madvise(mmap.MADV_DONTFORK)  # no copy of the pages in a child process
+        self._memory = memoryview(mapping)
+        self._untouched = list(range(buffer_bytes // slab_bytes))[::-1]
+        self._free: list[int] = []
+
+    @property
+    def touched_bytes(self) -> int:
+        """How much of the buffer has been used, and so has its memory."""
+        return self.buffer_bytes - len(self._untouched) * self.slab_bytes
+
+    def unmap(self) -> None:
+        """Give the memory back to the system; no slab may be used any more."""
+        self._memory = memoryview(b"")
+
+    def memory(self, number: int) -> memoryview:
+        """Return the memory of a slab."""
+        return self._memory[number * self.slab_bytes : (number + 1) * self.slab_bytes]
+
+    def has_free(self) -> bool:
+        """Tell whether `take` will find one."""
+        return bool(self._free or self._untouched)
+
+    def take(self) -> int:
+        """Take a free slab, one with memory first."""
+        return self._free.pop() if self._free else self._untouched.pop()
+
+    def give(self, number: int) -> None:
+        """Give a slab back."""
+        self._free.append(number)
+
+
+@dataclass
+class Chunk:
+    """A chunk from the moment when it is taken until it is written or dropped."""
+
+    begin: int
+    payload: int
+    slab: int
+
+
+class File:
+    """A file of a job. Its numbers are guarded by the writer's lock."""
+
+    def __init__(self, plan: FilePlan, chunk_bytes: int) -> None:
+        self.path, self.size_bytes = plan.path, plan.size_bytes
+        self.chunks = -(-plan.size_bytes // chunk_bytes)
+        self.taken = self.written = self.in_flight = 0
+        self.entry_crcs: dict[int, int] = {}
+        self.chunk_crcs: list[int] = []
+        self.fd = -1
+        self.is_over = False  # closed, or about to be
+        self.is_direct = False
+        self.direct_reason: str | None = None  # None: not known yet
+        self._is_opened = self._is_padded = False
+        self._opening = threading.Lock()
+        self._failed_to_open: Failed | None = None
+        self.offsets, self.lengths = plan.offsets, plan.lengths
+        self.addresses, self.entries = plan.addresses, plan.entries
+        self._patches = plan.patches[np.argsort(plan.patches[:, 0])]
+        self._plan: FilePlan | None = plan  # literals and owners: the live memory
+
+    # --- memory
+
+    def release(self) -> None:
+        """Let go of the live memory."""
+        self._plan = None
+
+    def piece_at(self, offset: int) -> int:
+        """Return the number of the piece with this byte of the file."""
+        return bisect.bisect_right(self.offsets, offset) - 1
+
+    @staticmethod
+    def live_memory(address: int, length: int) -> memoryview:
+        """Return memory by its address; the plan's owners keep it alive."""
+        return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
+
+    def fill_in_patches(self, part: memoryview, address: int) -> None:
+        """Write checksums into a copied literal that lay at `address`."""
+        if self._plan is None:
+            return
+        begin = address - self._plan.literals.ctypes.data
+        for position, entry in patches_in(self._plan, self._patches, address, len(part)):
+            crc = self.entry_crcs.get(entry, 0).to_bytes(PATCH_BYTES, "little")
+            for at, byte in enumerate(crc, position - begin):
+                if 0 <= at < len(part):  # a chunk or a piece may end inside a patch
+                    part[at] = byte
+
+    # --- the file system
+
+    def open(self, use_direct: bool) -> None:
+        """Open the file unless that has been done; the others wait for the first."""
+        with self._opening:
+            if not self._is_opened:
+                self._is_opened = True
+                try:
+                    self.fd = self._open(use_direct)
+                    self._reserve()
+                except Failed as failed:
+                    self._failed_to_open = failed
+            if self._failed_to_open is not None:
+                raise self._failed_to_open
+
+    def _reserve(self) -> None:
+        """Let a full disk show now and not after minutes of writing."""
+        size = ctypes.c_long(self.size_bytes)
+        if self.size_bytes and _libc.fallocate(self.fd, 0, ctypes.c_long(0), size) != 0:
+            code = ctypes.get_errno()
+            if code not in _UNSUPPORTED:
+                raise Failed("reserve space for", code)
+
+    def _open(self, use_direct: bool) -> int:
+        # Not written over: a write of a job that has failed may still be under way there.
+        if os.path.isfile(self.path) and not os.path.islink(self.path):
+            with contextlib.suppress(OSError):  # if it stays, opening tells why
+                os.unlink(self.path)
+        try:
+            if use_direct:
+                fd = os.open(self.path, _FLAGS | _O_DIRECT, 0o666)
+                self.is_direct, self.direct_reason = True, ""
+                return fd
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise Failed("open", error.errno or errno.EIO) from error
+            self.direct_reason = "the file system refuses O_DIRECT"
+        try:
+            return os.open(self.path, _FLAGS, 0o666)
+        except OSError as error:
+            raise Failed("open", error.errno or errno.EIO) from error
+
+    def write(self, chunk: Chunk, slab: memoryview) -> None:
+        """Write a chunk at its place."""
+        is_direct = self.is_direct
+        size = -(-chunk.payload // _PAGE_BYTES) * _PAGE_BYTES if is_direct else chunk.payload
+        self._is_padded |= size != chunk.payload
+        try:
+            self._write(slab[:size], chunk.begin, is_direct)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not is_direct:
+                raise Failed("write", error.errno or errno.EIO) from error
+            # Some file systems take O_DIRECT and refuse the first write.
+            flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~_O_DIRECT)
+            self.is_direct, self.direct_reason = False, "the file system refuses direct writes"
+            self.write(chunk, slab)
+
+    def _write(self, data: memoryview, offset: int, is_direct: bool) -> None:
+        done = fruitless = 0
+        while done < len(data):
+            try:
+                advanced = os.pwrite(self.fd, data[done:], offset + done)
+            except BlockingIOError:  # EAGAIN; Python itself repeats what was interrupted
+                advanced = 0
+            if is_direct and done + advanced < len(data):
+                advanced -= advanced % _PAGE_BYTES  # what follows must begin on a page again
+            done += advanced
+            fruitless = 0 if advanced else fruitless + 1
+            if fruitless > _MOST_FRUITLESS:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def finish(self, *, is_wanted: bool) -> None:
+        """Close the file; if it is wanted, bring it to the disk before."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        failure: Failed | None = None
+        steps: list[tuple[str, Callable[[], None]]] = []
+        if is_wanted:
+            if self._is_padded:
+                steps.append(("truncate", lambda: os.ftruncate(fd, self.size_bytes)))
+            # Never again after an error: the kernel has forgotten what it could not write.
+            steps.append(("sync", lambda: os.fdatasync(fd)))
+        for name, step in [*steps, ("close", lambda: os.close(fd))]:
+            try:
+                if failure is None or name == "close":
+                    step()
+            except OSError as error:
+                failure = failure or Failed(name, error.errno or errno.EIO)
+        if failure is not None:
+            raise failure
+
+
+class Job(Ticket):
+    """A job of the writer in Python."""
+
+    def __init__(self, core: Core, plans: Sequence[FilePlan]) -> None:
+        self._core = core
+        self.files = [File(plan, core.slabs.slab_bytes) for plan in plans]
+        self.total_bytes = sum(plan.size_bytes for plan in plans)
+        self.captured_bytes = self.written_bytes = self.durable_files = 0
+        self.reading = self.next_file = 0
+        self.failure: Failure | None = None
+        self._progress_at = time.monotonic()
+        self._captured_at = None if self.total_bytes else self._progress_at
+        self._durable_at = None if self.files else self._progress_at
+        self.release_if_possible()
+
+    # --- for the writer, under its lock
+
+    def is_released(self) -> bool:
+        """Tell whether nobody reads the live memory any more."""
+        return self.reading == 0 and (self._captured_at is not None or self.failure is not None)
+
+    def is_settled(self) -> bool:
+        """Tell whether nothing more will come."""
+        return self._durable_at is not None or self.failure is not None
+
+    def release_if_possible(self) -> None:
+        """Let go of the live memory if nobody reads it any more."""
+        if self.is_released():
+            for file in self.files:
+                file.release()
+
+    def count_captured(self, chunk: Chunk) -> None:
+        """Count a chunk that is captured."""
+        self.reading -= 1
+        if self.failure is None:
+            self.captured_bytes += chunk.payload
+            self._progress_at = time.monotonic()
+            if self.captured_bytes == self.total_bytes:
+                self._captured_at = self._progress_at
+        self.release_if_possible()
+
+    def count_written(self, chunk: Chunk) -> None:
+        """Count a chunk that is written."""
+        self.written_bytes += chunk.payload
+        self._progress_at = time.monotonic()
+
+    def count_durable(self) -> bool:
+        """Count a file that is durable; return whether it was the last."""
+        self.durable_files += 1
+        self._progress_at = time.monotonic()
+        if self.durable_files < len(self.files):
+            return False
+        self._durable_at = self._progress_at
+        return True
+
+    # --- for the caller
+
+    def wait_captured(self, timeout_s: float | None = None) -> bool:
+        """See `Ticket.wait_captured`; the caller does not help, two threads of Python do not."""
+        return self._core.wait(self.is_released, timeout_s)
+
+    def wait_durable(self, timeout_s: float | None = None) -> bool:
+        """See `Ticket.wait_durable`."""
+        self._core.wait(self.is_settled, timeout_s)
+        return self.is_durable
+
+    def cancel(self) -> None:
+        """See `Ticket.cancel`."""
+        self._core.cancel(self)
+
+    def progress(self) -> Progress:
+        """See `Ticket.progress`."""
+        self._core.check_process()
+        return Progress(
+            total_bytes=self.total_bytes,
+            captured_bytes=self.captured_bytes,
+            written_bytes=self.written_bytes,
+            staged_bytes=self.captured_bytes,
+            direct_bytes=0,
+            idle_s=0.0 if self.is_settled() else time.monotonic() - self._progress_at,
+            capture_end_s=self._captured_at,
+            durable_end_s=self._durable_at,
+        )
+
+    @property
+    def is_captured(self) -> bool:
+        """See `Ticket.is_captured`."""
+        return self._captured_at is not None
+
+    @property
+    def is_durable(self) -> bool:
+        """See `Ticket.is_durable`."""
+        return self._durable_at is not None
+
+    @property
+    def error(self) -> CheckpointError | None:
+        """See `Ticket.error`."""
+        return None if self.failure is None else CheckpointError(failure_text(*self.failure))
+
+    def results(self) -> list[FileResult]:
+        """See `Ticket.results`."""
+        if (error := self.error) is not None:
+            raise error
+        if not self.is_durable:
+            raise CheckpointError(not_durable_text(self))
+        return [
+            FileResult(
+                path=file.path,
+                size_bytes=file.size_bytes,
+                chunk_bytes=self._core.slabs.slab_bytes,
+                crc32=list(file.chunk_crcs),
+            )
+            for file in self.files
+        ]

@@ -1,0 +1,299 @@
+"""The writer in Python: the readable reference for csrc/checkpoint, and the way without it.
+
+One thread captures, a few do the writing. Chunks of a file are captured in order, so the checksum
+of an entry is known when a patch behind it is reached. One lock guards all state; it is never held
+while memory is copied or a file is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from lowtide.checkpoint.writer.base import Ticket, Writer
+from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
+from lowtide.checkpoint.writer.plan_check import check_plan
+from lowtide.checkpoint.writer.python_job import CANCELLED, Chunk, Failed, Failure, File, Job, Slabs
+from lowtide.core.errors import CheckpointError
+
+_IO_THREADS = 4
+_GRACE_S = 2.0  # for threads to end, if nothing hangs
+
+_Task: TypeAlias = tuple[Job, File, "Chunk | None"]  # without a chunk: sync and close the file
+
+
+class PythonWriter(Writer):
+    """The arguments are those of `open_writer`; it never uses io_uring or the direct lane."""
+
+    def __init__(
+        self,
+        *,
+        buffer_bytes: int,
+        chunk_bytes: int,
+        io: str,
+        direct: bool,
+        bytes_per_s: float,
+        queue_depth: int,
+    ) -> None:
+        if io not in ("auto", "io_uring", "threads"):
+            raise ValueError(f'io: got "{io}", allowed is "auto", "io_uring" or "threads"')
+        if not 1 <= queue_depth <= 256:
+            raise ValueError(f"queue_depth: got {queue_depth}, allowed is 1 to 256")
+        if not bytes_per_s >= 0:
+            raise ValueError(f"bytes_per_s: got {bytes_per_s}, allowed is 0 (no limit) and more")
+        slabs = Slabs(buffer_bytes, chunk_bytes)
+        self._core = _Core(slabs, io=io, direct=direct, bytes_per_s=bytes_per_s)
+        self._core.start(min(queue_depth, _IO_THREADS))
+        self._finalizer = weakref.finalize(self, self._core.close, 0.0)
+
+    def submit(self, plans: Sequence[FilePlan]) -> Ticket:
+        """See `Writer.submit`."""
+        self._core.check_process()
+        for plan in plans:
+            check_plan(plan)
+        return self._core.submit(plans)
+
+    def close(self, *, timeout_s: float) -> bool:
+        """See `Writer.close`."""
+        self._core.check_process()
+        return self._core.close(timeout_s)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Writer.facts`."""
+        self._core.check_process()
+        return self._core.facts()
+
+
+class _Core:
+    """What the threads share; it outlives the writer while one of them hangs."""
+
+    def __init__(self, slabs: Slabs, *, io: str, direct: bool, bytes_per_s: float) -> None:
+        self.slabs = slabs
+        self._changed = threading.Condition()
+        self._io_reason = "switched off by the caller" if io == "threads" else "not in Python"
+        self._use_direct = self._is_direct = direct
+        self._direct_reason = "" if direct else "switched off by the caller"
+        self._bytes_per_s = bytes_per_s
+        self._free_at = time.monotonic()  # when the rate allows the next byte
+        self._to_capture: deque[Job] = deque()
+        self._tasks: deque[_Task] = deque()
+        self._active: list[Job] = []  # not settled
+        self._at_work = 0  # chunks and files that will become tasks, or are being worked on
+        self._is_closing = self._is_stopping = False
+        self._threads: list[threading.Thread] = []
+        self._pid = os.getpid()
+
+    def start(self, io_threads: int) -> None:
+        """Start the threads."""
+        works = [self._capture_loop, *[self._io_loop] * io_threads]
+        # Daemons: the interpreter must not wait for one that hangs.
+        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
+
+    def check_process(self) -> None:
+        """Raise in a child process: it has none of the threads."""
+        if os.getpid() != self._pid:
+            raise CheckpointError(
+                "this checkpoint writer belongs to the parent process; open one of its own in "
+                "each process, after the fork"
+            )
+
+    def submit(self, plans: Sequence[FilePlan]) -> Job:
+        """Queue checked plans."""
+        job = Job(self, plans)
+        with self._changed:
+            if self._is_closing:
+                raise CheckpointError("checkpoint writer: the writer is closed")
+            if not job.is_settled():
+                self._active.append(job)
+                self._to_capture.append(job)
+            for file in job.files:
+                if file.chunks == 0:
+                    self._add_task(job, file, None)
+            self._changed.notify_all()
+        return job
+
+    def facts(self) -> dict[str, Any]:
+        """See `Writer.facts`."""
+        with self._changed:
+            return {
+                "implementation": "python",
+                "io": "threads",
+                "io_reason": self._io_reason,
+                "is_direct": self._is_direct,
+                "direct_reason": self._direct_reason,
+                "buffer_bytes": self.slabs.buffer_bytes,
+                "touched_bytes": self.slabs.touched_bytes,
+                "chunk_bytes": self.slabs.slab_bytes,
+            }
+
+    def wait(self, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait until `is_over`, which is called under the lock."""
+        self.check_process()
+        with self._changed:
+            return self._changed.wait_for(is_over, timeout_s)
+
+    def cancel(self, job: Job) -> None:
+        """Give up a job."""
+        self.check_process()
+        with self._changed:
+            self._fail(job, CANCELLED)
+
+    def close(self, timeout_s: float) -> bool:
+        """See `Writer.close`."""
+        if os.getpid() != self._pid:
+            return True
+        with self._changed:
+            self._is_closing = True
+            self._changed.wait_for(lambda: not self._active, timeout_s)
+            for job in list(self._active):
+                self._fail(job, CANCELLED)
+            self._is_stopping = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + _GRACE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        is_clean = not any(thread.is_alive() for thread in self._threads)
+        if is_clean:  # tickets may live on for long; the buffer must not
+            self.slabs.unmap()
+        return is_clean
+
+    # --- capture
+
+    def _capture_loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_stopping or self._has_work())
+                if self._is_stopping:
+                    return
+                job, file, chunk = self._take_chunk()
+            self._capture(file, chunk)
+            with self._changed:
+                job.count_captured(chunk)
+                self._tasks.append((job, file, chunk))
+                self._changed.notify_all()
+
+    def _has_work(self) -> bool:
+        while self._to_capture:
+            job = self._to_capture[0]
+            if job.failure is not None or job.next_file == len(job.files):
+                self._to_capture.popleft()
+            elif job.files[job.next_file].taken == job.files[job.next_file].chunks:
+                job.next_file += 1
+            else:
+                return self.slabs.has_free()
+        return False
+
+    def _take_chunk(self) -> tuple[Job, File, Chunk]:
+        job = self._to_capture[0]
+        file = job.files[job.next_file]
+        begin = file.taken * self.slabs.slab_bytes
+        payload = min(self.slabs.slab_bytes, file.size_bytes - begin)
+        file.taken += 1
+        file.in_flight += 1
+        job.reading += 1
+        self._at_work += 1
+        return job, file, Chunk(begin=begin, payload=payload, slab=self.slabs.take())
+
+    def _capture(self, file: File, chunk: Chunk) -> None:
+        """Copy a chunk into its slab and compute the checksums of its entries and its own."""
+        slab = self.slabs.memory(chunk.slab)
+        end = chunk.begin + chunk.payload
+        offset = chunk.begin
+        while offset < end:
+            piece = file.piece_at(offset)
+            length = min(int(file.offsets[piece] + file.lengths[piece]), end) - offset
+            address = int(file.addresses[piece]) + offset - int(file.offsets[piece])
+            part = slab[offset - chunk.begin : offset - chunk.begin + length]
+            part[:] = file.live_memory(address, length)
+            entry = int(file.entries[piece])
+            if entry == LITERAL:
+                file.fill_in_patches(part, address)
+            else:
+                file.entry_crcs[entry] = zlib.crc32(part, file.entry_crcs.get(entry, 0))
+            offset += length
+        file.chunk_crcs.append(zlib.crc32(slab[: chunk.payload]))
+        slab[chunk.payload :] = bytes(len(slab) - chunk.payload)  # direct I/O writes whole pages
+
+    # --- I/O
+
+    def _io_loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._tasks or (self._is_stopping and self._at_work == 0)
+                )
+                if not self._tasks:
+                    return
+                job, file, chunk = self._tasks.popleft()
+            failure = self._perform(job, file, chunk)
+            with self._changed:
+                if failure is not None:
+                    self._fail(job, failure)
+                self._end_task(job, file, chunk)
+                self._changed.notify_all()
+
+    def _perform(self, job: Job, file: File, chunk: Chunk | None) -> Failure | None:
+        try:
+            if job.failure is None:
+                file.open(self._use_direct)
+            if chunk is None:
+                file.finish(is_wanted=job.failure is None)
+            elif job.failure is None and self._is_due(job, chunk):
+                file.write(chunk, self.slabs.memory(chunk.slab))
+        except Failed as failed:
+            return failed.operation, str(file.path), failed.code, file.size_bytes
+        return None
+
+    def _is_due(self, job: Job, chunk: Chunk) -> bool:
+        """Wait until, at the allowed rate, the chunk would be written; False if it is dropped."""
+        if not self._bytes_per_s:
+            return True
+        with self._changed:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + chunk.payload / self._bytes_per_s
+            timeout_s = self._free_at - now
+            return not self._changed.wait_for(lambda: job.failure is not None, timeout_s)
+
+    def _end_task(self, job: Job, file: File, chunk: Chunk | None) -> None:
+        self._at_work -= 1
+        if self._use_direct and file.direct_reason is not None and job.failure is None:
+            self._is_direct, self._direct_reason = file.is_direct, file.direct_reason
+        if chunk is None:
+            if job.failure is None and job.count_durable():
+                self._active.remove(job)
+            return
+        self.slabs.give(chunk.slab)
+        file.in_flight -= 1
+        if job.failure is None:
+            job.count_written(chunk)
+            file.written += 1
+        self._finish_if_idle(job, file)
+
+    def _finish_if_idle(self, job: Job, file: File) -> None:
+        is_dropped = job.failure is not None and file.in_flight == 0 and file.fd >= 0
+        if not file.is_over and (file.written == file.chunks or is_dropped):
+            self._add_task(job, file, None)
+
+    def _add_task(self, job: Job, file: File, chunk: Chunk | None) -> None:
+        file.is_over = chunk is None
+        self._at_work += 1
+        self._tasks.append((job, file, chunk))
+
+    def _fail(self, job: Job, failure: Failure) -> None:
+        """Keep the job's first failure and drop what is left; what is under way ends by itself."""
+        if job.is_settled():
+            return
+        job.failure = failure
+        self._active.remove(job)
+        for file in job.files:
+            self._finish_if_idle(job, file)
+        job.release_if_possible()
+        self._changed.notify_all()
