@@ -1,0 +1,133 @@
+"""Settings of the ``offload`` key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lowtide.core.config import Auto, PluginConfig
+from lowtide.core.errors import ConfigError
+
+RANDOM = re.compile(r"random:(\d+)")
+
+
+class EmulatedConfig(BaseModel):
+    """Rates of the emulated device; null does not slow down."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    host_to_device_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Copies to the device."""
+
+    device_to_host_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Copies from the device."""
+
+    device_params_per_s: float | None = Field(default=None, gt=0)
+    """Updates on the device."""
+
+    host_params_per_s: float | None = Field(default=None, gt=0)
+    """Updates on the host, so that a slow machine can show the proportions of a fast one."""
+
+
+class OffloadConfig(PluginConfig):
+    """Optimizer state updated where it is fastest: host, device, or both (docs/offload.md)."""
+
+    device: Literal["auto", "cuda", "cpu", "emulated"] = "auto"
+    """What updates beside the host. Auto: the GPU where there is one. Cpu: nothing, the host does
+    all. Emulated: a second memory behind slow copies, for trying schedules without a GPU."""
+
+    fraction: float | Auto = Field(default="auto")
+    """Share of the optimizer state, beside what stays on the device, that is brought there for its
+    update. Auto: what the measured rates say."""
+
+    plan: str = "auto"
+    """Auto: the best plan for the measured rates. ``"random:<seed>"``: another valid plan in every
+    step, to show that plans change times and no bit."""
+
+    device_memory_bytes: int | Auto = "auto"
+    """Device memory for staging and residents. Auto: what training leaves free."""
+
+    residents: bool = True
+    """Keep optimizer state on the device from step to step where memory allows."""
+
+    max_slots: int = Field(default=2, ge=1, le=16)
+    """Most subgroups that are on their way to, on, or on their way from the device at once."""
+
+    subgroup_params: int = Field(default=100_000_000, ge=1024)
+    """Larger subgroups, and the undivided partitions of ZeRO 1 and 2, are cut into pieces of about
+    this many parameters."""
+
+    replan_every_n_steps: int = Field(default=10, ge=1)
+    """How often the ranks compare their measured rates and plan again where they have changed."""
+
+    emulated: EmulatedConfig = EmulatedConfig()
+    """Rates of the emulated device."""
+
+    @field_validator("plan")
+    @classmethod
+    def _check_plan(cls, value: str) -> str:
+        if value != "auto" and not RANDOM.fullmatch(value):
+            raise ValueError('allowed are "auto" and "random:<seed>" with a whole number')
+        return value
+
+    @field_validator("fraction")
+    @classmethod
+    def _check_fraction(cls, value: float | Auto) -> float | Auto:
+        if isinstance(value, float) and not 0.0 <= value <= 1.0:
+            raise ValueError('allowed are "auto" and numbers from 0 to 1')
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> OffloadConfig:
+        if isinstance(self.device_memory_bytes, int) and self.device_memory_bytes < 0:
+            raise ValueError('"device_memory_bytes" must be 0 or more, or "auto"')
+        if self.device != "emulated" and self.emulated != EmulatedConfig():
+            raise ValueError('"emulated" holds rates but "device" is not "emulated"; set it too')
+        return self
+
+    @property
+    def random_seed(self) -> int | None:
+        """The seed of ``"plan": "random:<seed>"``."""
+        found = RANDOM.fullmatch(self.plan)
+        return int(found[1]) if found else None
+
+    def check_host(self, host_config: Mapping[str, Any]) -> None:
+        """Refuse what DeepSpeed cannot, or should not, do together with this plugin."""
+        if not host_config:
+            return
+        zero = _mapping(host_config.get("zero_optimization"))
+        offload = _mapping(zero.get("offload_optimizer"))
+        stage, place = zero.get("stage", 0), offload.get("device", "none")
+        if stage not in (1, 2, 3) or place != "cpu":
+            raise ConfigError(
+                f'lowtide.offload: schedules an optimizer that is in CPU memory, and this is stage '
+                f'{stage} with offload_optimizer.device "{place}"; set "zero_optimization": '
+                f'{{"stage": 3, "offload_optimizer": {{"device": "cpu"}}}}, or remove '
+                f"lowtide.offload"
+            )
+        rivals = {
+            "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload"),
+            "zero_optimization.zenflow": zero.get("zenflow"),
+            "zero_optimization.offload_optimizer.ratio": offload.get("ratio", 1.0) != 1.0,
+            "zero_optimization.mics_shard_size": zero.get("mics_shard_size", -1) > 0,
+        }
+        for key, is_set in rivals.items():
+            if is_set:
+                raise ConfigError(
+                    f"lowtide.offload: {key} is set too, and both decide where the optimizer "
+                    f"runs; remove one of them"
+                )
+        kind = _mapping(host_config.get("optimizer")).get("type")
+        if kind is not None and str(kind).lower() not in ("adam", "adamw"):
+            raise ConfigError(
+                f'lowtide.offload: optimizer.type is "{kind}", allowed are "Adam" and "AdamW"'
+            )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

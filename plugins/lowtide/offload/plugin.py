@@ -1,0 +1,154 @@
+"""Glue between the lifecycle of a run and the planned update."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lowtide.core.device import Device, open_device
+from lowtide.core.errors import ConfigError
+from lowtide.core.lifecycle import Event, Moment, Plugin, Session
+from lowtide.offload.config import OffloadConfig
+from lowtide.offload.executor import Pace
+from lowtide.offload.schedule import Plan
+from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.updater import Updater
+
+logger = logging.getLogger("lowtide")
+
+_AFTER_OTHERS = 100  # the last that touches the optimizer
+
+
+class OffloadPlugin(Plugin):
+    """Optimizer updates on host and device, by plan. ``engine.lowtide.offload`` for scripts."""
+
+    name = "offload"
+    Config = OffloadConfig
+    config: OffloadConfig
+
+    def __init__(self, config: OffloadConfig) -> None:
+        super().__init__(config)
+        self._session: Session | None = None
+        self._device: Device | None = None
+        self._adapter: Any = None
+        self._updater: Updater | None = None
+
+    # -- for scripts ------------------------------------------------------------------------
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Return every operation of the last update.
+
+        Returns:
+            Dicts with ``subgroup``, ``lane`` (host, prefetch, device, flush, upload), ``nbytes``
+            moved, ``params`` updated, ``begin_s`` and ``end_s`` (`time.perf_counter`), by begin.
+        """
+        return [] if self._updater is None else [
+            each.as_dict() for each in self._updater.trace.operations()
+        ]
+
+    def plan(self) -> Plan | None:
+        """Return the plan of the last update."""
+        return None if self._updater is None else self._updater.scheduler.plan
+
+    def drain(self) -> None:
+        """Bring the newest optimizer state to host memory. DeepSpeed's own readers do it too."""
+        if self._updater is not None:
+            self._updater.drain()
+
+    # -- lifecycle --------------------------------------------------------------------------
+
+    def attach(self, session: Session) -> None:
+        """Subscribe; nothing is allocated before the optimizer exists."""
+        if session.host != "deepspeed":
+            raise ConfigError(
+                f'lowtide.offload: works inside DeepSpeed\'s ZeRO optimizers, and the host is '
+                f'"{session.host}"; remove the key'
+            )
+        self._session = session
+        on = session.hooks.on
+        on(Event.OPTIMIZER_BUILT, self._built, plugin=self.name, order=_AFTER_OTHERS)
+        on(Event.AFTER_UPDATE, self._updated, plugin=self.name)
+        on(Event.CLOSED, lambda _moment: self._release(), plugin=self.name)
+
+    def detach(self) -> None:
+        """Give the optimizer its own class back."""
+        self._release()
+
+    def summary(self) -> dict[str, Any]:
+        """Return plan, rates, and what the last update did."""
+        updater = self._updater
+        if updater is None:
+            return {}
+        trace = updater.trace
+        return {
+            "updates": updater.steps,
+            "device": None if self._device is None else self._device.name,
+            "update_s": trace.makespan_s,
+            "busy_s": trace.busy_s(),
+            **updater.scheduler.facts(),
+        }
+
+    def _built(self, moment: Moment) -> None:
+        from lowtide.offload.adapters.deepspeed import DeepSpeedAdapter
+
+        session, config = self._session, self.config
+        if session is None:
+            return
+        adapter = DeepSpeedAdapter(moment.data["engine"])
+        device = self._device = self._open(session)
+
+        def build(holder: Any, optimizer: Any) -> Updater:
+            return Updater(
+                holder.masters(), optimizer,
+                device=device,
+                scheduler=Scheduler(
+                    config, device, adapter.agree(), allows_residents=holder.allows_residents
+                ),
+                authority=session.state,
+                subgroup_params=config.subgroup_params,
+                pace=Pace(config.emulated.device_params_per_s, config.emulated.host_params_per_s),
+            )  # fmt: skip
+
+        self._updater = adapter.connect(build)
+        self._adapter = adapter
+        if session.rank == 0:
+            logger.info(
+                "offload: %d masters, %d parameters on this rank, device %s",
+                len(self._updater.masters),
+                sum(each.leaf.numel() for each in self._updater.masters), device.name,
+            )  # fmt: skip
+
+    def _open(self, session: Session) -> Device:
+        config = self.config
+        if config.device != "emulated":
+            device = open_device(config.device, telemetry=session.telemetry)
+            if config.device == "auto":
+                session.config.decide("offload.device", device.kind)
+            return device
+        chosen = config.device_memory_bytes
+        return open_device(
+            "emulated",
+            memory_bytes=chosen if isinstance(chosen, int) else None,
+            host_to_device_bytes_per_s=config.emulated.host_to_device_bytes_per_s,
+            device_to_host_bytes_per_s=config.emulated.device_to_host_bytes_per_s,
+            telemetry=session.telemetry,
+        )
+
+    def _updated(self, moment: Moment) -> None:
+        session, updater = self._session, self._updater
+        if session is None or updater is None or not moment.data["applied"]:
+            return
+        trace, plan = updater.trace, updater.scheduler.plan
+        session.telemetry.gauge("lowtide.offload.update_s", trace.makespan_s)
+        if plan is not None:
+            session.telemetry.gauge("lowtide.offload.device_fraction", plan.fraction)
+        if trace.is_degraded:
+            session.telemetry.count("lowtide.offload.degraded_count")
+
+    def _release(self) -> None:
+        adapter, self._adapter = self._adapter, None
+        if adapter is not None:
+            adapter.close()
+        device, self._device = self._device, None
+        if device is not None:
+            device.close()

@@ -1,0 +1,179 @@
+"""Which plan the next update follows: measured at first, corrected while training goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lowtide.core.device import Device
+from lowtide.offload.config import OffloadConfig
+from lowtide.offload.executor import Executor, Work
+from lowtide.offload.plan import host_only_plan, make_plan, random_plan
+from lowtide.offload.probe import measure
+from lowtide.offload.rates import Rates
+from lowtide.offload.schedule import Piece, Plan
+from lowtide.offload.trace import StepTrace
+
+logger = logging.getLogger("lowtide")
+
+MISFIT = 0.10  # of prediction and measurement, that is worth a new plan ...
+PATIENCE = 3  # ... when it was so in this many of the last updates
+SMOOTHING = 0.5
+SAFETY_SHARE = 0.05  # of the device's memory, left alone when Lowtide chooses how much to use
+
+# Smallest of a list of numbers over all ranks, for each place. Collective.
+Agree = Callable[[list[float]], list[float]]
+
+
+class Scheduler:
+    """Makes plans from rates that all ranks agree on; ranks with equal pieces get equal plans.
+
+    Args:
+        config: The plugin's settings.
+        device: Where subgroups may be updated beside the host.
+        agree: Returns the smallest of each number over all ranks; called by all at the same steps.
+        allows_residents: Whether state may stay on the device from step to step.
+    """
+
+    def __init__(
+        self, config: OffloadConfig, device: Device, agree: Agree, *, allows_residents: bool = True
+    ) -> None:
+        self._config = config
+        self._keep_residents = config.residents and allows_residents
+        self._device = device
+        self._agree = agree
+        self._step = 0
+        self._pieces: list[Piece] = []
+        self._misfits = 0
+        self._budget = 0.0
+        self.rates: Rates | None = None
+        self.plan: Plan | None = None
+        self.plans = 0  # made so far
+
+    def next_plan(self, executor: Executor, works: Sequence[Work]) -> Plan:
+        """Return the plan of the coming update."""
+        self._step += 1
+        pieces = executor.pieces(works)
+        if executor.failure is not None or self._device.kind == "cpu":
+            self.plan = host_only_plan(pieces)
+        elif self._config.random_seed is not None:
+            seed = self._config.random_seed * 1_000_003 + self._step
+            self.plan = random_plan(
+                pieces, seed, memory_bytes=self._memory(executor),
+                max_slots=self._config.max_slots, keep_residents=self._keep_residents,
+            )  # fmt: skip
+        elif self.plan is None or self.rates is None or pieces != self._pieces:
+            self._pieces = pieces
+            self._measure(executor, works)
+            self._make_plan(executor)
+        elif self._step % self._config.replan_every_n_steps == 0:
+            self._reconsider(executor)
+        if self.plan is None:
+            raise AssertionError("unreachable: every branch makes a plan or keeps one")
+        return self.plan
+
+    def observe(self, trace: StepTrace) -> None:
+        """Correct the rates by what an update took; at most once per plan and few steps."""
+        plan, rates = self.plan, self.rates
+        if plan is None or rates is None or plan.makespan_s is None or trace.is_degraded:
+            return
+        if abs(trace.makespan_s - plan.makespan_s) > MISFIT * plan.makespan_s:
+            self._misfits += 1
+        due = self._step % self._config.replan_every_n_steps == self._config.replan_every_n_steps - 1
+        if due:  # reading a GPU's clocks costs time too
+            self.rates = corrected(rates, dict(plan.busy_s), trace.busy_s())
+
+    # -- plans --------------------------------------------------------------------------------
+
+    def _measure(self, executor: Executor, works: Sequence[Work]) -> None:
+        rates = measure(executor, works)
+        agreed = self._agree(_numbers(rates))
+        self.rates = _with_numbers(rates, agreed)
+
+    def _make_plan(self, executor: Executor) -> None:
+        if self.rates is None:
+            return
+        self._budget = self._agree([self._memory(executor)])[0]
+        self.plan = make_plan(
+            self._pieces, self.rates, memory_bytes=self._budget, fraction=self._config.fraction,
+            keep_residents=self._keep_residents, max_slots=self._config.max_slots,
+        )  # fmt: skip
+        self._misfits = 0
+        self.plans += 1
+
+    def _reconsider(self, executor: Executor) -> None:
+        """Plan again where prediction and measurement, or the memory, have parted. Collective."""
+        if self.rates is None:
+            return
+        memory = self._memory(executor)
+        has_moved = abs(memory - self._budget) > MISFIT * self._budget
+        wish = float(self._misfits >= PATIENCE or has_moved)
+        agreed = self._agree([-wish, *_numbers(self.rates)])
+        self._misfits = 0
+        if agreed[0] < 0:
+            self.rates = _with_numbers(self.rates, agreed[1:])
+            self._make_plan(executor)
+
+    def _memory(self, executor: Executor) -> float:
+        """Return the device memory that an update may use, in bytes."""
+        chosen = self._config.device_memory_bytes
+        free = self._device.free_bytes() + executor.resident_bytes()
+        if isinstance(chosen, int):
+            return float(min(chosen, free))
+        if self._device.kind == "emulated":
+            return float(free)
+        return max(0.0, free - SAFETY_SHARE * self._device.memory_bytes)
+
+    def facts(self) -> dict[str, Any]:
+        """Return rates and plan for reports."""
+        return {
+            "plans": self.plans,
+            "rates": None if self.rates is None else self.rates.as_dict(),
+            "plan": None if self.plan is None else str(self.plan),
+        }
+
+
+_FIELDS = (
+    "host_to_device_bytes_per_s",
+    "device_to_host_bytes_per_s",
+    "host_params_per_s",
+    "device_params_per_s",
+)
+_OF_LANES = {
+    "host_to_device_bytes_per_s": ("prefetch", "upload"),
+    "device_to_host_bytes_per_s": ("flush",),
+    "host_params_per_s": ("host",),
+    "device_params_per_s": ("device",),
+}
+
+
+def corrected(rates: Rates, predicted_s: dict[str, float], measured_s: dict[str, float]) -> Rates:
+    """Return `rates` moved towards what was measured.
+
+    Args:
+        rates: What the plan was made from.
+        predicted_s: Predicted busy seconds of each lane; they contain what lanes do to each other,
+            so their ratio to the measured ones is the error of the rate alone.
+        measured_s: Measured busy seconds.
+    """
+    changes: dict[str, float] = {}
+    for name, lanes in _OF_LANES.items():
+        predicted = sum(predicted_s.get(lane, 0.0) for lane in lanes)
+        measured = sum(measured_s.get(lane, 0.0) for lane in lanes)
+        if predicted > 0.0 and measured > 0.0:
+            changes[name] = getattr(rates, name) * (predicted / measured) ** SMOOTHING
+    return rates.replace(**changes)
+
+
+def _numbers(rates: Rates) -> list[float]:
+    memory = rates.host_memory_bytes_per_s
+    return [*(getattr(rates, name) for name in _FIELDS), float("inf") if memory is None else memory]
+
+
+def _with_numbers(rates: Rates, numbers: list[float]) -> Rates:
+    *values, memory = numbers
+    return rates.replace(
+        **dict(zip(_FIELDS, values, strict=True)),
+        host_memory_bytes_per_s=None if memory == float("inf") else memory,
+    )

@@ -1,0 +1,62 @@
+"""One piece of optimizer state: the unit that is moved and updated as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ALIGNMENT = 16  # elements; DeepSpeed's vector width. Cuts elsewhere would change its rounding.
+
+
+@dataclass(eq=False)
+class Subgroup:
+    """Contiguous elements of one flat master, on the host.
+
+    Attributes:
+        key: Name in `StateAuthority` and in traces, ``"subgroup/3"`` or ``"subgroup/3/1"``.
+        group: Number of the optimizer's parameter group.
+        flat: Number of the host's flat master that this is a part of.
+        begin: First element in it, a multiple of `ALIGNMENT`.
+        master: Float32, shape (numel,).
+        exp_avg: First moment, as `master`.
+        exp_avg_sq: Second moment, as `master`.
+        weights: Where the rounded parameters go; shape (numel,), on the host or the device. None
+            where the host rounds them by itself.
+    """
+
+    key: str
+    group: int
+    flat: int
+    begin: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    weights: Tensor | None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.master.numel()
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what an update changes: master, first moment, second moment."""
+        return self.master, self.exp_avg, self.exp_avg_sq
+
+    def part_of(self, flat: Tensor) -> Tensor:
+        """Return this subgroup's part of another flat tensor of the same layout."""
+        return flat.narrow(0, self.begin, self.numel)
+
+
+def cuts(numel: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, count) of nearly equal pieces of `numel` elements, at most about `limit` each.
+
+    All begin at multiples of `ALIGNMENT`, so an elementwise update of the pieces rounds as one of
+    the whole does.
+    """
+    pieces = max(1, -(-numel // max(limit, ALIGNMENT)))
+    size = -(-numel // pieces)
+    size = -(-size // ALIGNMENT) * ALIGNMENT
+    for begin in range(0, numel, size):
+        yield begin, min(size, numel - begin)

@@ -1,0 +1,81 @@
+"""What an update did, and when: the measured counterpart of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowtide.core.device import DeviceEvent
+
+LANES = ("host", "prefetch", "device", "flush", "upload")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One entry of a step's trace.
+
+    Attributes:
+        subgroup: Key of the subgroup.
+        lane: One of `LANES`: update on the host, copies of state to the device, update there,
+            copies back, copies of rounded parameters to the device.
+        nbytes: Bytes moved; 0 for updates.
+        params: Parameters updated; 0 for copies.
+        begin_s: `time.perf_counter` seconds.
+        end_s: `time.perf_counter` seconds.
+    """
+
+    subgroup: str
+    lane: str
+    nbytes: int
+    params: int
+    begin_s: float
+    end_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class StepTrace:
+    """One update, recorded while it runs and resolved when somebody asks."""
+
+    begin_s: float = 0.0
+    end_s: float = 0.0
+    is_degraded: bool = False  # a failure on the device was made good on the host
+    _entries: list[tuple[str, str, int, int, Callable[[], tuple[float, float]]]] = field(
+        default_factory=list
+    )
+
+    @property
+    def makespan_s(self) -> float:
+        """Wall time of the update."""
+        return self.end_s - self.begin_s
+
+    def add(self, subgroup: str, params: int, begin_s: float, end_s: float) -> None:
+        """Record an update on the host."""
+        self._entries.append((subgroup, "host", 0, params, lambda: (begin_s, end_s)))
+
+    def add_event(
+        self, subgroup: str, lane: str, event: DeviceEvent, *, nbytes: int = 0, params: int = 0
+    ) -> None:
+        """Record an operation of a device lane."""
+        entry = (subgroup, lane, nbytes, params, lambda: (event.begin_s, event.end_s))
+        self._entries.append(entry)
+
+    def operations(self) -> list[Operation]:
+        """Return all operations, by their begin. Only after the update has ended."""
+        found = [
+            Operation(key, lane, nbytes, params, *times())
+            for key, lane, nbytes, params, times in self._entries
+        ]
+        return sorted(found, key=lambda each: (each.begin_s, each.lane, each.subgroup))
+
+    def busy_s(self) -> dict[str, float]:
+        """Return how long each lane worked."""
+        busy = dict.fromkeys(LANES, 0.0)
+        for each in self.operations():
+            busy[each.lane] += each.end_s - each.begin_s
+        return busy

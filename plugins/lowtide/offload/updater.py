@@ -1,0 +1,223 @@
+"""One rank's Adam: flat masters in, one planned update per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowtide.core.device import Device
+from lowtide.core.state import StateAuthority
+from lowtide.offload.adam import AdamStep, Powers, adam_step
+from lowtide.offload.executor import Executor, Pace, Work
+from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
+from lowtide.offload.trace import StepTrace
+
+
+class Gradients(Protocol):
+    """Where a master's gradients come from."""
+
+    def source(self, scale: float) -> tuple[Tensor, float]:
+        """Return (flat gradient, what is left to multiply it by) for the coming update."""
+
+
+@dataclass(eq=False)
+class Master:
+    """One flat master of the host, with what belongs to it.
+
+    Attributes:
+        leaf: Float32, shape (numel,), on the host; the optimizer's state is keyed by it.
+        group: Number of its parameter group.
+        gradients: Its gradients.
+        weights: Where its rounded parameters go, or None where the host rounds them by itself.
+        may_move: Whether the leaf's data may be put into other memory. The host may hold views.
+    """
+
+    leaf: Tensor
+    group: int
+    gradients: Gradients
+    weights: Tensor | None
+    may_move: bool = True
+
+
+class Updater:
+    """Updates all masters of one rank, by plan, with the bits of DeepSpeed's CPU Adam.
+
+    Args:
+        masters: In the host's order.
+        optimizer: DeepSpeed's CPU Adam: its ``param_groups`` and ``state`` stay the ones in charge.
+        device: Where subgroups may be updated beside the host.
+        scheduler: Makes the plans.
+        authority: Told where the newest copies are.
+        subgroup_params: Larger masters are cut into pieces of about this size.
+        pace: Slows an emulated device down.
+    """
+
+    def __init__(
+        self,
+        masters: Sequence[Master],
+        optimizer: Any,
+        *,
+        device: Device,
+        scheduler: Scheduler,
+        authority: StateAuthority,
+        subgroup_params: int,
+        pace: Pace | None = None,
+    ) -> None:
+        self.masters = list(masters)
+        self.scheduler = scheduler
+        self._optimizer = optimizer
+        self._device = device
+        self._authority = authority
+        self._subgroup_params = subgroup_params
+        self._pace = pace
+        self._powers = Powers(*optimizer.defaults["betas"])
+        self._arena: dict[tuple[int, str], Tensor] = {}
+        self._executor: Executor | None = None
+        self._known: list[int] = []  # addresses of the state that the executor works on
+        self.steps = 0
+
+    @property
+    def trace(self) -> StepTrace:
+        """What the last update did."""
+        return StepTrace() if self._executor is None else self._executor.trace
+
+    def update(self, scale: float) -> None:
+        """Do one step of Adam on everything.
+
+        Args:
+            scale: What gradients are multiplied by first, as float32.
+        """
+        sources = [master.gradients.source(scale) for master in self.masters]
+        executor = self._ready_executor()
+        steps = [
+            self._advance(master, *source)
+            for master, source in zip(self.masters, sources, strict=True)
+        ]
+        works = []
+        for subgroup in executor.subgroups:
+            gradient, factor = sources[subgroup.flat]
+            works.append(Work(subgroup.part_of(gradient), factor, steps[subgroup.flat]))
+        plan = self.scheduler.next_plan(executor, works)
+        trace = executor.run(plan, works)
+        self.scheduler.observe(trace)
+        self.steps += 1
+
+    def drain(self) -> None:
+        """Bring the newest state to the host; it may be changed there until the next update."""
+        if self._executor is not None:
+            self._executor.drain()
+
+    def close(self) -> None:
+        """Bring everything home, for good."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.close()
+
+    # -- state ------------------------------------------------------------------------------
+
+    def _advance(self, master: Master, gradient: Tensor, factor: float) -> AdamStep:
+        """Count the step of a master, as DeepSpeed's optimizer does, and return its scalars.
+
+        The last elements, which fill no vector, are left to DeepSpeed's own kernel: how it rounds
+        them depends on the compiler that built it. The call, even with no element, also keeps that
+        kernel's running powers up to date, should it have to take over.
+        """
+        group = self._optimizer.param_groups[master.group]
+        state = self._optimizer.state[master.leaf]
+        state["step"] += 1
+        betas, bias_correction = group["betas"], bool(group["bias_correction"])
+        master_, exp_avg, exp_avg_sq = (_tail(each) for each in self._tensors_of(master))
+        self._optimizer.ds_opt_adam.adam_update(
+            self._optimizer.opt_id, state["step"], group["lr"], *betas, group["eps"],
+            group["weight_decay"], bias_correction,
+            master_, _tail(gradient).float() * factor, exp_avg, exp_avg_sq,
+        )  # fmt: skip
+        if master.weights is not None and master_.numel():
+            _tail(master.weights).copy_(master_)
+        return adam_step(
+            self._powers.advance(state["step"], *betas),
+            lr=group["lr"],
+            betas=betas,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            bias_correction=bias_correction,
+            adamw=self._optimizer.adam_w_mode,
+        )
+
+    def _ready_executor(self) -> Executor:
+        """Return the executor for the state as it is: loading a checkpoint replaces tensors."""
+        for number, master in enumerate(self.masters):
+            self._adopt(number, master)
+        known = [
+            tensor.data_ptr() for master in self.masters for tensor in self._tensors_of(master)
+        ]
+        if self._executor is None or known != self._known:
+            self.close()
+            self._executor = Executor(
+                self._device, self._cut(), self._authority, self._pace
+            )
+            self._known = known
+        return self._executor
+
+    def _adopt(self, number: int, master: Master) -> None:
+        state: MutableMapping[str, Any] = self._optimizer.state[master.leaf]
+        state.setdefault("step", 0)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = self._memory(number, name, master.leaf, torch.zeros_like)
+            elif master.may_move and self._is_foreign(number, name, state[name]):
+                state[name] = self._move(number, name, state[name])
+        if master.may_move and self._is_foreign(number, "master", master.leaf):
+            master.leaf.data = self._move(number, "master", master.leaf.data)
+
+    def _memory(
+        self, number: int, name: str, like: Tensor, make: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return memory that the device can copy from and to at full speed."""
+        if self._device.kind == "cpu":
+            return make(like.data)
+        memory = self._arena.get((number, name))
+        if memory is None:
+            memory = self._device.host_empty(like.numel(), like.dtype)
+            self._arena[number, name] = memory
+        return memory.zero_()
+
+    def _is_foreign(self, number: int, name: str, tensor: Tensor) -> bool:
+        if self._device.kind == "cpu" or tensor.is_pinned():
+            return False
+        memory = self._arena.get((number, name))
+        return memory is None or memory.data_ptr() != tensor.data_ptr()
+
+    def _move(self, number: int, name: str, tensor: Tensor) -> Tensor:
+        return self._memory(number, name, tensor, torch.empty_like).copy_(tensor)
+
+    def _tensors_of(self, master: Master) -> tuple[Tensor, Tensor, Tensor]:
+        state = self._optimizer.state[master.leaf]
+        return master.leaf.data, state["exp_avg"], state["exp_avg_sq"]
+
+    def _cut(self) -> list[Subgroup]:
+        found = []
+        for number, master in enumerate(self.masters):
+            whole = master.leaf.numel() // ALIGNMENT * ALIGNMENT
+            pieces = list(cuts(whole, self._subgroup_params))
+            for turn, (begin, count) in enumerate(pieces):
+                key = f"subgroup/{number}" + (f"/{turn}" if len(pieces) > 1 else "")
+                parts = [each.narrow(0, begin, count) for each in self._tensors_of(master)]
+                weights = master.weights
+                found.append(
+                    Subgroup(
+                        key, master.group, number, begin, *parts,
+                        None if weights is None else weights.narrow(0, begin, count),
+                    )  # fmt: skip
+                )
+        return found
+
+
+def _tail(flat: Tensor) -> Tensor:
+    """Return the last elements that fill no vector of DeepSpeed's kernel; contiguous, detached."""
+    return flat.detach()[flat.numel() // ALIGNMENT * ALIGNMENT :]
