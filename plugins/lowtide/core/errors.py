@@ -54,6 +54,10 @@ class StaleStateError(LowtideError, RuntimeError):
     """A piece of optimizer state was about to be read where it is not the newest copy."""
 
 
+class OptimizerError(LowtideError, ValueError):
+    """An optimizer update cannot take a tensor or a setting."""
+
+
 class CodecError(LowtideError, ValueError):
     """A codec cannot take an input, an output buffer or a parameter."""
 

@@ -78,6 +78,14 @@ def native_cuda() -> ModuleType:
     return _require(_load("_native_cuda"))
 
 
+def native_or_none() -> ModuleType | None:
+    """Return what `native` returns, or None after one warning: the caller runs its reference."""
+    loaded = _load("_native")
+    if loaded.module is None:
+        _warn_of_fallback()
+    return loaded.module
+
+
 def status() -> NativeStatus:
     """Return whether ``lowtide._native`` is in use, and the reason when it is not."""
     return _load("_native").status
