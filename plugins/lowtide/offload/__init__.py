@@ -1,0 +1,1 @@
+"""Optimizer subgroups updated on the host or on the device, by a measured schedule."""
