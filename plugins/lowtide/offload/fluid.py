@@ -2,7 +2,7 @@
 
 Per update, with N parameters, r of them resident, x staged, the rest on the host, the lanes need
 
-    host      (N - x - r) (1 / U_c + 1 / D_c)                    D_c only where the downcast is apart
+    host      (N - x - r) (1 / U_c + 1 / D_c)                    D_c where the downcast is apart
     device    (x + r) / U_g + n t_0
     inward    (12 x + g (x + r) + l (N - x - r)) / B_h
     outward   12 x / B_d                                         half duplex: added to inward
@@ -182,13 +182,12 @@ def lower_bound_s(
     def seconds(resident: float) -> float:
         return best_staged(fluid, rates, resident, slots=slots)[1]
 
-    low, high = 0.0, most
     best = seconds(most)
-    # More residents are better as long as the device is not what everybody waits for.
-    device_s = lane_times_s(fluid.work(0.0, most), rates)["device"]
-    if device_s < best or most == 0.0:
+    # Convex in the resident part: if fewer residents do not help a little, they do not at all.
+    if seconds(most * (1.0 - 1e-6)) >= best:
         return best * _ROUNDING
-    for _ in range(120):  # convex in the resident part: ternary search
+    low, high = 0.0, most
+    for _ in range(120):  # ternary search
         third = (high - low) / 3
         if seconds(low + third) <= seconds(high - third):
             high -= third

@@ -16,6 +16,7 @@ from typing import Literal
 
 from lowtide.core.errors import ConfigError
 from lowtide.offload.fluid import lower_bound_s
+from lowtide.offload.improve import improve
 from lowtide.offload.rates import Rates
 from lowtide.offload.schedule import MAX_SLOTS, Piece, Plan, build_plan, check_plan, slot_bytes
 from lowtide.offload.search import Search, Wish
@@ -64,7 +65,9 @@ def make_plan(
             pieces, residents=(), device_order=(), host_order=(), slots=0
         ), rates, memory_bytes=memory_bytes)  # fmt: skip
     search = Search(pieces, rates, wish)
-    found = search.run()
+    search.run()
+    improve(search)
+    found = search.winner()
     plan = build_plan(
         pieces,
         residents=found.residents,

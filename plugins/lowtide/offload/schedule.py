@@ -138,8 +138,9 @@ class Plan:
 
     def __str__(self) -> str:
         parts = [
-            f"{len(self.host_order)} pieces on the host, {len(self.staged)} staged in "
-            f"{self.slots} slot(s), {len(self.residents)} resident",
+            f"{len(self.host_order)} pieces on the host",
+            f"{len(self.staged)} staged in {self.slots} slot(s)",
+            f"{len(self.residents)} resident",
             f"fraction {self.fraction:.3f}",
             f"{self.device_bytes / 2**30:.2f} GiB of device memory",
         ]

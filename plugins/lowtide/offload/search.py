@@ -66,13 +66,12 @@ class Search:
         self._machine = machine(pieces, rates)
         self._fluid = Fluid.of(pieces)
 
-    def run(self) -> Candidate:
-        """Try every shape and return the best plan."""
+    def run(self) -> None:
+        """Try every shape."""
         for slots, cap in self._shapes():
             residents = self.choose_residents(slots, cap)
             if residents is not None:
                 self._try_amounts(slots, cap, residents)
-        return self.winner()
 
     def winner(self) -> Candidate:
         """Return the best of all plans that were judged."""
@@ -101,10 +100,48 @@ class Search:
             self.best[candidate.slots] = (key, candidate)
         return outcome.host_end_s, outcome.device_end_s
 
-    def memory_bytes(self, device: Sequence[int], residents: frozenset[int], slots: int) -> int:
-        """Return the device memory that a plan needs."""
-        largest = max((self._load(i, residents) for i in device), default=0)
-        return slots * largest + STATE_BYTES * sum(self.numel[i] for i in residents)
+    def arrange(
+        self, staged: Sequence[int], residents: frozenset[int], slots: int
+    ) -> Candidate:
+        """Return a division of the pieces in a good order; `staged` comes large ones first."""
+        device = [*self.device_order(staged), *(i for i in self.by_size if i in residents)]
+        on_device = set(device)
+        host = tuple(i for i in self.by_size if i not in on_device)
+        is_loading = bool(staged) or any(self.gradient[i] for i in residents)
+        return Candidate(tuple(device), host, residents, slots if is_loading else 0)
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Tell whether a plan keeps to the wishes and to the memory."""
+        residents, wish = candidate.residents, self.wish
+        if wish.residents is not None and residents != wish.residents:
+            return False
+        if not all(self.pieces[i].is_movable for i in candidate.device):
+            return False
+        slot = max(
+            (
+                self.gradient[i] + (0 if i in residents else STATE_BYTES * self.numel[i])
+                for i in candidate.device
+            ),
+            default=0,
+        )
+        if slot and not candidate.slots:
+            return False
+        held = STATE_BYTES * sum(self.numel[i] for i in residents)
+        return candidate.slots * slot + held <= wish.memory_bytes
+
+    def least_s(self, candidate: Candidate) -> float:
+        """Return a time that no order of this division undercuts."""
+        device = sum(map(self.numel.__getitem__, candidate.device))
+        resident = sum(map(self.numel.__getitem__, candidate.residents))
+        host = sum(self.numel) - device
+        gradient = sum(map(self.gradient.__getitem__, candidate.device))
+        rates, state = self.rates, STATE_BYTES * (device - resident)
+        return max(
+            host / rates.host_params_per_s,
+            device / rates.device_params_per_s,
+            (state + gradient) / rates.host_to_device_bytes_per_s,
+            state / rates.device_to_host_bytes_per_s,
+        )
 
     def choose_residents(self, slots: int, cap: int) -> frozenset[int] | None:
         """Fill what `slots` slots of `cap` bytes leave with residents, large ones first.
@@ -145,11 +182,8 @@ class Search:
             (early if is_early else late).append(i)
         return [*reversed(early), *late]
 
-    def _load(self, i: int, residents: frozenset[int]) -> int:
-        return self.gradient[i] + (0 if i in residents else STATE_BYTES * self.numel[i])
-
     def _miss(self, staged: int, candidate: Candidate) -> float:
-        """Return by how many parameters a plan misses the wanted fraction; 0 within half a piece."""
+        """Return how many parameters the wanted fraction is missed by; 0 within half a piece."""
         if self.wish.fraction is None:
             return 0.0
         movable = sum(self.numel) - sum(self.numel[i] for i in candidate.residents)
@@ -175,7 +209,7 @@ class Search:
         ]
         resident = sum(self.numel[i] for i in residents)
         if self.wish.residents is None and slots == 0:
-            self._judge_amount([], frozenset(), 0)
+            self.judge(self.arrange([], frozenset(), 0))
         if self.wish.fraction is None:
             target = best_staged(self._fluid, self.rates, resident, slots=slots)[0]
         else:
@@ -188,20 +222,11 @@ class Search:
             if amount in tried or (not staged and not residents):
                 return
             tried.add(amount)
-            host_s, device_s = self._judge_amount(staged, residents, slots)
+            host_s, device_s = self.judge(self.arrange(staged, residents, slots))
             host = sum(self.numel) - amount - resident
             # Both sides as straight lines through their ends: where would they meet?
             slope = host_s / max(host, 1) + device_s / max(amount, 1)
             target = amount + (host_s - device_s) / slope
-
-    def _judge_amount(
-        self, staged: Sequence[int], residents: frozenset[int], slots: int
-    ) -> tuple[float, float]:
-        device = [*self.device_order(staged), *(i for i in self.by_size if i in residents)]
-        on_device = set(device)
-        host = tuple(i for i in self.by_size if i not in on_device)
-        is_loading = bool(staged) or any(self.gradient[i] for i in residents)
-        return self.judge(Candidate(tuple(device), host, residents, slots if is_loading else 0))
 
     def _fill(self, eligible: Sequence[int], ends: Sequence[int], target: float) -> list[int]:
         """Return pieces that come to about `target` parameters: large ones, then what still fits.

@@ -196,7 +196,7 @@ class NativeMachine:
             *self._simulator.run(
                 job.device_order,
                 job.host_order,
-                job.residents,
+                tuple(job.residents),
                 job.slots,
                 job.release_s,
                 job.host_gates,
