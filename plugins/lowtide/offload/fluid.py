@@ -122,7 +122,7 @@ class Fluid:
             gradient: float = min((p.gradient_upload_bytes for p in movable), default=0)
         else:
             upload = sum(p.low_precision_bytes * p.numel for p in pieces) / total
-            gradient = sum(p.gradient_bytes for p in movable) / max(moving, 1)
+            gradient = sum(p.gradient_upload_bytes * p.numel for p in movable) / max(moving, 1)
         return cls(total, moving, upload, gradient)
 
     def work(self, staged: float, resident: float) -> Work:

@@ -17,7 +17,7 @@ from lowtide.offload.search import Candidate, Search
 
 _ENUMERATED = 7  # movable pieces: 3^7 divisions
 _MOST_PIECES = 64  # the gain falls with their number, the number of moves grows with its square
-_STARTS = 4
+_STARTS = 6
 _STEPS = 24_000  # pieces simulated at most from one start
 
 
@@ -35,24 +35,33 @@ def improve(search: Search) -> None:
 def _best_divisions(search: Search) -> list[Candidate]:
     """Simulate every division into host, staged and resident; return the best few."""
     found: list[tuple[float, int, Candidate]] = []
-    given = search.wish.residents
-    for number, sides in enumerate(itertools.product(range(3), repeat=len(search.movable))):
-        staged = [i for i, side in zip(search.movable, sides, strict=True) if side == 1]
-        residents = frozenset(i for i, side in zip(search.movable, sides, strict=True) if side == 2)
-        if given is not None and residents != given:
-            continue
+    for number, (staged, residents) in enumerate(_divisions(search)):
         for slots in range(1, search.wish.max_slots + 1):
             candidate = search.arrange(staged, residents, slots)
             if not search.fits(candidate):
                 break  # more slots need more
             if len(found) >= _STARTS and search.least_s(candidate) >= found[-1][0]:
                 break
-            found.append((max(search.judge(candidate)), number * 64 + slots, candidate))
+            others = [search.arrange(staged, residents, slots, before=b) for b in (0, 1)]
+            orders = {candidate: None, **dict.fromkeys(others)}  # without repeats
+            best_s, best = min(
+                ((max(search.judge(order)), order) for order in orders), key=lambda pair: pair[0]
+            )
+            found.append((best_s, number * 64 + slots, best))
             found.sort(key=lambda entry: entry[:2])
             del found[_STARTS:]
             if not candidate.slots:
                 break
     return [candidate for _, _, candidate in found]
+
+
+def _divisions(search: Search) -> Iterator[tuple[list[int], frozenset[int]]]:
+    """Yield (staged pieces, residents) of every division; the rest is the host's."""
+    for sides in itertools.product(range(3), repeat=len(search.movable)):
+        staged = [i for i, side in zip(search.movable, sides, strict=True) if side == 1]
+        residents = frozenset(i for i, side in zip(search.movable, sides, strict=True) if side == 2)
+        if search.wish.residents in (None, residents):
+            yield staged, residents
 
 
 def _climb(search: Search, start: Candidate) -> None:

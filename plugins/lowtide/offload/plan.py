@@ -20,12 +20,18 @@ from lowtide.offload.improve import improve
 from lowtide.offload.rates import Rates
 from lowtide.offload.schedule import MAX_SLOTS, Piece, Plan, build_plan, check_plan, slot_bytes
 from lowtide.offload.search import Search, Wish
-from lowtide.offload.simulate import LANES, machine, plan_job
-from lowtide.offload.simulate import Options as _Options
+from lowtide.offload.simulate import (
+    LANES,
+    NativeMachine,
+    Options,
+    ReferenceMachine,
+    machine,
+    plan_job,
+)
 
 __all__ = [
-    "Piece", "Plan", "build_plan", "check_plan", "host_only_plan", "make_plan", "random_plan",
-    "stride_plan",
+    "Piece", "Plan", "build_plan", "check_plan", "host_only_plan", "make_plan", "predict",
+    "random_plan", "stride_plan",
 ]  # fmt: skip
 
 
@@ -61,9 +67,7 @@ def make_plan(
         max_slots=_slots(max_slots),
     )
     if not pieces:
-        return predict(pieces, build_plan(
-            pieces, residents=(), device_order=(), host_order=(), slots=0
-        ), rates, memory_bytes=memory_bytes)  # fmt: skip
+        return predict(pieces, host_only_plan(pieces), rates, memory_bytes=memory_bytes)
     search = Search(pieces, rates, wish)
     search.run()
     improve(search)
@@ -75,14 +79,29 @@ def make_plan(
         host_order=found.host,
         slots=found.slots,
     )
-    return predict(pieces, plan, rates, memory_bytes=memory_bytes)
+    return _predicted(plan, search.machine, pieces, rates, memory_bytes)
 
 
 def predict(pieces: Sequence[Piece], plan: Plan, rates: Rates, *, memory_bytes: float) -> Plan:
-    """Return `plan` with its predicted times and the lower bound within `memory_bytes`."""
+    """Return `plan` with its predicted times and the lower bound within `memory_bytes`.
+
+    Raises:
+        ConfigError: The plan does not fit the pieces or the memory.
+    """
+    check_plan(pieces, plan, memory_bytes=_memory(memory_bytes))
     if not pieces:
         return dataclasses.replace(plan, makespan_s=0.0, lower_bound_s=0.0)
-    outcome = machine(pieces, rates).run(plan_job(plan, _Options()))
+    return _predicted(plan, machine(pieces, rates), pieces, rates, memory_bytes)
+
+
+def _predicted(
+    plan: Plan,
+    simulator: ReferenceMachine | NativeMachine,
+    pieces: Sequence[Piece],
+    rates: Rates,
+    memory_bytes: float,
+) -> Plan:
+    outcome = simulator.run(plan_job(plan, Options()))
     return dataclasses.replace(
         plan,
         makespan_s=outcome.makespan_s,

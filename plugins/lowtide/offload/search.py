@@ -58,13 +58,21 @@ class Search:
     def __init__(self, pieces: Sequence[Piece], rates: Rates, wish: Wish) -> None:
         self.pieces, self.rates, self.wish = pieces, rates, wish
         self.numel = [p.numel for p in pieces]
-        self.gradient = [p.gradient_bytes for p in pieces]
+        self.gradient = [p.gradient_upload_bytes * p.numel for p in pieces]
+        self.load = [STATE_BYTES * n + g for n, g in zip(self.numel, self.gradient, strict=True)]
+        self.total = sum(self.numel)
         self.by_size = sorted(range(len(pieces)), key=self.numel.__getitem__, reverse=True)
         self.movable = [i for i in self.by_size if pieces[i].is_movable]
         self.best: dict[int, tuple[tuple[float, float, int, int], Candidate]] = {}
         self.simulations = 0
-        self._machine = machine(pieces, rates)
+        self.machine = machine(pieces, rates)
         self._fluid = Fluid.of(pieces)
+        self._has_gradient = any(self.gradient)
+        to_device, to_host = rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s
+        flush = [STATE_BYTES * n / to_host for n in self.numel]
+        self._early = {
+            i for i, load in enumerate(self.load) if load / to_device < flush[i]
+        }  # Johnson's rule: those whose second machine takes longer come first
 
     def run(self) -> None:
         """Try every shape."""
@@ -84,11 +92,11 @@ class Search:
     def judge(self, candidate: Candidate) -> tuple[float, float]:
         """Simulate a plan, remember it if it is the best of its slots; return both sides' ends."""
         self.simulations += 1
-        outcome = self._machine.run(
-            Job(candidate.device, candidate.host, candidate.residents, candidate.slots)
+        outcome = self.machine.run(
+            Job(candidate.device, candidate.host, tuple(candidate.residents), candidate.slots)
         )
-        staged = sum(map(self.numel.__getitem__, candidate.device))
-        staged -= sum(map(self.numel.__getitem__, candidate.residents))
+        host = sum(map(self.numel.__getitem__, candidate.host))
+        staged = self.total - host - sum(map(self.numel.__getitem__, candidate.residents))
         key = (
             self._miss(staged, candidate),
             outcome.makespan_s,
@@ -101,14 +109,28 @@ class Search:
         return outcome.host_end_s, outcome.device_end_s
 
     def arrange(
-        self, staged: Sequence[int], residents: frozenset[int], slots: int
+        self, staged: Sequence[int], residents: frozenset[int], slots: int, *, before: int = -1
     ) -> Candidate:
-        """Return a division of the pieces in a good order; `staged` comes large ones first."""
-        device = [*self.device_order(staged), *(i for i in self.by_size if i in residents)]
+        """Return a division of the pieces in a good order.
+
+        Args:
+            staged: Pieces to stage, large ones first.
+            residents: Residents.
+            slots: Staging slots.
+            before: Place of the residents in the device's order, small ones first; -1: behind
+                everything staged, large ones first, so that they fill the time of the last flush.
+        """
+        order = self.device_order(staged)
+        held = [i for i in self.by_size if i in residents]
+        place = len(order) if before < 0 else before
+        held = held if before < 0 else held[::-1]
+        device = (*order[:place], *held, *order[place:])
         on_device = set(device)
         host = tuple(i for i in self.by_size if i not in on_device)
-        is_loading = bool(staged) or any(self.gradient[i] for i in residents)
-        return Candidate(tuple(device), host, residents, slots if is_loading else 0)
+        is_loading = bool(staged) or (
+            self._has_gradient and any(self.gradient[i] for i in residents)
+        )
+        return Candidate(device, host, residents, slots if is_loading else 0)
 
     def fits(self, candidate: Candidate) -> bool:
         """Tell whether a plan keeps to the wishes and to the memory."""
@@ -133,7 +155,7 @@ class Search:
         """Return a time that no order of this division undercuts."""
         device = sum(map(self.numel.__getitem__, candidate.device))
         resident = sum(map(self.numel.__getitem__, candidate.residents))
-        host = sum(self.numel) - device
+        host = self.total - device
         gradient = sum(map(self.gradient.__getitem__, candidate.device))
         rates, state = self.rates, STATE_BYTES * (device - resident)
         return max(
@@ -172,30 +194,26 @@ class Search:
         return frozenset(chosen)
 
     def device_order(self, staged: Sequence[int]) -> list[int]:
-        """Return staged pieces by Johnson's rule for load and flush; the rest hides in between."""
-        to_device = 1.0 / self.rates.host_to_device_bytes_per_s
-        to_host = 1.0 / self.rates.device_to_host_bytes_per_s
-        early, late = [], []
-        for i in staged:  # large ones first
-            state = STATE_BYTES * self.numel[i]
-            is_early = (state + self.gradient[i]) * to_device < state * to_host
-            (early if is_early else late).append(i)
-        return [*reversed(early), *late]
+        """Return staged pieces, which come large ones first, in the order that hides most."""
+        if not self._early:
+            return list(staged)
+        early = [i for i in reversed(staged) if i in self._early]
+        return [*early, *(i for i in staged if i not in self._early)]
 
     def _miss(self, staged: int, candidate: Candidate) -> float:
         """Return how many parameters the wanted fraction is missed by; 0 within half a piece."""
         if self.wish.fraction is None:
             return 0.0
-        movable = sum(self.numel) - sum(self.numel[i] for i in candidate.residents)
+        movable = self.total - sum(self.numel[i] for i in candidate.residents)
         miss = abs(staged - self.wish.fraction * movable)
         return miss if miss > self.numel[self.by_size[0]] / 2 else 0.0
 
     def _shapes(self) -> Iterator[tuple[int, int]]:
         """Yield (slots, size of a slot in bytes); size 0: nothing is staged."""
         yield 0, 0
-        sizes = sorted({self.pieces[i].staged_bytes for i in self.movable}, reverse=True)
-        for slots in range(1, self.wish.max_slots + 1):
-            if any(self.gradient):  # residents need a slot for their gradients
+        sizes = sorted({self.load[i] for i in self.movable}, reverse=True)
+        for slots in range(self.wish.max_slots, 0, -1):  # the fastest first, so others are cut off
+            if self._has_gradient:  # residents need a slot for their gradients
                 yield slots, 0
             fitting = [size for size in sizes if slots * size <= self.wish.memory_bytes]
             steps = min(_CAPS, len(fitting))
@@ -204,26 +222,27 @@ class Search:
 
     def _try_amounts(self, slots: int, cap: int, residents: frozenset[int]) -> None:
         """Judge a few amounts to stage, for these slots and residents."""
-        eligible = [
-            i for i in self.movable if i not in residents and self.pieces[i].staged_bytes <= cap
-        ]
-        resident = sum(self.numel[i] for i in residents)
+        resident = sum(map(self.numel.__getitem__, residents))
         if self.wish.residents is None and slots == 0:
             self.judge(self.arrange([], frozenset(), 0))
         if self.wish.fraction is None:
-            target = best_staged(self._fluid, self.rates, resident, slots=slots)[0]
+            target, least_s = best_staged(self._fluid, self.rates, resident, slots=slots)
+            if any(least_s > key[1] for key, _ in self.best.values()):
+                return
         else:
-            target = self.wish.fraction * (sum(self.numel) - resident)
-        ends = list(itertools.accumulate(self.numel[i] for i in eligible))
+            target = self.wish.fraction * (self.total - resident)
+        load = self.load
+        eligible = [i for i in self.movable if load[i] <= cap and i not in residents]
+        ends = list(itertools.accumulate(map(self.numel.__getitem__, eligible)))
         tried = set()
         for _ in range(_AMOUNTS if self.wish.fraction is None else 1):
             staged = self._fill(eligible, ends, target)
-            amount = sum(self.numel[i] for i in staged)
+            amount = sum(map(self.numel.__getitem__, staged))
             if amount in tried or (not staged and not residents):
                 return
             tried.add(amount)
             host_s, device_s = self.judge(self.arrange(staged, residents, slots))
-            host = sum(self.numel) - amount - resident
+            host = self.total - amount - resident
             # Both sides as straight lines through their ends: where would they meet?
             slope = host_s / max(host, 1) + device_s / max(amount, 1)
             target = amount + (host_s - device_s) / slope

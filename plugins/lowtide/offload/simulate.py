@@ -186,7 +186,7 @@ class NativeMachine:
         self._simulator = module.offload.Simulator(
             [p.numel for p in pieces],
             [p.low_precision_bytes * p.numel for p in pieces],
-            [p.gradient_bytes for p in pieces],
+            [p.gradient_upload_bytes * p.numel for p in pieces],
             _numbers(rates),
         )
 
