@@ -114,15 +114,19 @@ class Fluid:
     @classmethod
     def of(cls, pieces: Sequence[Piece], *, is_bound: bool = False) -> Fluid:
         """Return the pieces' averages, or for a bound the smallest values."""
-        total = sum(p.numel for p in pieces)
-        movable = [p for p in pieces if p.is_movable]
-        moving = sum(p.numel for p in movable)
+        kinds: dict[tuple[int, int, bool], int] = {}  # few, while pieces may be many
+        for p in pieces:
+            kind = (p.low_precision_bytes, p.gradient_upload_bytes, p.is_movable)
+            kinds[kind] = kinds.get(kind, 0) + p.numel
+        total = sum(kinds.values())
+        movable = {kind: numel for kind, numel in kinds.items() if kind[2]}
+        moving = sum(movable.values())
         if is_bound:
-            upload: float = min(p.low_precision_bytes for p in pieces)
-            gradient: float = min((p.gradient_upload_bytes for p in movable), default=0)
+            upload: float = min(kind[0] for kind in kinds)
+            gradient: float = min((kind[1] for kind in movable), default=0)
         else:
-            upload = sum(p.low_precision_bytes * p.numel for p in pieces) / total
-            gradient = sum(p.gradient_upload_bytes * p.numel for p in movable) / max(moving, 1)
+            upload = sum(kind[0] * numel for kind, numel in kinds.items()) / total
+            gradient = sum(kind[1] * n for kind, n in movable.items()) / max(moving, 1)
         return cls(total, moving, upload, gradient)
 
     def work(self, staged: float, resident: float) -> Work:

@@ -153,11 +153,12 @@ class Plan:
 
 def slot_bytes(pieces: Sequence[Piece], device: Iterable[int], residents: Iterable[int]) -> int:
     """Return the size of one slot: the largest load. A resident loads its gradient only."""
-    held = set(residents)
-    return max(
-        (pieces[i].gradient_bytes if i in held else pieces[i].staged_bytes for i in device),
-        default=0,
-    )
+    held, largest = set(residents), 0
+    for i in device:
+        piece = pieces[i]
+        state = 0 if i in held else STATE_BYTES
+        largest = max(largest, (state + piece.gradient_upload_bytes) * piece.numel)
+    return largest
 
 
 def build_plan(

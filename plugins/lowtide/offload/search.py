@@ -23,6 +23,7 @@ from lowtide.offload.simulate import Job, machine
 _AMOUNTS = 4  # simulated for each number of slots and set of residents
 _CAPS = 4  # sizes of a slot that are tried where pieces differ
 _SAME = 1e-9  # relative; plans closer than that take equally long
+_NEAR = 1.0 + 2 * _SAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +96,14 @@ class Search:
         outcome = self.machine.run(
             Job(candidate.device, candidate.host, tuple(candidate.residents), candidate.slots)
         )
-        host = sum(map(self.numel.__getitem__, candidate.host))
-        staged = self.total - host - sum(map(self.numel.__getitem__, candidate.residents))
-        key = (
-            self._miss(staged, candidate),
-            outcome.makespan_s,
-            staged,
-            len(candidate.residents),
-        )
-        known = self.best.get(candidate.slots)
-        if known is None or _is_better(key, known[0]):
-            self.best[candidate.slots] = (key, candidate)
+        known, seconds = self.best.get(candidate.slots), outcome.makespan_s
+        if known is None or self.wish.fraction is not None or seconds <= known[0][1] * _NEAR:
+            host = sum(map(self.numel.__getitem__, candidate.host))
+            staged = self.total - host - sum(map(self.numel.__getitem__, candidate.residents))
+            miss = self._miss(staged, candidate)
+            key = (miss, seconds, staged, len(candidate.residents))
+            if known is None or _is_better(key, known[0]):
+                self.best[candidate.slots] = (key, candidate)
         return outcome.host_end_s, outcome.device_end_s
 
     def arrange(
