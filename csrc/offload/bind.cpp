@@ -13,6 +13,8 @@
 
 namespace py = pybind11;
 
+void bind_schedule(py::module_ &module);
+
 namespace {
 
 using namespace lowtide::offload;
@@ -113,4 +115,7 @@ void bind_adam(py::module_ &module) {
 
 } // namespace
 
-void bind_offload(py::module_ &module) { bind_adam(module); }
+void bind_offload(py::module_ &module) {
+    bind_adam(module);
+    bind_schedule(module);
+}

@@ -1,1 +1,1 @@
-"""Optimizer state in host memory: updates that give the bits of DeepSpeed's CPUAdam."""
+"""Optimizer state between host and device: planned updates with the bits of stock DeepSpeed."""

@@ -105,7 +105,7 @@ class OffloadConfig(PluginConfig):
         stage, place = zero.get("stage", 0), offload.get("device", "none")
         if stage not in (1, 2, 3) or place != "cpu":
             raise ConfigError(
-                f'lowtide.offload: schedules an optimizer that is in CPU memory, and this is stage '
+                f"lowtide.offload: schedules an optimizer that is in CPU memory, and this is stage "
                 f'{stage} with offload_optimizer.device "{place}"; set "zero_optimization": '
                 f'{{"stage": 3, "offload_optimizer": {{"device": "cpu"}}}}, or remove '
                 f"lowtide.offload"

@@ -9,7 +9,7 @@ from lowtide.core.device import Device, open_device
 from lowtide.core.errors import ConfigError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 from lowtide.offload.config import OffloadConfig
-from lowtide.offload.executor import Pace
+from lowtide.offload.one_update import Pace
 from lowtide.offload.schedule import Plan
 from lowtide.offload.scheduler import Scheduler
 from lowtide.offload.updater import Updater
@@ -42,9 +42,11 @@ class OffloadPlugin(Plugin):
             Dicts with ``subgroup``, ``lane`` (host, prefetch, device, flush, upload), ``nbytes``
             moved, ``params`` updated, ``begin_s`` and ``end_s`` (`time.perf_counter`), by begin.
         """
-        return [] if self._updater is None else [
-            each.as_dict() for each in self._updater.trace.operations()
-        ]
+        return (
+            []
+            if self._updater is None
+            else [each.as_dict() for each in self._updater.trace.operations()]
+        )
 
     def plan(self) -> Plan | None:
         """Return the plan of the last update."""
@@ -61,7 +63,7 @@ class OffloadPlugin(Plugin):
         """Subscribe; nothing is allocated before the optimizer exists."""
         if session.host != "deepspeed":
             raise ConfigError(
-                f'lowtide.offload: works inside DeepSpeed\'s ZeRO optimizers, and the host is '
+                f"lowtide.offload: works inside DeepSpeed's ZeRO optimizers, and the host is "
                 f'"{session.host}"; remove the key'
             )
         self._session = session

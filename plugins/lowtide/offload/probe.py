@@ -15,8 +15,8 @@ from lowtide.offload.adam import AdamStep
 from lowtide.offload.rates import HOST_UPDATE_BYTES, Rates
 
 if TYPE_CHECKING:
-    from lowtide.core.device import Device, Lane
-    from lowtide.offload.executor import Executor, Work
+    from lowtide.offload.executor import Executor
+from lowtide.offload.one_update import Work
 
 SAMPLE_PARAMS = 1 << 22
 LEAST_PARAMS = 1 << 12

@@ -8,7 +8,8 @@ from typing import Any
 
 from lowtide.core.device import Device
 from lowtide.offload.config import OffloadConfig
-from lowtide.offload.executor import Executor, Work
+from lowtide.offload.executor import Executor
+from lowtide.offload.one_update import Work
 from lowtide.offload.plan import host_only_plan, make_plan, random_plan
 from lowtide.offload.probe import measure
 from lowtide.offload.rates import Rates
@@ -80,7 +81,9 @@ class Scheduler:
             return
         if abs(trace.makespan_s - plan.makespan_s) > MISFIT * plan.makespan_s:
             self._misfits += 1
-        due = self._step % self._config.replan_every_n_steps == self._config.replan_every_n_steps - 1
+        due = (
+            self._step % self._config.replan_every_n_steps == self._config.replan_every_n_steps - 1
+        )
         if due:  # reading a GPU's clocks costs time too
             self.rates = corrected(rates, dict(plan.busy_s), trace.busy_s())
 

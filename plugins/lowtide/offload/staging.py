@@ -1,9 +1,9 @@
-"""Device memory that an update borrows: staging slots, and residents that stay."""
+"""Memory that updates use on the device and on the way there: slots, residents, landings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,11 +14,17 @@ from lowtide.offload.subgroup import Subgroup
 
 @dataclass
 class Slot:
-    """Room on the device for the state and the gradient of one subgroup at a time."""
+    """Room on the device for what one subgroup at a time has to bring there.
 
-    state: tuple[Tensor, Tensor, Tensor]  # float32, shape (largest numel,)
-    gradient: Tensor  # bytes, large enough for float32
-    is_free: DeviceEvent | None = None  # once the state of the last user is back on the host
+    Attributes:
+        state: Master and moments; float32, shape (largest staged numel,).
+        gradient: Bytes; residents' gradients need room as well.
+        is_free: The last user's last operation here.
+    """
+
+    state: tuple[Tensor, Tensor, Tensor]
+    gradient: Tensor
+    is_free: DeviceEvent | None = None
 
     def state_of(self, numel: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return master and moments of a subgroup of `numel` elements."""
@@ -30,18 +36,23 @@ class Slot:
         return self.gradient[: like.numel() * like.element_size()].view(like.dtype)
 
 
-def make_slots(device: Device, subgroups: Sequence[Subgroup], count: int) -> list[Slot]:
-    """Allocate `count` slots that fit each of `subgroups`.
+def make_slots(
+    device: Device, count: int, *, staged: Sequence[Subgroup], gradients: Sequence[Tensor]
+) -> list[Slot]:
+    """Allocate slots.
+
+    Args:
+        device: Where.
+        count: How many.
+        staged: Subgroups whose state has to fit.
+        gradients: Gradients that have to fit.
 
     Raises:
         DeviceOutOfMemoryError: they do not fit; nothing stays allocated.
     """
-    numel = max((each.numel for each in subgroups), default=0)
-    if numel == 0:
-        return []
-    return [
-        Slot(_state(device, numel), device.empty(4 * numel, torch.uint8)) for _ in range(count)
-    ]
+    numel = max((each.numel for each in staged), default=0)
+    nbytes = max((each.numel() * each.element_size() for each in gradients), default=0)
+    return [Slot(_state(device, numel), device.empty(nbytes, torch.uint8)) for _ in range(count)]
 
 
 @dataclass
@@ -50,25 +61,89 @@ class Resident:
 
     Attributes:
         state: Master and moments on the device.
-        gradient: Room for the gradient.
         is_newest: Whether `state` is the newest copy; otherwise that is the host's. Bringing it
             home makes it so: whoever asked for it may write there, and torch does not tell.
     """
 
     state: tuple[Tensor, Tensor, Tensor]
-    gradient: Tensor
     is_newest: bool = False
 
 
-def make_resident(device: Device, subgroup: Subgroup, gradient: Tensor) -> Resident:
+def make_resident(device: Device, subgroup: Subgroup) -> Resident:
     """Allocate device memory for a resident; its contents are still to be copied.
 
     Raises:
         DeviceOutOfMemoryError: it does not fit.
     """
-    return Resident(_state(device, subgroup.numel), device.empty(gradient.shape, gradient.dtype))
+    return Resident(_state(device, subgroup.numel))
 
 
 def _state(device: Device, numel: int) -> tuple[Tensor, Tensor, Tensor]:
     master, exp_avg, exp_avg_sq = (device.empty(numel, torch.float32) for _ in range(3))
     return master, exp_avg, exp_avg_sq
+
+
+class Landings:
+    """Host buffers for parameters that the host has rounded, on their way to the device."""
+
+    COUNT = 2  # one is filled while another one travels
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def is_far(self, weights: Tensor) -> bool:
+        """Whether `weights` are on the device. An emulated one holds no model, but acts so."""
+        device = self._device
+        return device.kind == "emulated" or (device.kind != "cpu" and device.owns(weights))
+
+    def of(self, turn: int, weights: Tensor) -> Tensor:
+        """Return the buffer of one turn, with the size and type of `weights`."""
+        return self._buffer(f"landing {turn % self.COUNT}", weights, self._device.host_empty)
+
+    def far_side(self, weights: Tensor) -> Tensor:
+        """Return the emulated device's stand-in for the model's own memory."""
+        return self._buffer("far side", weights, self._device.empty)
+
+    def clear(self) -> None:
+        """Give all buffers up."""
+        self._buffers.clear()
+
+    def _buffer(
+        self, name: str, like: Tensor, make: Callable[[int, torch.dtype], Tensor]
+    ) -> Tensor:
+        found = self._buffers.get(name)
+        if found is None or found.dtype != like.dtype or found.numel() < like.numel():
+            found = self._buffers[name] = make(like.numel(), like.dtype)
+        return found[: like.numel()]
+
+
+@dataclass
+class Place:
+    """What the updates of one rank work with.
+
+    Attributes:
+        device: Where subgroups may be updated beside the host.
+        subgroups: All of this rank's, in the host's order.
+        residents: Those that are on the device, by number.
+        landings: Buffers for rounded parameters.
+    """
+
+    device: Device
+    subgroups: list[Subgroup]
+    landings: Landings
+    residents: dict[int, Resident] = field(default_factory=dict)
+
+    def bring_home(self, indices: Iterable[int]) -> list[int]:
+        """Copy residents whose newest state is on the device to the host; return which."""
+        away = [i for i in indices if self.residents[i].is_newest]
+        lane = self.device.lane("flush")
+        for index in away:
+            subgroup = self.subgroups[index]
+            for host, there in zip(subgroup.state(), self.residents[index].state, strict=True):
+                lane.copy(host, there, label=subgroup.key)
+        if away:
+            lane.synchronize()
+        for index in away:
+            self.residents[index].is_newest = False
+        return away

@@ -12,7 +12,8 @@ from torch import Tensor
 from lowtide.core.device import Device
 from lowtide.core.state import StateAuthority
 from lowtide.offload.adam import AdamStep, Powers, adam_step
-from lowtide.offload.executor import Executor, Pace, Work
+from lowtide.offload.executor import Executor
+from lowtide.offload.one_update import Pace, Work
 from lowtide.offload.scheduler import Scheduler
 from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
 from lowtide.offload.trace import StepTrace
@@ -158,9 +159,7 @@ class Updater:
         ]
         if self._executor is None or known != self._known:
             self.close()
-            self._executor = Executor(
-                self._device, self._cut(), self._authority, self._pace
-            )
+            self._executor = Executor(self._device, self._cut(), self._authority, self._pace)
             self._known = known
         return self._executor
 
@@ -207,13 +206,21 @@ class Updater:
             pieces = list(cuts(whole, self._subgroup_params))
             for turn, (begin, count) in enumerate(pieces):
                 key = f"subgroup/{number}" + (f"/{turn}" if len(pieces) > 1 else "")
-                parts = [each.narrow(0, begin, count) for each in self._tensors_of(master)]
+                master_, exp_avg, exp_avg_sq = (
+                    each.narrow(0, begin, count) for each in self._tensors_of(master)
+                )
                 weights = master.weights
                 found.append(
                     Subgroup(
-                        key, master.group, number, begin, *parts,
-                        None if weights is None else weights.narrow(0, begin, count),
-                    )  # fmt: skip
+                        key=key,
+                        group=master.group,
+                        flat=number,
+                        begin=begin,
+                        master=master_,
+                        exp_avg=exp_avg,
+                        exp_avg_sq=exp_avg_sq,
+                        weights=None if weights is None else weights.narrow(0, begin, count),
+                    )
                 )
         return found
 

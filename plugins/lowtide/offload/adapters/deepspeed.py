@@ -78,7 +78,7 @@ class DeepSpeedAdapter:
 def _refuse(optimizer: Any, adapter: Any) -> None:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    base = getattr(optimizer, "optimizer", None)
+    base: Any = getattr(optimizer, "optimizer", None)
     if type(base) is not DeepSpeedCPUAdam:
         raise ConfigError(
             f"lowtide.offload: the optimizer is {type(base).__module__}.{type(base).__name__}, "

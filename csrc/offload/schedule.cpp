@@ -1,0 +1,373 @@
+#include "schedule.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace lowtide::offload {
+namespace {
+
+constexpr double state_bytes = 12;   // fp32 master weight and two fp32 moments
+constexpr double downcast_bytes = 6; // host memory traffic: read 4, write 2
+constexpr double never = std::numeric_limits<double>::infinity();
+
+void check_indices(const std::vector<std::int32_t> &list, std::size_t count, const char *name) {
+    for (const std::int32_t value : list) {
+        if (value < 0 || static_cast<std::size_t>(value) >= count) {
+            throw std::invalid_argument(std::string(name) + ": got piece " + std::to_string(value) +
+                                        ", allowed is 0 to " + std::to_string(count) + " - 1");
+        }
+    }
+}
+
+void check_length(std::size_t found, std::size_t wanted, const char *name) {
+    if (found != 0 && found != wanted) {
+        throw std::invalid_argument(std::string(name) + ": got " + std::to_string(found) +
+                                    " entries, allowed is 0 or " + std::to_string(wanted));
+    }
+}
+
+class Queue {
+  public:
+    explicit Queue(std::size_t capacity) { items_.reserve(capacity); }
+    bool empty() const { return head_ == items_.size(); }
+    void push(std::int32_t item) { items_.push_back(item); }
+    std::int32_t pop() { return items_[head_++]; }
+
+  private:
+    std::vector<std::int32_t> items_;
+    std::size_t head_ = 0;
+};
+
+// One simulation while it goes on; the Python reference has the same members.
+class Run {
+  public:
+    Run(const PieceSizes &sizes, const LaneRates &rates, const Job &job, bool is_traced)
+        : sizes_(sizes), rates_(rates), job_(job), is_traced_(is_traced),
+          is_held_(sizes.numel.size(), 0), is_loaded_(sizes.numel.size(), 0),
+          downcasts_(job.host_order.size()), uploads_(job.host_order.size()),
+          flushes_(job.device_order.size()), releases_(job.release_s) {
+        piece_.fill(-1);
+        for (const std::int32_t i : job.residents) {
+            is_held_[index(i)] = 1;
+        }
+        std::sort(releases_.begin(), releases_.end());
+        if (is_traced) {
+            result_.spans.reserve(3 * sizes.numel.size());
+        }
+    }
+
+    void start() {
+        start_host();
+        start_queued(downcast, downcasts_);
+        start_queued(upload, uploads_);
+        start_queued(flush, flushes_);
+        start_device(); // before the prefetch: it may need no load at all
+        start_prefetch();
+    }
+
+    unsigned mask() const {
+        unsigned bits = 0;
+        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+            bits |= static_cast<unsigned>(piece_[lane] >= 0) << lane;
+        }
+        return bits;
+    }
+
+    // When the next gradient becomes ready.
+    double next_release_s() {
+        while (released_ < releases_.size() && releases_[released_] <= now_s_) {
+            ++released_;
+        }
+        return released_ < releases_.size() ? releases_[released_] : never;
+    }
+
+    void sleep_until(double time_s) { now_s_ = time_s; }
+
+    // Goes on to the next end of a span, or to the next release if that comes first.
+    void advance(const std::array<double, lane_count> &speed, double wake_s) {
+        std::array<double, lane_count> need{};
+        double step_s = never;
+        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+            need[lane] = piece_[lane] >= 0 ? work_[lane] / speed[lane] : never;
+            step_s = std::min(step_s, need[lane]);
+        }
+        if (wake_s - now_s_ < step_s) {
+            step_s = wake_s - now_s_;
+            now_s_ = wake_s;
+        } else {
+            now_s_ += step_s;
+        }
+        unsigned ended = 0;
+        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+            if (piece_[lane] < 0) {
+                continue;
+            }
+            if (need[lane] <= step_s) {
+                ended |= 1u << lane;
+            } else {
+                work_[lane] -= speed[lane] * step_s;
+            }
+        }
+        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+            if ((ended >> lane & 1u) != 0) {
+                end(lane);
+            }
+        }
+    }
+
+    Outcome finish() {
+        if (host_done_ < job_.host_order.size() || device_done_ < job_.device_order.size()) {
+            throw std::invalid_argument("plan: it can never end: pieces wait for each other");
+        }
+        result_.makespan_s = now_s_;
+        return std::move(result_);
+    }
+
+  private:
+    static std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
+
+    double load_bytes(std::int32_t i) const {
+        const double gradient = sizes_.gradient_bytes[index(i)];
+        return is_held_[index(i)] ? gradient : state_bytes * sizes_.numel[index(i)] + gradient;
+    }
+
+    bool is_released(std::int32_t i) const {
+        return job_.release_s.empty() || job_.release_s[index(i)] <= now_s_;
+    }
+
+    static bool is_open(const std::vector<std::int32_t> &gates, std::size_t place,
+                        std::size_t done) {
+        return gates.empty() || gates[place] <= static_cast<std::int64_t>(done);
+    }
+
+    void begin(std::size_t lane, std::int32_t i, double work) {
+        piece_[lane] = i;
+        work_[lane] = work;
+        begin_s_[lane] = now_s_;
+    }
+
+    void start_host() {
+        if (piece_[host] >= 0 || is_host_held_ || host_next_ >= job_.host_order.size()) {
+            return;
+        }
+        const std::int32_t i = job_.host_order[host_next_];
+        if (is_open(job_.host_gates, host_next_, device_done_) && is_released(i)) {
+            begin(host, i, sizes_.numel[index(i)]);
+            ++host_next_;
+        }
+    }
+
+    void start_queued(Lane lane, Queue &queue) {
+        if (piece_[lane] >= 0 || queue.empty()) {
+            return;
+        }
+        const std::int32_t i = queue.pop();
+        const double numel = sizes_.numel[index(i)];
+        begin(lane, i,
+              lane == upload     ? sizes_.upload_bytes[index(i)]
+              : lane == downcast ? numel
+                                 : state_bytes * numel);
+    }
+
+    void start_prefetch() {
+        const auto &order = job_.device_order;
+        while (load_next_ < order.size() && load_bytes(order[load_next_]) == 0) {
+            ++load_next_;
+        }
+        if (piece_[prefetch] >= 0 || load_next_ >= order.size()) {
+            return;
+        }
+        const std::int32_t i = order[load_next_];
+        if (slots_used_ < job_.slots && is_released(i)) {
+            begin(prefetch, i, load_bytes(i));
+            ++slots_used_;
+            ++load_next_;
+        }
+    }
+
+    void start_device() {
+        if (piece_[device] >= 0 || device_next_ >= job_.device_order.size()) {
+            return;
+        }
+        const std::int32_t i = job_.device_order[device_next_];
+        const bool is_ready = is_loaded_[index(i)] || (load_bytes(i) == 0 && is_released(i));
+        if (is_ready && is_open(job_.device_gates, device_next_, host_done_)) {
+            begin(device, i, sizes_.numel[index(i)] / rates_.device_params_per_s + rates_.launch_s);
+            ++device_next_;
+        }
+    }
+
+    void end(std::size_t lane) {
+        const std::int32_t i = std::exchange(piece_[lane], -1);
+        result_.busy_s[lane] += now_s_ - begin_s_[lane];
+        if (is_traced_) {
+            result_.spans.push_back({i, static_cast<std::int32_t>(lane), begin_s_[lane], now_s_});
+        }
+        switch (lane) {
+        case host:
+            ++host_done_;
+            if (rates_.downcast_params_per_s == 0) {
+                updated(i);
+            } else {
+                downcasts_.push(i);
+                is_host_held_ = (job_.flags & downcast_in_background) == 0;
+            }
+            break;
+        case downcast:
+            is_host_held_ = is_host_held_ && (job_.flags & downcast_in_background) != 0;
+            updated(i);
+            break;
+        case upload:
+            is_host_held_ = is_host_held_ && (job_.flags & upload_blocks_host) == 0;
+            result_.host_end_s = now_s_;
+            break;
+        case prefetch:
+            is_loaded_[index(i)] = 1;
+            break;
+        case device:
+            ++device_done_;
+            result_.device_end_s = now_s_;
+            if (!is_held_[index(i)]) {
+                flushes_.push(i);
+            } else if (load_bytes(i) > 0) {
+                --slots_used_;
+            }
+            break;
+        default:
+            --slots_used_;
+            result_.device_end_s = now_s_;
+        }
+    }
+
+    // Goes on behind host update and downcast.
+    void updated(std::int32_t i) {
+        result_.host_end_s = now_s_;
+        if (sizes_.upload_bytes[index(i)] > 0) {
+            uploads_.push(i);
+            is_host_held_ = is_host_held_ || (job_.flags & upload_blocks_host) != 0;
+        }
+    }
+
+    const PieceSizes &sizes_;
+    const LaneRates &rates_;
+    const Job &job_;
+    bool is_traced_;
+    double now_s_ = 0;
+    std::size_t host_next_ = 0; // places in the orders: next to start ...
+    std::size_t load_next_ = 0;
+    std::size_t device_next_ = 0;
+    std::size_t host_done_ = 0; // ... and how many are over
+    std::size_t device_done_ = 0;
+    bool is_host_held_ = false; // by its own downcast or upload
+    std::int32_t slots_used_ = 0;
+    std::vector<char> is_held_;
+    std::vector<char> is_loaded_;
+    std::array<std::int32_t, lane_count> piece_{};
+    std::array<double, lane_count> work_{};
+    std::array<double, lane_count> begin_s_{};
+    Queue downcasts_;
+    Queue uploads_;
+    Queue flushes_;
+    std::vector<double> releases_;
+    std::size_t released_ = 0;
+    Outcome result_;
+};
+
+} // namespace
+
+std::array<double, lane_count> lane_speeds(const LaneRates &rates, unsigned mask) {
+    const auto is_busy = [mask](std::size_t lane) { return (mask >> lane & 1u) != 0; };
+    const int to_device = is_busy(prefetch) + is_busy(upload);
+    const int from_device = is_busy(flush);
+    const int sharing_in = rates.is_duplex ? to_device : to_device + from_device;
+    const int sharing_out = rates.is_duplex ? from_device : to_device + from_device;
+    const double inward = rates.host_to_device_bytes_per_s / std::max(sharing_in, 1);
+    const double outward = rates.device_to_host_bytes_per_s / std::max(sharing_out, 1);
+    const std::array<double, lane_count> alone{
+        rates.host_params_per_s, rates.downcast_params_per_s, inward, inward, 1.0, outward};
+    const std::array<double, lane_count> traffic{rates.host_params_per_s * rates.host_update_bytes,
+                                                 rates.downcast_params_per_s * downcast_bytes,
+                                                 inward,
+                                                 inward,
+                                                 0.0,
+                                                 outward};
+    std::array<double, lane_count> found{};
+    std::vector<std::pair<double, std::size_t>> waiting;
+    for (std::size_t lane = 0; lane < lane_count; ++lane) {
+        found[lane] = is_busy(lane) ? alone[lane] : 0.0;
+        if (found[lane] != 0 && traffic[lane] != 0) {
+            waiting.emplace_back(traffic[lane], lane);
+        }
+    }
+    if (rates.host_memory_bytes_per_s == 0) {
+        return found;
+    }
+    // Max-min fairness: the modest get what they want, the others equal shares of what is left.
+    std::sort(waiting.begin(), waiting.end());
+    double left = rates.host_memory_bytes_per_s;
+    for (std::size_t place = 0; place < waiting.size(); ++place) {
+        auto [wanted, lane] = waiting[place];
+        const double fair = left / static_cast<double>(waiting.size() - place);
+        if (wanted > fair) {
+            found[lane] = alone[lane] * (fair / wanted);
+            wanted = fair;
+        }
+        left -= wanted;
+    }
+    return found;
+}
+
+Simulator::Simulator(PieceSizes sizes, const LaneRates &rates)
+    : sizes_(std::move(sizes)), rates_(rates) {
+    const std::size_t count = sizes_.numel.size();
+    if (sizes_.upload_bytes.size() != count || sizes_.gradient_bytes.size() != count) {
+        throw std::invalid_argument("sizes: numel, upload_bytes and gradient_bytes must have the "
+                                    "same length");
+    }
+    const auto is_positive = [](double value) { return value > 0 && value < never; };
+    if (!std::all_of(sizes_.numel.begin(), sizes_.numel.end(), is_positive)) {
+        throw std::invalid_argument("numel: allowed are finite numbers above 0");
+    }
+    for (const double rate : {rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s,
+                              rates.host_params_per_s, rates.device_params_per_s}) {
+        if (!is_positive(rate)) {
+            throw std::invalid_argument("rates: allowed are finite numbers above 0");
+        }
+    }
+}
+
+const std::array<double, lane_count> &Simulator::speeds(unsigned mask) {
+    if (!is_known_[mask]) {
+        speeds_[mask] = lane_speeds(rates_, mask);
+        is_known_[mask] = true;
+    }
+    return speeds_[mask];
+}
+
+Outcome Simulator::run(const Job &job, bool is_traced) {
+    const std::size_t count = sizes_.numel.size();
+    check_indices(job.device_order, count, "device_order");
+    check_indices(job.host_order, count, "host_order");
+    check_indices(job.residents, count, "residents");
+    check_length(job.release_s.size(), count, "release_s");
+    check_length(job.host_gates.size(), job.host_order.size(), "host_gates");
+    check_length(job.device_gates.size(), job.device_order.size(), "device_gates");
+    Run run(sizes_, rates_, job, is_traced);
+    while (true) {
+        run.start();
+        const unsigned mask = run.mask();
+        const double wake_s = run.next_release_s();
+        if (mask != 0) {
+            run.advance(speeds(mask), wake_s);
+        } else if (wake_s < never) {
+            run.sleep_until(wake_s);
+        } else {
+            return run.finish();
+        }
+    }
+}
+
+} // namespace lowtide::offload

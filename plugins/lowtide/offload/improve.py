@@ -1,0 +1,123 @@
+"""Better plans where pieces are few, so that whole pieces and the order of events matter.
+
+With few pieces, rounding the fluid optimum to whole pieces costs several per cent, memory is a
+knapsack, and the order matters at both ends of every lane. So every division of up to seven pieces
+is simulated in a good order, and from the best plans on single changes follow for as long as they
+help: a piece goes to another place, on any side; two pieces trade places; one slot more or less.
+
+Source: own derivation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from lowtide.offload.search import Candidate, Search
+
+_ENUMERATED = 7  # movable pieces: 3^7 divisions
+_MOST_PIECES = 64  # the gain falls with their number, the number of moves grows with its square
+_STARTS = 6
+_STEPS = 24_000  # pieces simulated at most from one start
+
+
+def improve(search: Search) -> None:
+    """Improve what `search` has found."""
+    if len(search.pieces) > _MOST_PIECES or search.wish.fraction is not None:
+        return
+    starts = [candidate for _, candidate in search.best.values()]
+    if len(search.movable) <= _ENUMERATED:
+        starts += _best_divisions(search)
+    for start in starts:
+        _climb(search, start)
+
+
+def _best_divisions(search: Search) -> list[Candidate]:
+    """Simulate every division into host, staged and resident; return the best few."""
+    found: list[tuple[float, int, Candidate]] = []
+    for number, (staged, residents) in enumerate(_divisions(search)):
+        for slots in range(1, search.wish.max_slots + 1):
+            candidate = search.arrange(staged, residents, slots)
+            if not search.fits(candidate):
+                break  # more slots need more
+            if len(found) >= _STARTS and search.least_s(candidate) >= found[-1][0]:
+                break
+            others = [search.arrange(staged, residents, slots, before=b) for b in (0, 1)]
+            orders = {candidate: None, **dict.fromkeys(others)}  # without repeats
+            best_s, best = min(
+                ((max(search.judge(order)), order) for order in orders), key=lambda pair: pair[0]
+            )
+            found.append((best_s, number * 64 + slots, best))
+            found.sort(key=lambda entry: entry[:2])
+            del found[_STARTS:]
+            if not candidate.slots:
+                break
+    return [candidate for _, _, candidate in found]
+
+
+def _divisions(search: Search) -> Iterator[tuple[list[int], frozenset[int]]]:
+    """Yield (staged pieces, residents) of every division; the rest is the host's."""
+    for sides in itertools.product(range(3), repeat=len(search.movable)):
+        staged = [i for i, side in zip(search.movable, sides, strict=True) if side == 1]
+        residents = frozenset(i for i, side in zip(search.movable, sides, strict=True) if side == 2)
+        if search.wish.residents in (None, residents):
+            yield staged, residents
+
+
+def _climb(search: Search, start: Candidate) -> None:
+    """Take the first change that helps, until none does or the simulations are used up."""
+    budget = search.simulations + _STEPS // len(search.pieces)
+    least_s = max(search.judge(start))
+    is_better = True
+    while is_better:
+        is_better = False
+        for candidate in _neighbours(search, start):
+            if search.simulations >= budget:
+                return
+            reached_s = max(search.judge(candidate))
+            if reached_s < least_s * (1 - 1e-9):
+                start, least_s, is_better = candidate, reached_s, True
+                break
+
+
+def _neighbours(search: Search, start: Candidate) -> Iterator[Candidate]:
+    moves = (_other_slots(search, start), _traded(start), _moved(search, start))
+    return filter(search.fits, itertools.chain(*moves))
+
+
+def _moved(search: Search, start: Candidate) -> Iterator[Candidate]:
+    for i in search.by_size:
+        device = tuple(j for j in start.device if j != i)
+        host = tuple(j for j in start.host if j != i)
+        others = start.residents - {i}
+        for changed in _inserted(device, i):
+            for residents in (others, others | {i}):
+                if (changed, residents) != (start.device, start.residents):
+                    yield Candidate(changed, host, residents, start.slots)
+        for changed in _inserted(host, i):
+            if changed != start.host:
+                yield Candidate(device, changed, others, start.slots)
+
+
+def _inserted(order: Sequence[int], i: int) -> Iterator[tuple[int, ...]]:
+    for place in range(len(order) + 1):
+        yield (*order[:place], i, *order[place:])
+
+
+def _traded(start: Candidate) -> Iterator[Candidate]:
+    """Trade two pieces; a resident's place comes with its memory."""
+    places = [*start.device, *start.host]
+    cut = len(start.device)
+    for a, b in itertools.combinations(range(len(places)), 2):
+        traded = places.copy()
+        traded[a], traded[b] = places[b], places[a]
+        residents = start.residents
+        if (places[a] in residents) != (places[b] in residents):
+            residents = residents ^ {places[a], places[b]}
+        yield Candidate(tuple(traded[:cut]), tuple(traded[cut:]), residents, start.slots)
+
+
+def _other_slots(search: Search, start: Candidate) -> Iterator[Candidate]:
+    for slots in range(1, search.wish.max_slots + 1):
+        if slots != start.slots and start.slots:
+            yield Candidate(start.device, start.host, start.residents, slots)

@@ -1,0 +1,217 @@
+"""Pieces of optimizer state, and the plan that says where and when each one is updated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowtide.core.errors import ConfigError
+from lowtide.offload.rates import STATE_BYTES
+
+GRADIENT_BYTES = (0, 2, 4)
+MAX_SLOTS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A part of this rank's optimizer state that is updated in one go: a subgroup, or a slice.
+
+    Attributes:
+        numel: Parameters in it.
+        low_precision_bytes: Bytes per parameter of the 16-bit weights that the host uploads after
+            its update; a device update makes them in place.
+        gradient_upload_bytes: Bytes per parameter of gradient that must go to the device before a
+            device update: 0 where it never left the device, else 2 or 4.
+        is_movable: Whether the device may update it; if not, the host does.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    numel: int
+    low_precision_bytes: int = 2
+    gradient_upload_bytes: int = 4
+    is_movable: bool = True
+
+    def __post_init__(self) -> None:
+        if self.numel < 1:
+            raise ConfigError(f"piece.numel: got {self.numel!r}, allowed is a whole number from 1")
+        if self.low_precision_bytes < 0:
+            raise ConfigError(
+                f"piece.low_precision_bytes: got {self.low_precision_bytes!r}, allowed is 0 or more"
+            )
+        if self.gradient_upload_bytes not in GRADIENT_BYTES:
+            raise ConfigError(
+                f"piece.gradient_upload_bytes: got {self.gradient_upload_bytes!r}, "
+                "allowed is 0, 2 or 4"
+            )
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradient that go to the device before a device update."""
+        return self.gradient_upload_bytes * self.numel
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of fp32 master and moments."""
+        return STATE_BYTES * self.numel
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes loaded into a slot when the piece is staged: state and gradient."""
+        return self.state_bytes + self.gradient_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Where and in which order pieces are updated. Numbers are indices into the list of pieces.
+
+    Attributes:
+        residents: Pieces whose state never leaves the device, ascending.
+        device_order: Pieces that the device updates, in this order; residents are among them.
+        host_order: Pieces that the host updates, in this order.
+        slots: Staging slots; each holds the largest load of a device piece (`slot_bytes`).
+            0 where nothing is loaded.
+        slot_bytes: Size of one slot.
+        resident_bytes: Device memory of the residents' state.
+        fraction: Share of the parameters that are not resident which the device updates.
+        makespan_s: Predicted time of the whole update, or None where nothing was predicted.
+        busy_s: Predicted seconds in which each lane is at work.
+        lower_bound_s: No plan within the same memory can be faster at these rates.
+    """
+
+    residents: tuple[int, ...]
+    device_order: tuple[int, ...]
+    host_order: tuple[int, ...]
+    slots: int
+    slot_bytes: int = 0
+    resident_bytes: int = 0
+    fraction: float = 0.0
+    makespan_s: float | None = None
+    busy_s: Mapping[str, float] = field(default_factory=dict, hash=False)
+    lower_bound_s: float | None = None
+
+    @property
+    def staged(self) -> tuple[int, ...]:
+        """Pieces that travel to the device and back, in the order of their updates."""
+        residents = set(self.residents)
+        return tuple(i for i in self.device_order if i not in residents)
+
+    @property
+    def is_host_only(self) -> bool:
+        """Whether the device updates nothing."""
+        return not self.device_order
+
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory of all slots."""
+        return self.slots * self.slot_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that the plan needs: slots and residents."""
+        return self.staging_bytes + self.resident_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan for JSON; `from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Return the plan that `as_dict` has described.
+
+        Raises:
+            ConfigError: Keys are missing or unknown.
+        """
+        orders = ("residents", "device_order", "host_order")
+        try:
+            changed = {name: tuple(int(i) for i in values[name]) for name in orders}
+            return cls(**{**values, **changed})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"plan: {error}; allowed is what Plan.as_dict() returns") from error
+
+    def to_json(self) -> str:
+        """Return the plan as one line of JSON."""
+        return json.dumps(self.as_dict())
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(self.host_order)} pieces on the host",
+            f"{len(self.staged)} staged in {self.slots} slot(s)",
+            f"{len(self.residents)} resident",
+            f"fraction {self.fraction:.3f}",
+            f"{self.device_bytes / 2**30:.2f} GiB of device memory",
+        ]
+        if self.makespan_s is not None:
+            parts.append(f"predicted {self.makespan_s * 1e3:.2f} ms")
+        if self.lower_bound_s is not None:
+            parts.append(f"bound {self.lower_bound_s * 1e3:.2f} ms")
+        return "; ".join(parts)
+
+
+def slot_bytes(pieces: Sequence[Piece], device: Iterable[int], residents: Iterable[int]) -> int:
+    """Return the size of one slot: the largest load. A resident loads its gradient only."""
+    held, largest = set(residents), 0
+    for i in device:
+        piece = pieces[i]
+        state = 0 if i in held else STATE_BYTES
+        largest = max(largest, (state + piece.gradient_upload_bytes) * piece.numel)
+    return largest
+
+
+def build_plan(
+    pieces: Sequence[Piece],
+    *,
+    residents: Iterable[int],
+    device_order: Iterable[int],
+    host_order: Iterable[int],
+    slots: int,
+) -> Plan:
+    """Return the plan with its sizes worked out; nothing is predicted."""
+    held, device = tuple(sorted(residents)), tuple(device_order)
+    largest = slot_bytes(pieces, device, held)
+    kept = set(held)
+    staged = sum(pieces[i].numel for i in device if i not in kept)
+    host = tuple(host_order)
+    movable = staged + sum(pieces[i].numel for i in host)
+    return Plan(
+        residents=held,
+        device_order=device,
+        host_order=host,
+        slots=slots if largest else 0,
+        slot_bytes=largest,
+        resident_bytes=sum(pieces[i].state_bytes for i in held),
+        fraction=staged / movable if movable else 0.0,
+    )
+
+
+def check_plan(pieces: Sequence[Piece], plan: Plan, *, memory_bytes: float | None = None) -> None:
+    """Make sure that a plan fits its pieces and the memory.
+
+    Raises:
+        ConfigError: A piece is missing or there twice, a resident is not updated on the device, a
+            piece that may not move is on the device, something is loaded without a slot, or the
+            device memory exceeds `memory_bytes`.
+    """
+    everywhere = sorted((*plan.device_order, *plan.host_order))
+    if everywhere != list(range(len(pieces))):
+        raise ConfigError(
+            f"plan: device_order and host_order name the pieces {everywhere[:20]}, allowed is "
+            f"each of 0 to {len(pieces) - 1} once"
+        )
+    strangers = set(plan.residents) - set(plan.device_order)
+    if strangers:
+        raise ConfigError(f"plan.residents: {sorted(strangers)} are not in device_order")
+    fixed = [i for i in plan.device_order if not pieces[i].is_movable]
+    if fixed:
+        raise ConfigError(f"plan.device_order: pieces {fixed} are not movable")
+    largest = slot_bytes(pieces, plan.device_order, plan.residents)
+    if largest and not 1 <= plan.slots <= MAX_SLOTS:
+        raise ConfigError(f"plan.slots: got {plan.slots}, allowed is 1 to {MAX_SLOTS}")
+    needed = plan.slots * largest + sum(pieces[i].state_bytes for i in plan.residents)
+    if memory_bytes is not None and needed > memory_bytes:
+        raise ConfigError(
+            f"plan: needs {needed} bytes of device memory, allowed are {memory_bytes:.0f}"
+        )

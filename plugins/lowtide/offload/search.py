@@ -1,0 +1,279 @@
+"""The search behind `lowtide.offload.plan.make_plan`: candidates around the fluid optimum.
+
+For each number of slots, size of a slot and set of residents the fluid model says how much to
+stage. A few amounts around it are simulated exactly, led by which side ended last, and the best
+plan of all is taken. No clock and no chance is involved, so ranks with equal rates find equal
+plans.
+
+Source: own derivation; the order of device pieces is Johnson's rule for two machines (1954).
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lowtide.offload.fluid import Fluid, best_staged
+from lowtide.offload.rates import STATE_BYTES, Rates
+from lowtide.offload.schedule import Piece
+from lowtide.offload.simulate import Job, machine
+
+_AMOUNTS = 4  # simulated for each number of slots and set of residents
+_CAPS = 4  # sizes of a slot that are tried where pieces differ
+_SAME = 1e-9  # relative; plans closer than that take equally long
+_NEAR = 1.0 + 2 * _SAME
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One plan while it is being judged; `device` holds residents too."""
+
+    device: tuple[int, ...]
+    host: tuple[int, ...]
+    residents: frozenset[int]
+    slots: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What a plan must keep to.
+
+    Attributes:
+        memory_bytes: Device memory for slots and residents.
+        fraction: Share of what is not resident to stage; None: the best.
+        residents: The resident set; None: chosen by the search.
+        max_slots: Most slots.
+    """
+
+    memory_bytes: float
+    fraction: float | None
+    residents: frozenset[int] | None
+    max_slots: int
+
+
+class Search:
+    """Judges plans of the same pieces, rates and wishes; remembers the best for each slot count."""
+
+    def __init__(self, pieces: Sequence[Piece], rates: Rates, wish: Wish) -> None:
+        self.pieces, self.rates, self.wish = pieces, rates, wish
+        self.numel = [p.numel for p in pieces]
+        self.gradient = [p.gradient_upload_bytes * p.numel for p in pieces]
+        self.load = [STATE_BYTES * n + g for n, g in zip(self.numel, self.gradient, strict=True)]
+        self.total = sum(self.numel)
+        self.by_size = sorted(range(len(pieces)), key=self.numel.__getitem__, reverse=True)
+        self.movable = [i for i in self.by_size if pieces[i].is_movable]
+        self.best: dict[int, tuple[tuple[float, float, int, int], Candidate]] = {}
+        self.simulations = 0
+        self.machine = machine(pieces, rates)
+        self._fluid = Fluid.of(pieces)
+        self._has_gradient = any(self.gradient)
+        to_device, to_host = rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s
+        flush = [STATE_BYTES * n / to_host for n in self.numel]
+        self._early = {
+            i for i, load in enumerate(self.load) if load / to_device < flush[i]
+        }  # Johnson's rule: those whose second machine takes longer come first
+
+    def run(self) -> None:
+        """Try every shape."""
+        for slots, cap in self._shapes():
+            residents = self.choose_residents(slots, cap)
+            if residents is not None:
+                self._try_amounts(slots, cap, residents)
+
+    def winner(self) -> Candidate:
+        """Return the best of all plans that were judged."""
+        found = iter(self.best[slots] for slots in sorted(self.best))
+        best = next(found)
+        for other in found:
+            best = other if _is_better(other[0], best[0]) else best
+        return best[1]
+
+    def judge(self, candidate: Candidate) -> tuple[float, float]:
+        """Simulate a plan, remember it if it is the best of its slots; return both sides' ends."""
+        self.simulations += 1
+        outcome = self.machine.run(
+            Job(candidate.device, candidate.host, tuple(candidate.residents), candidate.slots)
+        )
+        known, seconds = self.best.get(candidate.slots), outcome.makespan_s
+        if known is None or self.wish.fraction is not None or seconds <= known[0][1] * _NEAR:
+            host = sum(map(self.numel.__getitem__, candidate.host))
+            staged = self.total - host - sum(map(self.numel.__getitem__, candidate.residents))
+            miss = self._miss(staged, candidate)
+            key = (miss, seconds, staged, len(candidate.residents))
+            if known is None or _is_better(key, known[0]):
+                self.best[candidate.slots] = (key, candidate)
+        return outcome.host_end_s, outcome.device_end_s
+
+    def arrange(
+        self, staged: Sequence[int], residents: frozenset[int], slots: int, *, before: int = -1
+    ) -> Candidate:
+        """Return a division of the pieces in a good order.
+
+        Args:
+            staged: Pieces to stage, large ones first.
+            residents: Residents.
+            slots: Staging slots.
+            before: Place of the residents in the device's order, small ones first; -1: behind
+                everything staged, large ones first, so that they fill the time of the last flush.
+        """
+        order = self.device_order(staged)
+        held = [i for i in self.by_size if i in residents]
+        place = len(order) if before < 0 else before
+        held = held if before < 0 else held[::-1]
+        device = (*order[:place], *held, *order[place:])
+        on_device = set(device)
+        host = tuple(i for i in self.by_size if i not in on_device)
+        is_loading = bool(staged) or (
+            self._has_gradient and any(self.gradient[i] for i in residents)
+        )
+        return Candidate(device, host, residents, slots if is_loading else 0)
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Tell whether a plan keeps to the wishes and to the memory."""
+        residents, wish = candidate.residents, self.wish
+        if wish.residents is not None and residents != wish.residents:
+            return False
+        if not all(self.pieces[i].is_movable for i in candidate.device):
+            return False
+        slot = max(
+            (
+                self.gradient[i] + (0 if i in residents else STATE_BYTES * self.numel[i])
+                for i in candidate.device
+            ),
+            default=0,
+        )
+        if slot and not candidate.slots:
+            return False
+        held = STATE_BYTES * sum(self.numel[i] for i in residents)
+        return candidate.slots * slot + held <= wish.memory_bytes
+
+    def least_s(self, candidate: Candidate) -> float:
+        """Return a time that no order of this division undercuts."""
+        device = sum(map(self.numel.__getitem__, candidate.device))
+        resident = sum(map(self.numel.__getitem__, candidate.residents))
+        host = self.total - device
+        gradient = sum(map(self.gradient.__getitem__, candidate.device))
+        rates, state = self.rates, STATE_BYTES * (device - resident)
+        return max(
+            host / rates.host_params_per_s,
+            device / rates.device_params_per_s,
+            (state + gradient) / rates.host_to_device_bytes_per_s,
+            state / rates.device_to_host_bytes_per_s,
+        )
+
+    def choose_residents(self, slots: int, cap: int) -> frozenset[int] | None:
+        """Fill what `slots` slots of `cap` bytes leave with residents, large ones first.
+
+        Returns:
+            The residents, or None where the memory is too small for slots and given residents.
+        """
+        wish, slot = self.wish, cap
+        if wish.residents is not None:
+            slot = max([cap, *(self.gradient[i] for i in wish.residents)])
+            needed = STATE_BYTES * sum(self.numel[i] for i in wish.residents) + slots * slot
+            is_allowed = needed <= wish.memory_bytes and (slots > 0 or slot == 0)
+            return wish.residents if is_allowed else None
+        left = wish.memory_bytes - slots * slot
+        if left < 0:
+            return None
+        chosen = []
+        smallest = STATE_BYTES * self.numel[self.movable[-1]] if self.movable else 0
+        for i in self.movable:
+            if left < smallest:
+                break
+            grown = max(slot, self.gradient[i])
+            needed = STATE_BYTES * self.numel[i] + slots * (grown - slot)
+            if needed <= left and (slots or not grown):
+                chosen.append(i)
+                left -= needed
+                slot = grown
+        return frozenset(chosen)
+
+    def device_order(self, staged: Sequence[int]) -> list[int]:
+        """Return staged pieces, which come large ones first, in the order that hides most."""
+        if not self._early:
+            return list(staged)
+        early = [i for i in reversed(staged) if i in self._early]
+        return [*early, *(i for i in staged if i not in self._early)]
+
+    def _miss(self, staged: int, candidate: Candidate) -> float:
+        """Return how many parameters the wanted fraction is missed by; 0 within half a piece."""
+        if self.wish.fraction is None:
+            return 0.0
+        movable = self.total - sum(self.numel[i] for i in candidate.residents)
+        miss = abs(staged - self.wish.fraction * movable)
+        return miss if miss > self.numel[self.by_size[0]] / 2 else 0.0
+
+    def _shapes(self) -> Iterator[tuple[int, int]]:
+        """Yield (slots, size of a slot in bytes); size 0: nothing is staged."""
+        yield 0, 0
+        sizes = sorted({self.load[i] for i in self.movable}, reverse=True)
+        for slots in range(self.wish.max_slots, 0, -1):  # the fastest first, so others are cut off
+            if self._has_gradient:  # residents need a slot for their gradients
+                yield slots, 0
+            fitting = [size for size in sizes if slots * size <= self.wish.memory_bytes]
+            steps = min(_CAPS, len(fitting))
+            for step in range(steps):
+                yield slots, fitting[step * (len(fitting) - 1) // max(steps - 1, 1)]
+
+    def _try_amounts(self, slots: int, cap: int, residents: frozenset[int]) -> None:
+        """Judge a few amounts to stage, for these slots and residents."""
+        resident = sum(map(self.numel.__getitem__, residents))
+        if self.wish.residents is None and slots == 0:
+            self.judge(self.arrange([], frozenset(), 0))
+        if self.wish.fraction is None:
+            target, least_s = best_staged(self._fluid, self.rates, resident, slots=slots)
+            if any(least_s > key[1] for key, _ in self.best.values()):
+                return
+        else:
+            target = self.wish.fraction * (self.total - resident)
+        load = self.load
+        eligible = [i for i in self.movable if load[i] <= cap and i not in residents]
+        ends = list(itertools.accumulate(map(self.numel.__getitem__, eligible)))
+        tried = set()
+        for _ in range(_AMOUNTS if self.wish.fraction is None else 1):
+            staged = self._fill(eligible, ends, target)
+            amount = sum(map(self.numel.__getitem__, staged))
+            if amount in tried or (not staged and not residents):
+                return
+            tried.add(amount)
+            host_s, device_s = self.judge(self.arrange(staged, residents, slots))
+            host = self.total - amount - resident
+            # Both sides as straight lines through their ends: where would they meet?
+            slope = host_s / max(host, 1) + device_s / max(amount, 1)
+            target = amount + (host_s - device_s) / slope
+
+    def _fill(self, eligible: Sequence[int], ends: Sequence[int], target: float) -> list[int]:
+        """Return pieces that come to about `target` parameters: large ones, then what still fits.
+
+        Args:
+            eligible: Pieces, the largest first.
+            ends: Running sums of their parameters.
+            target: Parameters wanted.
+        """
+        count = bisect.bisect_right(ends, target)
+        chosen = list(eligible[:count])
+        left = target - (ends[count - 1] if count else 0)
+        for i in eligible[count:]:
+            if left < self.numel[eligible[-1]]:
+                break
+            if self.numel[i] <= left:
+                chosen.append(i)
+                left -= self.numel[i]
+        if len(chosen) < len(eligible):  # one more of the smallest, if that is nearer
+            on_device = set(chosen)
+            smallest = next(i for i in reversed(eligible) if i not in on_device)
+            if self.numel[smallest] < 2 * left:
+                chosen.append(smallest)
+        return chosen
+
+
+def _is_better(key: tuple[float, float, int, int], than: tuple[float, float, int, int]) -> bool:
+    """Compare (missed fraction, makespan, staged, residents); equal makespans move less."""
+    if key[0] != than[0]:
+        return key[0] < than[0]
+    if abs(key[1] - than[1]) > _SAME * than[1]:
+        return key[1] < than[1]
+    return key[2:] < than[2:]
