@@ -1,5 +1,5 @@
 #include "adam.hpp"
-
+#include "adam_memory.hpp"
 #include "common/cpu_features.hpp"
 
 #if LOWTIDE_X86
@@ -66,13 +66,17 @@ LOWTIDE_AVX2 inline __m128i as_float16(__m256 value) {
     return _mm_blendv_epi8(rounded, _mm_set1_epi16(float16_nan), narrow);
 }
 
-LOWTIDE_AVX2 inline void store_low(unsigned char *low, Type type, std::size_t i, __m256 value) {
+// `streams`: past the caches, to an address that is a multiple of the vector's size.
+LOWTIDE_AVX2 inline void store_low(unsigned char *low, Type type, std::size_t i, __m256 value,
+                                   bool streams) {
     if (type == Type::float32) {
-        _mm256_storeu_ps(reinterpret_cast<float *>(low + 4 * i), value);
+        auto *const place = reinterpret_cast<float *>(low + 4 * i);
+        streams ? _mm256_stream_ps(place, value) : _mm256_storeu_ps(place, value);
         return;
     }
+    auto *const place = reinterpret_cast<__m128i *>(low + 2 * i);
     const __m128i stored = type == Type::bfloat16 ? as_bfloat16(value) : as_float16(value);
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(low + 2 * i), stored);
+    streams ? _mm_stream_si128(place, stored) : _mm_storeu_si128(place, stored);
 }
 
 // As updated() in adam_element.hpp, line by line.
@@ -106,12 +110,16 @@ void adam_range_avx2(const AdamStep &step, const AdamArrays &arrays, std::size_t
     float *const param = a.param.data();
     float *const exp_avg = a.exp_avg.data();
     float *const exp_avg_sq = a.exp_avg_sq.data();
+    const bool streams = streams_low(a, begin);
     std::size_t i = begin;
     for (; end - i >= lanes; i += lanes) {
         const __m256 grad =
             _mm256_mul_ps(load_grad(a.grad.data(), a.grad_type, i), scalars.grad_scale);
         if (!a.kept_grad.empty()) {
             _mm256_storeu_ps(a.kept_grad.data() + i, grad);
+        }
+        for (const float *array : {param, exp_avg, exp_avg_sq}) {
+            _mm_prefetch(ahead(array + i), _MM_HINT_T0);
         }
         const Vectors old{_mm256_loadu_ps(param + i), _mm256_loadu_ps(exp_avg + i),
                           _mm256_loadu_ps(exp_avg_sq + i)};
@@ -120,9 +128,10 @@ void adam_range_avx2(const AdamStep &step, const AdamArrays &arrays, std::size_t
         _mm256_storeu_ps(exp_avg + i, e.exp_avg);
         _mm256_storeu_ps(exp_avg_sq + i, e.exp_avg_sq);
         if (!a.low.empty()) {
-            store_low(a.low.data(), a.low_type, i, e.param);
+            store_low(a.low.data(), a.low_type, i, e.param, streams);
         }
     }
+    _mm_sfence(); // no lock orders streamed stores for the thread that reads them
     adam_range_scalar(step, arrays, i, end);
 }
 

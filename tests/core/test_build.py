@@ -201,7 +201,7 @@ def test_plugin_joins_by_dropping_its_folder_in(tree: Path) -> None:
         "print(native().probe.answer(), status().folders, native().common.crc32c(b'123456789'))"
     )
     printed = python(code, tree / "plugins")
-    assert printed.split("\n")[0] == f"42 ('checkpoint', 'common', 'probe') {0xE3069283}"
+    assert printed.split("\n")[0] == f"42 ('checkpoint', 'common', 'offload', 'probe') {0xE3069283}"
     objects = list((tree / "build" / "native").rglob("*.o"))
     assert objects
     before = {path: path.stat().st_mtime_ns for path in objects}

@@ -216,6 +216,20 @@ def test_levels_agree_at_any_size_and_place(
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("skip", [0, 3, 8, 16])
+def test_long_arrays_that_are_written_past_the_caches(level: str, skip: int) -> None:
+    size = (1 << 20) + 37
+    for low_type in TYPES:
+        state = new_state(size)
+        low = torch.zeros(skip + size + 16, dtype=low_type)
+        grad = torch.ones(size, dtype=torch.bfloat16)
+        run_level(level, state, grad, some_step(), low=low[skip : skip + size], threads=3)
+        assert torch.equal(low[skip : skip + size], state.param.to(low_type))
+        assert not low[:skip].any()
+        assert not low[skip + size :].any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=NAMES.get)
 def test_every_16_bit_gradient_is_widened_as_torch_does(level: str, dtype: torch.dtype) -> None:
     grad = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
