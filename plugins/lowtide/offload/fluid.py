@@ -20,9 +20,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from lowtide.offload.rates import DOWNCAST_BYTES, STATE_BYTES, Rates
 from lowtide.offload.schedule import Piece, Plan
+
+Kinds: TypeAlias = dict[tuple[int, int, bool], int]
+"""(bytes per parameter of 16-bit weights, of gradient, is it movable) -> parameters."""
 
 _ROUNDING = 1.0 - 1e-12  # a bound must stay one when sums are rounded
 
@@ -95,6 +99,15 @@ def division_bound_s(pieces: Sequence[Piece], plan: Plan, rates: Rates) -> float
     return max(times.values()) * _ROUNDING
 
 
+def kinds_of(pieces: Sequence[Piece]) -> Kinds:
+    """Return how many parameters there are of each kind; kinds are few where pieces are many."""
+    kinds: Kinds = {}
+    for p in pieces:
+        kind = (p.low_precision_bytes, p.gradient_upload_bytes, p.is_movable)
+        kinds[kind] = kinds.get(kind, 0) + p.numel
+    return kinds
+
+
 @dataclass(frozen=True, slots=True)
 class Fluid:
     """The pieces as a fluid.
@@ -112,12 +125,8 @@ class Fluid:
     gradient_bytes: float
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], *, is_bound: bool = False) -> Fluid:
+    def of(cls, kinds: Kinds, *, is_bound: bool = False) -> Fluid:
         """Return the pieces' averages, or for a bound the smallest values."""
-        kinds: dict[tuple[int, int, bool], int] = {}  # few, while pieces may be many
-        for p in pieces:
-            kind = (p.low_precision_bytes, p.gradient_upload_bytes, p.is_movable)
-            kinds[kind] = kinds.get(kind, 0) + p.numel
         total = sum(kinds.values())
         movable = {kind: numel for kind, numel in kinds.items() if kind[2]}
         moving = sum(movable.values())
@@ -172,16 +181,14 @@ def best_staged(fluid: Fluid, rates: Rates, resident: float, *, slots: int) -> t
     return staged, seconds
 
 
-def lower_bound_s(
-    pieces: Sequence[Piece], rates: Rates, *, memory_bytes: float, has_residents: bool = True
-) -> float:
+def lower_bound_s(kinds: Kinds, rates: Rates, *, memory_bytes: float) -> float:
     """Return a time that no plan within `memory_bytes` of device memory can undercut.
 
     Any division, any order, any number of slots; a small piece of fluid needs no slot memory.
     """
-    fluid = Fluid.of(pieces, is_bound=True)
+    fluid = Fluid.of(kinds, is_bound=True)
     slots = 1 << 30 if memory_bytes > 0 else 0
-    most = min(fluid.movable, max(memory_bytes, 0.0) / STATE_BYTES) if has_residents else 0.0
+    most = min(fluid.movable, memory_bytes / STATE_BYTES)
 
     def seconds(resident: float) -> float:
         return best_staged(fluid, rates, resident, slots=slots)[1]
