@@ -35,10 +35,11 @@ Gpu = Annotated[str, typer.Option("--gpu", help="A GPU's name, e.g. H100-80GB.")
 Ranks = Annotated[int, typer.Option("--ranks", help="GPUs, all on one host.")]
 SubgroupSize = Annotated[float, typer.Option("--subgroup-size", help="Parameters in a subgroup.")]
 MemoryGb = Annotated[
-    float | None, typer.Option("--memory-gb", help="GPU memory to plan with. [default: a tenth]")
+    float | None,
+    typer.Option("--memory-gb", help="GPU memory to plan with; else a tenth."),
 ]
 Fraction = Annotated[
-    float | None, typer.Option("--fraction", help="Share to stage. [default: the best]")
+    float | None, typer.Option("--fraction", help="Share to stage; else the best.")
 ]
 Slots = Annotated[int, typer.Option("--slots", help="Staging slots at most.")]
 GradientBytes = Annotated[
@@ -258,7 +259,7 @@ def _print_lanes(console: Console, outlook: Outlook) -> None:
     from rich.text import Text
 
     from lowtide.offload.outlook import lane_rows
-    from lowtide.offload.simulate import LANES
+    from lowtide.offload.reference import LANES
 
     simulation = outlook.simulation
     columns = max(20, console.width - 16)

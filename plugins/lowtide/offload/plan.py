@@ -18,9 +18,10 @@ from lowtide.core.errors import ConfigError
 from lowtide.offload.fluid import kinds_of, lower_bound_s
 from lowtide.offload.improve import improve
 from lowtide.offload.rates import Rates
+from lowtide.offload.reference import LANES, Outcome
 from lowtide.offload.schedule import MAX_SLOTS, Piece, Plan, build_plan, check_plan, slot_bytes
 from lowtide.offload.search import Search, Wish
-from lowtide.offload.simulate import LANES, Options, Outcome, machine, plan_job
+from lowtide.offload.simulate import Options, machine, plan_job
 
 __all__ = [
     "Piece", "Plan", "build_plan", "check_plan", "host_only_plan", "make_plan", "predict",

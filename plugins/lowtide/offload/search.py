@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from lowtide.offload.fluid import Fluid, best_staged, kinds_of
 from lowtide.offload.rates import STATE_BYTES, Rates
+from lowtide.offload.reference import Job, Outcome
 from lowtide.offload.schedule import Piece
-from lowtide.offload.simulate import Job, Outcome, machine
+from lowtide.offload.simulate import machine
 
 _AMOUNTS = 4  # simulated for each number of slots and set of residents
 _CAPS = 4  # sizes of a slot that are tried where pieces differ
