@@ -62,6 +62,7 @@ def make_plan(
     )
     if not pieces:
         return predict(pieces, host_only_plan(pieces), rates, memory_bytes=memory_bytes)
+    _check_residents(pieces, wish)
     search = Search(pieces, rates, wish)
     search.run()
     improve(search)
@@ -191,3 +192,13 @@ def _residents(pieces: Sequence[Piece], keep: bool | Collection[int]) -> frozens
             f"keep_residents: {sorted(strangers)} are not movable pieces of 0 to {len(pieces) - 1}"
         )
     return frozenset(keep)
+
+
+def _check_residents(pieces: Sequence[Piece], wish: Wish) -> None:
+    held = wish.residents or frozenset()
+    needed = sum(pieces[i].state_bytes for i in held) + slot_bytes(pieces, held, held)
+    if held and needed > wish.memory_bytes:
+        raise ConfigError(
+            f"keep_residents: {len(held)} pieces need {needed} bytes of device memory with one "
+            f"slot for their gradients, allowed are {wish.memory_bytes:.0f}; keep fewer"
+        )

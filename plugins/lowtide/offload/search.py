@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowtide.offload.fluid import Fluid, best_staged, kinds_of
+from lowtide.offload.fluid import Fluid, best_resident, best_staged, kinds_of
 from lowtide.offload.rates import STATE_BYTES, Rates
 from lowtide.offload.reference import Job, Outcome
 from lowtide.offload.schedule import Piece
@@ -82,8 +82,12 @@ class Search:
         """Try every shape."""
         for slots, cap in self._shapes():
             residents = self.choose_residents(slots, cap)
-            if residents is not None:
-                self._try_amounts(slots, cap, residents)
+            if residents is None:
+                continue
+            self._try_amounts(slots, cap, residents)
+            fewer = self._fewer_residents(slots, residents)
+            if fewer is not None:
+                self._try_amounts(slots, cap, fewer)
 
     def winner(self) -> Candidate:
         """Return the best of all plans that were judged."""
@@ -195,6 +199,21 @@ class Search:
                 slot = grown
         return frozenset(chosen)
 
+    def _fewer_residents(self, slots: int, residents: frozenset[int]) -> frozenset[int] | None:
+        """Return fewer residents where the device, or the link, has too much to do with them."""
+        if self.wish.residents is not None or not residents:
+            return None
+        most = sum(map(self.numel.__getitem__, residents))
+        left, _ = best_resident(self._fluid, self.rates, most, slots=slots)
+        if left >= most:
+            return None
+        chosen = []
+        for i in self.by_size:
+            if i in residents and self.numel[i] <= left:
+                chosen.append(i)
+                left -= self.numel[i]
+        return frozenset(chosen)
+
     def device_order(self, staged: Sequence[int]) -> list[int]:
         """Return staged pieces, which come large ones first, in the order that hides most."""
         if not self._early:
@@ -225,7 +244,7 @@ class Search:
     def _try_amounts(self, slots: int, cap: int, residents: frozenset[int]) -> None:
         """Judge a few amounts to stage, for these slots and residents."""
         resident = sum(map(self.numel.__getitem__, residents))
-        if self.wish.residents is None and slots == 0:
+        if slots == 0 and not self.wish.residents:
             self.judge(self.arrange([], frozenset(), 0))
         if self.wish.fraction is None:
             target, least_s = best_staged(self._fluid, self.rates, resident, slots=slots)
