@@ -209,7 +209,7 @@ class Search:
             return None
         chosen = []
         for i in self.by_size:
-            if i in residents and self.numel[i] <= left:
+            if i in residents and self.numel[i] <= 2 * left:  # to the nearest piece
                 chosen.append(i)
                 left -= self.numel[i]
         return frozenset(chosen)
