@@ -13,6 +13,9 @@ constexpr double state_bytes = 12;   // fp32 master weight and two fp32 moments
 constexpr double downcast_bytes = 6; // host memory traffic: read 4, write 2
 constexpr double never = std::numeric_limits<double>::infinity();
 
+bool is_positive(double value) { return value > 0 && value < never; }
+bool is_at_least_zero(double value) { return value >= 0 && value < never; }
+
 void check_indices(const std::vector<std::int32_t> &list, std::size_t count, const char *name) {
     for (const std::int32_t value : list) {
         if (value < 0 || static_cast<std::size_t>(value) >= count) {
@@ -327,14 +330,25 @@ Simulator::Simulator(PieceSizes sizes, const LaneRates &rates)
         throw std::invalid_argument("sizes: numel, upload_bytes and gradient_bytes must have the "
                                     "same length");
     }
-    const auto is_positive = [](double value) { return value > 0 && value < never; };
+    // A NaN among them would make a lane that never ends.
     if (!std::all_of(sizes_.numel.begin(), sizes_.numel.end(), is_positive)) {
         throw std::invalid_argument("numel: allowed are finite numbers above 0");
+    }
+    for (const auto *list : {&sizes_.upload_bytes, &sizes_.gradient_bytes}) {
+        if (!std::all_of(list->begin(), list->end(), is_at_least_zero)) {
+            throw std::invalid_argument("sizes: allowed are finite numbers from 0");
+        }
     }
     for (const double rate : {rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s,
                               rates.host_params_per_s, rates.device_params_per_s}) {
         if (!is_positive(rate)) {
             throw std::invalid_argument("rates: allowed are finite numbers above 0");
+        }
+    }
+    for (const double value : {rates.downcast_params_per_s, rates.launch_s,
+                               rates.host_memory_bytes_per_s, rates.host_update_bytes}) {
+        if (!is_at_least_zero(value)) {
+            throw std::invalid_argument("rates: allowed are finite numbers from 0");
         }
     }
 }
@@ -355,6 +369,9 @@ Outcome Simulator::run(const Job &job, bool is_traced) {
     check_length(job.release_s.size(), count, "release_s");
     check_length(job.host_gates.size(), job.host_order.size(), "host_gates");
     check_length(job.device_gates.size(), job.device_order.size(), "device_gates");
+    if (!std::all_of(job.release_s.begin(), job.release_s.end(), is_at_least_zero)) {
+        throw std::invalid_argument("release_s: allowed are finite numbers from 0");
+    }
     Run run(sizes_, rates_, job, is_traced);
     while (true) {
         run.start();

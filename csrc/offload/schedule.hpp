@@ -1,6 +1,6 @@
 // Event-driven simulation of one optimizer update: which lane works on which piece until when.
 //
-// The rules are those of plugins/lowtide/offload/simulate.py, whose reference takes the same steps
+// The rules are those of plugins/lowtide/offload/reference.py, which takes the same steps
 // in the same arithmetic; a test holds both together.
 #pragma once
 
@@ -8,8 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <vector>
-
-#include "common/span.hpp"
 
 namespace lowtide::offload {
 
@@ -76,7 +74,7 @@ class Simulator {
     Simulator(PieceSizes sizes, const LaneRates &rates);
 
     // Throws std::invalid_argument for a plan that names unknown pieces, has lists of a wrong
-    // length, or can never end.
+    // length or release times that are not finite and >= 0, or can never end.
     Outcome run(const Job &job, bool is_traced);
 
   private:

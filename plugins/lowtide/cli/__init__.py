@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import lowtide
-from lowtide.cli import checkpoint, doctor, launch, report, schema
+from lowtide.cli import checkpoint, doctor, launch, plan, report, schema
 from lowtide.core.errors import LowtideError
 
 DEBUG_VARIABLE = "LOWTIDE_DEBUG"
@@ -62,6 +62,7 @@ app.command("schema")(schema.schema)
 app.command("report")(report.report)
 app.add_typer(launch.app, name="launch")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(plan.app, name="plan")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,14 +17,21 @@ beyond the model of Deep Optimizer States as far as its artifact shows it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from lowtide.offload.rates import DOWNCAST_BYTES, STATE_BYTES, Rates
+from lowtide.offload.reference import DOWNCAST, HOST, speeds
 from lowtide.offload.schedule import Piece, Plan
 
-_ROUNDING = 1.0 - 1e-12  # a bound must stay one when sums are rounded
+Kinds: TypeAlias = dict[tuple[int, int, bool], tuple[int, int, int]]
+"""(bytes per parameter of 16-bit weights, of gradient, is it movable) -> pieces, their
+parameters, those of the largest piece."""
+
+_ROUNDING = 1.0 - 1e-9  # a bound must stay one when sums are rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class Work:
     staged: float
     device: float
     gradient: float
-    launches: int = 0
+    launches: float
 
 
 def lane_times_s(work: Work, rates: Rates) -> dict[str, float]:
@@ -72,6 +79,38 @@ def lane_times_s(work: Work, rates: Rates) -> dict[str, float]:
     }
 
 
+def fair_memory_s(work: Work, rates: Rates) -> float:
+    """Return the least time for `work` where the host's memory is shared fairly.
+
+    The host gets at least its fair share, so it is over after t_1 at the latest, and the copies
+    alone cannot use all of the memory's bandwidth M, only that of the link, m. What is to be moved
+    is at most M t_1 + m (T - t_1). Counts where there is more bandwidth than the link takes; a
+    host that gave way to the copies on purpose would not be bound by it.
+    """
+    limit, link, host_s = _fairness(rates)
+    if link >= limit:
+        return 0.0
+    inward = STATE_BYTES * work.staged + work.gradient + work.upload
+    memory = inward + STATE_BYTES * work.staged + work.host * rates.host_update_bytes
+    memory += work.host * DOWNCAST_BYTES if rates.downcast_params_per_s else 0.0
+    return (memory - (limit - link) * host_s * work.host) / link
+
+
+@functools.lru_cache(maxsize=64)
+def _fairness(rates: Rates) -> tuple[float, float, float]:
+    """Return memory bandwidth, link bandwidth, and the longest host time per parameter."""
+    limit = rates.host_memory_bytes_per_s
+    if limit is None:
+        return 0.0, 0.0, 0.0
+    inward, outward = rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s
+    link = inward + outward if rates.is_duplex else max(inward, outward)
+    host_s = 1.0 / min(speeds(rates, mask)[HOST] for mask in range(64) if mask >> HOST & 1)
+    if rates.downcast_params_per_s:
+        masks = [mask for mask in range(64) if mask >> DOWNCAST & 1]
+        host_s += 1.0 / min(speeds(rates, mask)[DOWNCAST] for mask in masks)
+    return limit, link, host_s
+
+
 def division_bound_s(pieces: Sequence[Piece], plan: Plan, rates: Rates) -> float:
     """Return what no order of this division into host, staged and resident can undercut.
 
@@ -95,6 +134,16 @@ def division_bound_s(pieces: Sequence[Piece], plan: Plan, rates: Rates) -> float
     return max(times.values()) * _ROUNDING
 
 
+def kinds_of(pieces: Sequence[Piece]) -> Kinds:
+    """Return how many parameters there are of each kind; kinds are few where pieces are many."""
+    kinds: Kinds = {}
+    for p in pieces:
+        kind = (p.low_precision_bytes, p.gradient_upload_bytes, p.is_movable)
+        count, numel, largest = kinds.get(kind, (0, 0, 0))
+        kinds[kind] = count + 1, numel + p.numel, max(largest, p.numel)
+    return kinds
+
+
 @dataclass(frozen=True, slots=True)
 class Fluid:
     """The pieces as a fluid.
@@ -104,33 +153,33 @@ class Fluid:
         movable: Those that the device may update.
         upload_bytes: Bytes per parameter of 16-bit weights.
         gradient_bytes: Bytes per parameter of gradient to upload.
+        piece: Parameters in a movable piece, so that launches can be counted.
     """
 
     total: float
     movable: float
     upload_bytes: float
     gradient_bytes: float
+    piece: float
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], *, is_bound: bool = False) -> Fluid:
-        """Return the pieces' averages, or for a bound the smallest values."""
-        kinds: dict[tuple[int, int, bool], int] = {}  # few, while pieces may be many
-        for p in pieces:
-            kind = (p.low_precision_bytes, p.gradient_upload_bytes, p.is_movable)
-            kinds[kind] = kinds.get(kind, 0) + p.numel
-        total = sum(kinds.values())
-        movable = {kind: numel for kind, numel in kinds.items() if kind[2]}
-        moving = sum(movable.values())
+    def of(cls, kinds: Kinds, *, is_bound: bool = False) -> Fluid:
+        """Return the pieces' averages, or for a bound the values that cost least."""
+        total = sum(numel for _, numel, _ in kinds.values())
+        movable = {kind: sizes for kind, sizes in kinds.items() if kind[2]}
+        moving = sum(numel for _, numel, _ in movable.values())
         if is_bound:
             upload: float = min(kind[0] for kind in kinds)
             gradient: float = min((kind[1] for kind in movable), default=0)
+            piece: float = max((largest for _, _, largest in movable.values()), default=1)
         else:
-            upload = sum(kind[0] * numel for kind, numel in kinds.items()) / total
-            gradient = sum(kind[1] * n for kind, n in movable.items()) / max(moving, 1)
-        return cls(total, moving, upload, gradient)
+            upload = sum(kind[0] * sizes[1] for kind, sizes in kinds.items()) / total
+            gradient = sum(kind[1] * sizes[1] for kind, sizes in movable.items()) / max(moving, 1)
+            piece = moving / max(sum(count for count, _, _ in movable.values()), 1) or 1.0
+        return cls(total, moving, upload, gradient, piece)
 
     def work(self, staged: float, resident: float) -> Work:
-        """Return what there is to do in this division, without launches."""
+        """Return what there is to do in this division."""
         device = staged + resident
         host = self.total - device
         return Work(
@@ -139,10 +188,13 @@ class Fluid:
             staged=staged,
             device=device,
             gradient=self.gradient_bytes * device,
+            launches=device / self.piece,
         )
 
 
-def best_staged(fluid: Fluid, rates: Rates, resident: float, *, slots: int) -> tuple[float, float]:
+def best_staged(
+    fluid: Fluid, rates: Rates, resident: float, *, slots: int, is_fair: bool = True
+) -> tuple[float, float]:
     """Return (parameters to stage, seconds) of the best division for a fixed resident part.
 
     Args:
@@ -151,15 +203,19 @@ def best_staged(fluid: Fluid, rates: Rates, resident: float, *, slots: int) -> t
         resident: Parameters that stay on the device.
         slots: Staging slots; each goes through load, update and flush in turn, so the three
             together take at least 1 / slots of their sum. 0: nothing is staged.
+        is_fair: Whether `fair_memory_s` counts too.
     """
     most = max(fluid.movable - resident, 0.0) if slots else 0.0
 
     def lines(staged: float) -> list[float]:
-        times = lane_times_s(fluid.work(staged, resident), rates)
+        work = fluid.work(staged, resident)
+        fair_s = fair_memory_s(work, rates) if is_fair else 0.0
         load_s = (STATE_BYTES + fluid.gradient_bytes) / rates.host_to_device_bytes_per_s
         flush_s = STATE_BYTES / rates.device_to_host_bytes_per_s
-        chain_s = load_s + flush_s + 1.0 / rates.device_params_per_s
-        return [*times.values(), staged * chain_s / max(slots, 1)]
+        chain_s = load_s + flush_s
+        chain_s += 1.0 / rates.device_params_per_s + rates.launch_s / fluid.piece
+        chain_s *= staged / max(slots, 1)
+        return [*lane_times_s(work, rates).values(), chain_s, fair_s]
 
     left, right = lines(0.0), lines(most)
     candidates = {0.0, most}
@@ -168,33 +224,43 @@ def best_staged(fluid: Fluid, rates: Rates, resident: float, *, slots: int) -> t
         if before * after < 0:  # they cross in between
             candidates.add(most * before / (before - after))
     # The least time; among equals the least traffic.
-    seconds, staged = min((max(lines(staged)), staged) for staged in candidates)
+    lanes = [(a, (b - a) / most if most else 0.0) for a, b in zip(left, right, strict=True)]
+    seconds, staged = min((max(a + slope * x for a, slope in lanes), x) for x in candidates)
     return staged, seconds
 
 
-def lower_bound_s(
-    pieces: Sequence[Piece], rates: Rates, *, memory_bytes: float, has_residents: bool = True
-) -> float:
-    """Return a time that no plan within `memory_bytes` of device memory can undercut.
-
-    Any division, any order, any number of slots; a small piece of fluid needs no slot memory.
-    """
-    fluid = Fluid.of(pieces, is_bound=True)
-    slots = 1 << 30 if memory_bytes > 0 else 0
-    most = min(fluid.movable, max(memory_bytes, 0.0) / STATE_BYTES) if has_residents else 0.0
+def best_resident(
+    fluid: Fluid, rates: Rates, most: float, *, slots: int, is_fair: bool = True
+) -> tuple[float, float]:
+    """Return (resident parameters, seconds) of the best division with at most `most` of them."""
 
     def seconds(resident: float) -> float:
-        return best_staged(fluid, rates, resident, slots=slots)[1]
+        return best_staged(fluid, rates, resident, slots=slots, is_fair=is_fair)[1]
 
-    best = seconds(most)
+    best_s = seconds(most)
     # Convex in the resident part: if fewer residents do not help a little, they do not at all.
-    if seconds(most * (1.0 - 1e-6)) >= best:
-        return best * _ROUNDING
+    if seconds(most * (1.0 - 1e-6)) >= best_s:
+        return most, best_s
     low, high = 0.0, most
-    for _ in range(120):  # ternary search
+    for _ in range(80):  # ternary search
         third = (high - low) / 3
         if seconds(low + third) <= seconds(high - third):
             high -= third
         else:
             low += third
-    return min(best, seconds(low), seconds(high)) * _ROUNDING
+    return low, min(best_s, seconds(low), seconds(high))
+
+
+def lower_bound_s(
+    kinds: Kinds, rates: Rates, *, memory_bytes: float, is_fair: bool = False
+) -> float:
+    """Return a time that no plan within `memory_bytes` of device memory can undercut.
+
+    Any division, any order, any number of slots; a small piece of fluid needs no slot memory.
+    `is_fair` adds `fair_memory_s`, which holds for the simulator's rules but not for a host that
+    is made to wait.
+    """
+    fluid = Fluid.of(kinds, is_bound=True)
+    slots = 1 << 30 if memory_bytes > 0 else 0
+    most = min(fluid.movable, memory_bytes / STATE_BYTES)
+    return best_resident(fluid, rates, most, slots=slots, is_fair=is_fair)[1] * _ROUNDING

@@ -15,19 +15,13 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from lowtide.core.errors import ConfigError
-from lowtide.offload.fluid import lower_bound_s
+from lowtide.offload.fluid import kinds_of, lower_bound_s
 from lowtide.offload.improve import improve
 from lowtide.offload.rates import Rates
+from lowtide.offload.reference import LANES, Outcome
 from lowtide.offload.schedule import MAX_SLOTS, Piece, Plan, build_plan, check_plan, slot_bytes
 from lowtide.offload.search import Search, Wish
-from lowtide.offload.simulate import (
-    LANES,
-    NativeMachine,
-    Options,
-    ReferenceMachine,
-    machine,
-    plan_job,
-)
+from lowtide.offload.simulate import Options, machine, plan_job
 
 __all__ = [
     "Piece", "Plan", "build_plan", "check_plan", "host_only_plan", "make_plan", "predict",
@@ -68,6 +62,7 @@ def make_plan(
     )
     if not pieces:
         return predict(pieces, host_only_plan(pieces), rates, memory_bytes=memory_bytes)
+    _check_residents(pieces, wish)
     search = Search(pieces, rates, wish)
     search.run()
     improve(search)
@@ -79,7 +74,8 @@ def make_plan(
         host_order=found.host,
         slots=found.slots,
     )
-    return _predicted(plan, search.machine, pieces, rates, memory_bytes)
+    outcome = search.outcomes[found.slots]
+    return _predicted(plan, outcome, lower_bound_s(search.kinds, rates, memory_bytes=memory_bytes))
 
 
 def predict(pieces: Sequence[Piece], plan: Plan, rates: Rates, *, memory_bytes: float) -> Plan:
@@ -91,22 +87,17 @@ def predict(pieces: Sequence[Piece], plan: Plan, rates: Rates, *, memory_bytes: 
     check_plan(pieces, plan, memory_bytes=_memory(memory_bytes))
     if not pieces:
         return dataclasses.replace(plan, makespan_s=0.0, lower_bound_s=0.0)
-    return _predicted(plan, machine(pieces, rates), pieces, rates, memory_bytes)
+    outcome = machine(pieces, rates).run(plan_job(plan, Options()))
+    bound_s = lower_bound_s(kinds_of(pieces), rates, memory_bytes=memory_bytes)
+    return _predicted(plan, outcome, bound_s)
 
 
-def _predicted(
-    plan: Plan,
-    simulator: ReferenceMachine | NativeMachine,
-    pieces: Sequence[Piece],
-    rates: Rates,
-    memory_bytes: float,
-) -> Plan:
-    outcome = simulator.run(plan_job(plan, Options()))
+def _predicted(plan: Plan, outcome: Outcome, bound_s: float) -> Plan:
     return dataclasses.replace(
         plan,
         makespan_s=outcome.makespan_s,
         busy_s=dict(zip(LANES, outcome.busy_s, strict=True)),
-        lower_bound_s=lower_bound_s(pieces, rates, memory_bytes=memory_bytes),
+        lower_bound_s=bound_s,
     )
 
 
@@ -206,3 +197,13 @@ def _residents(pieces: Sequence[Piece], keep: bool | Collection[int]) -> frozens
             f"keep_residents: {sorted(strangers)} are not movable pieces of 0 to {len(pieces) - 1}"
         )
     return frozenset(keep)
+
+
+def _check_residents(pieces: Sequence[Piece], wish: Wish) -> None:
+    held = wish.residents or frozenset()
+    needed = sum(pieces[i].state_bytes for i in held) + slot_bytes(pieces, held, held)
+    if held and needed > wish.memory_bytes:
+        raise ConfigError(
+            f"keep_residents: {len(held)} pieces need {needed} bytes of device memory with one "
+            f"slot for their gradients, allowed are {wish.memory_bytes:.0f}; keep fewer"
+        )

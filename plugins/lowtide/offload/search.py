@@ -15,10 +15,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowtide.offload.fluid import Fluid, best_staged
+from lowtide.offload.fluid import Fluid, best_resident, best_staged, kinds_of
 from lowtide.offload.rates import STATE_BYTES, Rates
+from lowtide.offload.reference import Job, Outcome
 from lowtide.offload.schedule import Piece
-from lowtide.offload.simulate import Job, machine
+from lowtide.offload.simulate import machine
 
 _AMOUNTS = 4  # simulated for each number of slots and set of residents
 _CAPS = 4  # sizes of a slot that are tried where pieces differ
@@ -65,9 +66,11 @@ class Search:
         self.by_size = sorted(range(len(pieces)), key=self.numel.__getitem__, reverse=True)
         self.movable = [i for i in self.by_size if pieces[i].is_movable]
         self.best: dict[int, tuple[tuple[float, float, int, int], Candidate]] = {}
+        self.outcomes: dict[int, Outcome] = {}  # of the best plans
         self.simulations = 0
         self.machine = machine(pieces, rates)
-        self._fluid = Fluid.of(pieces)
+        self.kinds = kinds_of(pieces)
+        self._fluid = Fluid.of(self.kinds)
         self._has_gradient = any(self.gradient)
         to_device, to_host = rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s
         flush = [STATE_BYTES * n / to_host for n in self.numel]
@@ -79,8 +82,12 @@ class Search:
         """Try every shape."""
         for slots, cap in self._shapes():
             residents = self.choose_residents(slots, cap)
-            if residents is not None:
-                self._try_amounts(slots, cap, residents)
+            if residents is None:
+                continue
+            self._try_amounts(slots, cap, residents)
+            fewer = self._fewer_residents(slots, residents)
+            if fewer is not None:
+                self._try_amounts(slots, cap, fewer)
 
     def winner(self) -> Candidate:
         """Return the best of all plans that were judged."""
@@ -104,6 +111,7 @@ class Search:
             key = (miss, seconds, staged, len(candidate.residents))
             if known is None or _is_better(key, known[0]):
                 self.best[candidate.slots] = (key, candidate)
+                self.outcomes[candidate.slots] = outcome
         return outcome.host_end_s, outcome.device_end_s
 
     def arrange(
@@ -119,12 +127,12 @@ class Search:
                 everything staged, large ones first, so that they fill the time of the last flush.
         """
         order = self.device_order(staged)
-        held = [i for i in self.by_size if i in residents]
+        held = [i for i in self.by_size if i in residents] if residents else []
         place = len(order) if before < 0 else before
         held = held if before < 0 else held[::-1]
         device = (*order[:place], *held, *order[place:])
         on_device = set(device)
-        host = tuple(i for i in self.by_size if i not in on_device)
+        host = tuple([i for i in self.by_size if i not in on_device])
         is_loading = bool(staged) or (
             self._has_gradient and any(self.gradient[i] for i in residents)
         )
@@ -191,6 +199,21 @@ class Search:
                 slot = grown
         return frozenset(chosen)
 
+    def _fewer_residents(self, slots: int, residents: frozenset[int]) -> frozenset[int] | None:
+        """Return fewer residents where the device, or the link, has too much to do with them."""
+        if self.wish.residents is not None or not residents:
+            return None
+        most = sum(map(self.numel.__getitem__, residents))
+        left, _ = best_resident(self._fluid, self.rates, most, slots=slots)
+        if left >= most:
+            return None
+        chosen = []
+        for i in self.by_size:
+            if i in residents and self.numel[i] <= 2 * left:  # to the nearest piece
+                chosen.append(i)
+                left -= self.numel[i]
+        return frozenset(chosen)
+
     def device_order(self, staged: Sequence[int]) -> list[int]:
         """Return staged pieces, which come large ones first, in the order that hides most."""
         if not self._early:
@@ -221,7 +244,7 @@ class Search:
     def _try_amounts(self, slots: int, cap: int, residents: frozenset[int]) -> None:
         """Judge a few amounts to stage, for these slots and residents."""
         resident = sum(map(self.numel.__getitem__, residents))
-        if self.wish.residents is None and slots == 0:
+        if slots == 0 and not self.wish.residents:
             self.judge(self.arrange([], frozenset(), 0))
         if self.wish.fraction is None:
             target, least_s = best_staged(self._fluid, self.rates, resident, slots=slots)
@@ -230,7 +253,7 @@ class Search:
         else:
             target = self.wish.fraction * (self.total - resident)
         load = self.load
-        eligible = [i for i in self.movable if load[i] <= cap and i not in residents]
+        eligible = [i for i in self.movable if load[i] <= cap and i not in residents] if cap else []
         ends = list(itertools.accumulate(map(self.numel.__getitem__, eligible)))
         tried = set()
         for _ in range(_AMOUNTS if self.wish.fraction is None else 1):

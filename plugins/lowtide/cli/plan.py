@@ -1,0 +1,277 @@
+"""``lowtide plan``: what a plugin would do on a machine that is not at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowtide.cli.output import print_json
+from lowtide.core.errors import ConfigError, TelemetryError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowtide.offload.outlook import Outlook
+    from lowtide.offload.rates import Profile, Rates
+
+app = typer.Typer(help="Plan ahead, for a machine that is not at hand.", no_args_is_help=True)
+
+DEFAULT_MEMORY_SHARE = 0.1  # of the device's memory
+_COLOURS = {
+    "host": ("blue", "cyan"),
+    "downcast": ("blue", "cyan"),
+    "prefetch": ("green", "bright_green"),
+    "upload": ("yellow", "bright_yellow"),
+    "device": ("magenta", "bright_magenta"),
+    "flush": ("red", "bright_red"),
+}
+
+
+Params = Annotated[float, typer.Option("--params", help="Parameters of the model, e.g. 20e9.")]
+Gpu = Annotated[str, typer.Option("--gpu", help="A GPU's name, e.g. H100-80GB.")]
+Ranks = Annotated[int, typer.Option("--ranks", help="GPUs, all on one host.")]
+SubgroupSize = Annotated[float, typer.Option("--subgroup-size", help="Parameters in a subgroup.")]
+MemoryGb = Annotated[
+    float | None,
+    typer.Option("--memory-gb", help="GPU memory to plan with; else a tenth."),
+]
+Fraction = Annotated[
+    float | None, typer.Option("--fraction", help="Share to stage; else the best.")
+]
+Slots = Annotated[int, typer.Option("--slots", help="Staging slots at most.")]
+GradientBytes = Annotated[
+    int, typer.Option("--gradient-bytes", help="Gradient to upload: 0, 2 or 4 bytes each.")
+]
+NoResidents = Annotated[
+    bool, typer.Option("--no-residents", help="Keep nothing on the GPU between steps.")
+]
+LinkGbPerS = Annotated[
+    float | None, typer.Option("--link-gb-per-s", help="Pinned copies, each direction.")
+]
+HalfDuplex = Annotated[
+    bool, typer.Option("--half-duplex", help="The two directions share the link.")
+]
+HostParamsPerS = Annotated[
+    float | None, typer.Option("--host-params-per-s", help="Adam on one rank's cores.")
+]
+HostMemoryGbPerS = Annotated[
+    float | None, typer.Option("--host-memory-gb-per-s", help="One rank's share.")
+]
+DeviceParamsPerS = Annotated[
+    float | None, typer.Option("--device-params-per-s", help="Adam on the GPU.")
+]
+ChromeTrace = Annotated[
+    Path | None, typer.Option("--chrome-trace", help="Also write the update, for Perfetto.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _group() -> None:
+    pass  # keeps "offload" a verb of its own while it is the only one
+
+
+@app.command("offload")
+def offload(
+    params: Params,
+    gpu: Gpu,
+    ranks: Ranks = 1,
+    subgroup_size: SubgroupSize = 1e8,
+    memory_gb: MemoryGb = None,
+    fraction: Fraction = None,
+    slots: Slots = 2,
+    gradient_bytes: GradientBytes = 4,
+    no_residents: NoResidents = False,
+    link_gb_per_s: LinkGbPerS = None,
+    half_duplex: HalfDuplex = False,
+    host_params_per_s: HostParamsPerS = None,
+    host_memory_gb_per_s: HostMemoryGbPerS = None,
+    device_params_per_s: DeviceParamsPerS = None,
+    chrome_trace: ChromeTrace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan one optimizer update between host and GPU, and compare it with other schedules.
+
+    Rates that are not given come from data sheets: modelled, not measured.
+    """
+    from lowtide.offload.outlook import cut, look_ahead
+    from lowtide.offload.rates import profile
+
+    found = profile(gpu)
+    rates = _changed(
+        found.rates(ranks=ranks),
+        host_to_device_bytes_per_s=_giga(link_gb_per_s),
+        device_to_host_bytes_per_s=_giga(link_gb_per_s),
+        is_duplex=False if half_duplex else None,
+        host_params_per_s=host_params_per_s,
+        host_memory_bytes_per_s=_giga(host_memory_gb_per_s),
+        device_params_per_s=device_params_per_s,
+    )
+    memory_bytes = _memory_bytes(found, memory_gb)
+    numel = -(-_whole("--params", params) // ranks)
+    pieces = cut(
+        numel, _whole("--subgroup-size", subgroup_size), gradient_upload_bytes=gradient_bytes
+    )
+    outlook = look_ahead(
+        pieces,
+        rates,
+        memory_bytes=memory_bytes,
+        fraction="auto" if fraction is None else fraction,
+        keep_residents=not no_residents,
+        max_slots=slots,
+    )
+    if chrome_trace is not None:
+        _write_trace(chrome_trace, outlook)
+    if as_json:
+        print_json(
+            {
+                "gpu": gpu,
+                "ranks": ranks,
+                "memory_bytes": memory_bytes,
+                "rates": rates.as_dict(),
+                "plan": outlook.plan.as_dict(),
+                "schedules": [forecast.as_dict() for forecast in outlook.forecasts],
+            }
+        )
+        return
+    title = f"{len(pieces)} subgroups of {params / ranks / 1e9:.4g}B parameters on each {gpu}"
+    _print_outlook(outlook, title, memory_bytes)
+
+
+def _whole(name: str, value: float) -> int:
+    if not 1 <= value <= 1e15:
+        raise ConfigError(f"{name}: got {value:g}, allowed is 1 to 1e15")
+    return int(value)
+
+
+def _giga(value: float | None) -> float | None:
+    return None if value is None else value * 1e9
+
+
+def _changed(rates: Rates, **changes: float | bool | None) -> Rates:
+    return rates.replace(**{k: value for k, value in changes.items() if value is not None})
+
+
+def _memory_bytes(profile: Profile, memory_gb: float | None) -> float:
+    if memory_gb is None:
+        return DEFAULT_MEMORY_SHARE * profile.memory_bytes
+    if not 0 <= memory_gb * 1e9 <= profile.memory_bytes:
+        raise ConfigError(
+            f"--memory-gb: got {memory_gb:g}, allowed is 0 to {profile.memory_bytes / 1e9:g}, "
+            "which is what the GPU has"
+        )
+    return memory_gb * 1e9
+
+
+def _write_trace(path: Path, outlook: Outlook) -> None:
+    from lowtide.core.telemetry import Span, chrome_trace
+
+    spans = [
+        Span(
+            f"piece {span.piece}",
+            span.lane,
+            span.begin_s,
+            span.end_s,
+            {"piece": span.piece, "numel": outlook.pieces[span.piece].numel},
+        )
+        for span in outlook.simulation.trace
+    ]
+    try:
+        path.write_text(json.dumps(chrome_trace(spans, rank=0)), encoding="utf-8")
+    except OSError as error:
+        raise TelemetryError(f"{path}: cannot write the trace: {error}") from error
+
+
+def _print_outlook(outlook: Outlook, title: str, memory_bytes: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    plan, bound_s = outlook.plan, outlook.plan.lower_bound_s or 0.0
+    console.print(title, style="bold", highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("one update", no_wrap=True)
+    for heading in ("ms", "x bound", "on GPU", "GB there", "GB back", "GB held"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for forecast in outlook.forecasts:
+        is_ours = forecast is outlook.forecasts[-1]
+        table.add_row(
+            forecast.name,
+            f"{forecast.update_s * 1e3:.1f}",
+            f"{forecast.update_s / bound_s:.2f}",
+            f"{forecast.on_device:.0%}",
+            f"{forecast.to_device_bytes / 1e9:.2f}",
+            f"{forecast.to_host_bytes / 1e9:.2f}",
+            f"{forecast.device_bytes / 1e9:.2f}",
+            style="bold" if is_ours else None,
+        )
+    table.add_row(
+        "lower bound", f"{bound_s * 1e3:.1f}", "1.00", "", "", "", f"{memory_bytes / 1e9:.2f}"
+    )
+    console.print(table)
+    console.print(_division(outlook), highlight=False)
+    console.print(_orders(outlook), highlight=False)
+    _print_lanes(console, outlook)
+    saved = outlook.forecasts[0].update_s / outlook.forecasts[-1].update_s
+    console.print(
+        f"{saved:.2f} times as fast as the stock loop, if the rates hold: they are "
+        "modelled from data sheets where not given.",
+        highlight=False,
+    )
+    if plan.is_host_only:
+        console.print("The GPU would not help within this memory.", highlight=False)
+
+
+def _division(outlook: Outlook) -> str:
+    plan = outlook.plan
+    return (
+        f"fraction {plan.fraction:.3f}: {len(plan.host_order)} on the host, {len(plan.staged)} "
+        f"staged in {plan.slots} slot(s) of {_gb(plan.slot_bytes)}, {len(plan.residents)} resident"
+    )
+
+
+def _orders(outlook: Outlook) -> str:
+    plan = outlook.plan
+    return f"host: {_runs(plan.host_order)}; GPU: {_runs(plan.device_order)}"
+
+
+def _runs(order: Any) -> str:
+    """Return numbers in order, runs of neighbours as one: 3-7 12 14-15."""
+    parts: list[list[int]] = []
+    for i in order:
+        if parts and i == parts[-1][-1] + 1:
+            parts[-1][1:] = [i]
+        else:
+            parts.append([i])
+    texts = ["-".join(map(str, part)) for part in parts]
+    return " ".join(texts[:12]) + (" ..." if len(texts) > 12 else "") if texts else "none"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _print_lanes(console: Console, outlook: Outlook) -> None:
+    """Draw who works when; neighbouring pieces of a lane have different shades."""
+    from rich.text import Text
+
+    from lowtide.offload.outlook import lane_rows
+    from lowtide.offload.reference import LANES
+
+    simulation = outlook.simulation
+    columns = max(20, console.width - 16)
+    rows = lane_rows(simulation, columns)
+    for lane in LANES:
+        if lane not in rows:
+            continue
+        line = Text(f"{lane:<9}")
+        for busy, number in rows[lane]:
+            mark = " " if busy < 0.05 else "░" if busy < 0.35 else "▒" if busy < 0.8 else "█"
+            line.append(mark, style=_COLOURS[lane][number % 2])
+        line.append(f" {simulation.busy_s[lane] / simulation.makespan_s:4.0%}")
+        console.print(line, no_wrap=True)
+    end = f"{simulation.makespan_s * 1e3:.0f} ms"
+    console.print(" " * 9 + "0" + end.rjust(columns - 1), highlight=False)

@@ -1,0 +1,175 @@
+"""One update under each known schedule: stock's loop, static split, fixed stride, the plan.
+
+Everything here is simulated from rates, so it is as good as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowtide.core.errors import ConfigError
+from lowtide.offload.plan import host_only_plan, make_plan, stride_plan
+from lowtide.offload.rates import Rates
+from lowtide.offload.schedule import Piece, Plan
+from lowtide.offload.simulate import Options, Simulation, simulate
+
+STOCK_DOWNCAST = 2.5
+"""How much faster than Adam the unfused downcast of stock's loop is taken to be, with its pageable
+copy: about the middle of what the fit to the published curves gives (benchmarks)."""
+
+_MOST_PIECES = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """One schedule and what it would take.
+
+    Attributes:
+        name: Which schedule.
+        update_s: Time of the whole update.
+        to_device_bytes: Copied from host to device, per rank.
+        to_host_bytes: Copied back.
+        device_bytes: Device memory for slots and residents.
+        on_device: Share of all parameters that the device updates.
+    """
+
+    name: str
+    update_s: float
+    to_device_bytes: int
+    to_host_bytes: int
+    device_bytes: int
+    on_device: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the forecast for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """The plan, its simulation, and the other schedules beside it."""
+
+    pieces: Sequence[Piece]
+    rates: Rates
+    plan: Plan
+    simulation: Simulation
+    forecasts: tuple[Forecast, ...]
+
+
+def cut(numel: int, subgroup_size: int, **piece: Any) -> list[Piece]:
+    """Return `numel` parameters as pieces of `subgroup_size`, the last one with the rest.
+
+    Raises:
+        ConfigError: A number is below 1, or there would be more than 100,000 pieces.
+    """
+    for name, value in (("params", numel), ("subgroup_size", subgroup_size)):
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, allowed is a whole number from 1")
+    whole, rest = divmod(numel, subgroup_size)
+    if whole > _MOST_PIECES:
+        raise ConfigError(
+            f"subgroup_size: got {subgroup_size}, which cuts {numel} parameters into {whole} "
+            f"pieces; allowed are {_MOST_PIECES}, so make it larger"
+        )
+    sizes = [subgroup_size] * whole + ([rest] if rest else [])
+    return [Piece(numel=size, **piece) for size in sizes]
+
+
+def look_ahead(
+    pieces: Sequence[Piece], rates: Rates, *, memory_bytes: float, **wishes: Any
+) -> Outlook:
+    """Plan one update and compare it with the other schedules.
+
+    Args:
+        pieces: This rank's pieces.
+        rates: Its rates; where the downcast is fused (None), stock's unfused one is modelled.
+        memory_bytes: Device memory for slots and residents, the same for every schedule.
+        **wishes: Passed on to `make_plan`.
+    """
+    plan = make_plan(pieces, rates, memory_bytes=memory_bytes, **wishes)
+    stock = rates.replace(
+        downcast_params_per_s=rates.downcast_params_per_s
+        or STOCK_DOWNCAST * rates.host_params_per_s
+    )
+    host = host_only_plan(pieces)
+    forecasts = [_forecast("stock loop", pieces, host, stock, Options.stock())]
+    split = stride_plan(pieces, 0, residents=_most_residents(pieces, memory_bytes))
+    if split.residents:
+        name = f"static split, {len(split.residents) / len(pieces):.0%} resident"
+        forecasts.append(_forecast(name, pieces, split, stock, Options.stock()))
+    if len(pieces) > 1:
+        stride = stride_plan(pieces, 2)
+        if stride.device_bytes <= memory_bytes and all(p.is_movable for p in pieces):
+            name = "every second, one slot"
+            forecasts.append(_forecast(name, pieces, stride, stock, Options.artifact()))
+    forecasts.append(_forecast("host only, overlapped", pieces, host, rates, Options()))
+    simulation = simulate(pieces, plan, rates)
+    forecasts.append(_forecast("this plan", pieces, plan, rates, Options()))
+    return Outlook(
+        pieces=pieces,
+        rates=rates,
+        plan=plan,
+        simulation=simulation,
+        forecasts=tuple(forecasts),
+    )
+
+
+def _forecast(
+    name: str, pieces: Sequence[Piece], plan: Plan, rates: Rates, options: Options
+) -> Forecast:
+    simulation = simulate(pieces, plan, rates, options=options, is_traced=False)
+    staged = sum(pieces[i].state_bytes for i in plan.staged)
+    gradient = sum(pieces[i].gradient_bytes for i in plan.device_order)
+    upload = sum(pieces[i].low_precision_bytes * pieces[i].numel for i in plan.host_order)
+    return Forecast(
+        name=name,
+        update_s=simulation.makespan_s,
+        to_device_bytes=staged + gradient + upload,
+        to_host_bytes=staged,
+        device_bytes=plan.device_bytes,
+        on_device=sum(pieces[i].numel for i in plan.device_order) / sum(p.numel for p in pieces),
+    )
+
+
+def _most_residents(pieces: Sequence[Piece], memory_bytes: float) -> int:
+    """Return how many of the first pieces fit beside one slot for their gradients."""
+    held = slot = 0
+    for count, piece in enumerate(pieces):
+        held += piece.state_bytes
+        slot = max(slot, piece.gradient_bytes)
+        if not piece.is_movable or held + slot > memory_bytes:
+            return count
+    return len(pieces)
+
+
+def lane_rows(simulation: Simulation, columns: int) -> dict[str, list[tuple[float, int]]]:
+    """Return the simulation as a picture: for each lane and column, how busy, and with what.
+
+    Args:
+        simulation: With its trace.
+        columns: Width of the picture; each column is an equal part of the makespan.
+
+    Returns:
+        Per lane in use, per column: the busy share of its time, and the number of the span on
+        that lane that takes most of it (-1 for none), so that neighbours can be told apart.
+    """
+    rows: dict[str, list[tuple[float, int]]] = {}
+    step_s = simulation.makespan_s / max(columns, 1)
+    most: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
+    for span in sorted(simulation.trace, key=lambda s: s.begin_s):
+        row = rows.setdefault(span.lane, [(0.0, -1)] * columns)
+        largest = most.setdefault(span.lane, [0.0] * columns)
+        number = counts[span.lane] = counts.get(span.lane, -1) + 1
+        first = min(int(span.begin_s / step_s), columns - 1)
+        for column in range(first, min(math.ceil(span.end_s / step_s), columns)):
+            begin_s, end_s = column * step_s, (column + 1) * step_s
+            share = max(0.0, min(span.end_s, end_s) - max(span.begin_s, begin_s)) / step_s
+            busy, shown = row[column]
+            if share > largest[column]:
+                largest[column], shown = share, number
+            row[column] = (min(1.0, busy + share), shown)
+    return rows
