@@ -48,7 +48,7 @@ class Net(torch.nn.Module):
         self.second = torch.nn.Linear(129, 65)
         self.frozen = torch.nn.Linear(65, 65)
         self.sometimes = torch.nn.Linear(65, 65)
-        self.last = torch.nn.Linear(65, 7, bias=False)
+        self.last = torch.nn.Linear(65, 8, bias=False)
         self.frozen.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, passes: bool) -> torch.Tensor:
@@ -265,7 +265,7 @@ def access() -> dict[str, Any]:
             def look(step: int, engine: Any = engine) -> Any:
                 if not engine.is_gradient_accumulation_boundary():
                     return None
-                weight = engine.module.second.weight
+                weight = engine.module.last.weight  # stock cannot set one with padding
                 if step == 3:
                     gradient = safe_get_full_grad(weight)
                     safe_set_full_grad(weight, gradient * 0.5)

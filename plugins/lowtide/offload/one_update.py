@@ -187,12 +187,15 @@ class OneUpdate:
         self.trace.add(subgroup.key, subgroup.numel, begin_s, perf_counter())
         if weights is None or rounded is None or not is_far:
             return
-        if not self._may_upload:
+        turn, self._turn = self._turn % Landings.COUNT, self._turn + 1
+        self._landed[turn] = None
+        try:
+            if self._may_upload:
+                self._landed[turn] = self._upload(subgroup.key, weights, rounded)
+        except DeviceError:  # a lane has failed, or an emulated device is full
+            pass
+        if self._landed[turn] is None:
             weights.copy_(rounded)
-            return
-        with contextlib.suppress(DeviceError):  # a lane failed already; `finish` will see it
-            self._landed[self._turn % Landings.COUNT] = self._upload(subgroup.key, weights, rounded)
-        self._turn += 1
 
     def _upload(self, key: str, weights: Tensor, rounded: Tensor) -> DeviceEvent:
         lane = self._lane("upload")

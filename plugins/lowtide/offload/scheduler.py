@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowtide.core.device import Device
+from lowtide.core.errors import DeviceOutOfMemoryError
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.executor import Executor
 from lowtide.offload.one_update import Work
@@ -64,12 +66,11 @@ class Scheduler:
                 pieces, seed, memory_bytes=self._memory(executor),
                 max_slots=self._config.max_slots, keep_residents=self._keep_residents,
             )  # fmt: skip
-        elif self.plan is None or self.rates is None or pieces != self._pieces:
+        elif self.plan is None or pieces != self._pieces:
             self._pieces = pieces
-            self._measure(executor, works)
-            self._make_plan(executor)
+            self._make_plan(executor, works)
         elif self._step % self._config.replan_every_n_steps == 0:
-            self._reconsider(executor)
+            self._reconsider(executor, works)
         if self.plan is None:
             raise AssertionError("unreachable: every branch makes a plan or keeps one")
         return self.plan
@@ -89,34 +90,40 @@ class Scheduler:
 
     # -- plans --------------------------------------------------------------------------------
 
-    def _measure(self, executor: Executor, works: Sequence[Work]) -> None:
-        rates = measure(executor, works)
-        agreed = self._agree(_numbers(rates))
-        self.rates = _with_numbers(rates, agreed)
-
-    def _make_plan(self, executor: Executor) -> None:
-        if self.rates is None:
-            return
+    def _make_plan(self, executor: Executor, works: Sequence[Work]) -> None:
+        """Measure where that has not been done, and plan. Collective."""
         self._budget = self._agree([self._memory(executor)])[0]
+        self._misfits = 0
+        self.plans += 1
+        if self.rates is None:
+            try:
+                measured = measure(executor, works)
+                numbers = self._agree(_numbers(measured))
+            except DeviceOutOfMemoryError as error:
+                logger.warning("offload: no room to measure, so the host updates all: %s", error)
+                measured, numbers = None, self._agree([0.0] * (len(_FIELDS) + 1))
+            if measured is None or min(numbers) <= 0.0:  # on this rank or on another
+                self.plan = host_only_plan(self._pieces)
+                return
+            self.rates = _with_numbers(measured, numbers)
         self.plan = make_plan(
             self._pieces, self.rates, memory_bytes=self._budget, fraction=self._config.fraction,
             keep_residents=self._keep_residents, max_slots=self._config.max_slots,
         )  # fmt: skip
-        self._misfits = 0
-        self.plans += 1
 
-    def _reconsider(self, executor: Executor) -> None:
+    def _reconsider(self, executor: Executor, works: Sequence[Work]) -> None:
         """Plan again where prediction and measurement, or the memory, have parted. Collective."""
-        if self.rates is None:
-            return
         memory = self._memory(executor)
         has_moved = abs(memory - self._budget) > MISFIT * self._budget
         wish = float(self._misfits >= PATIENCE or has_moved)
-        agreed = self._agree([-wish, *_numbers(self.rates)])
+        # A rank without rates holds nobody back: its numbers are never the smallest.
+        own = [math.inf] * (len(_FIELDS) + 1) if self.rates is None else _numbers(self.rates)
+        wishes, *numbers = self._agree([-wish, *own])
         self._misfits = 0
-        if agreed[0] < 0:
-            self.rates = _with_numbers(self.rates, agreed[1:])
-            self._make_plan(executor)
+        if wishes < 0.0:
+            if self.rates is not None:
+                self.rates = _with_numbers(self.rates, numbers)
+            self._make_plan(executor, works)
 
     def _memory(self, executor: Executor) -> float:
         """Return the device memory that an update may use, in bytes."""
@@ -171,12 +178,12 @@ def corrected(rates: Rates, predicted_s: dict[str, float], measured_s: dict[str,
 
 def _numbers(rates: Rates) -> list[float]:
     memory = rates.host_memory_bytes_per_s
-    return [*(getattr(rates, name) for name in _FIELDS), float("inf") if memory is None else memory]
+    return [*(getattr(rates, name) for name in _FIELDS), math.inf if memory is None else memory]
 
 
 def _with_numbers(rates: Rates, numbers: list[float]) -> Rates:
     *values, memory = numbers
     return rates.replace(
         **dict(zip(_FIELDS, values, strict=True)),
-        host_memory_bytes_per_s=None if memory == float("inf") else memory,
+        host_memory_bytes_per_s=None if memory == math.inf else memory,
     )

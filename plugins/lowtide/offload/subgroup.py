@@ -57,6 +57,6 @@ def cuts(numel: int, limit: int) -> Iterator[tuple[int, int]]:
     """
     pieces = max(1, -(-numel // max(limit, ALIGNMENT)))
     size = -(-numel // pieces)
-    size = -(-size // ALIGNMENT) * ALIGNMENT
+    size = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
     for begin in range(0, numel, size):
         yield begin, min(size, numel - begin)
