@@ -2,7 +2,9 @@
 
 1. The lane simulator, with the order of events of the published artifact, against the authors'
    update throughputs by stride (strides 3 and 6 held out of the fit).
-2. Predicted update times of the planner for a thousand subgroups, against the lower bound.
+2. Predicted update times of the planner for a thousand subgroups, against the lower bound: the
+   slowest lane of the best division ("ratio"), and the same with fair sharing of the host's memory
+   taken into account ("fair"). "gradient": bytes per parameter that go to the device.
 3. Time to make a plan.
 
 Nothing here runs on a GPU: 1 compares with the authors' numbers, 2 is modelled from data sheets.
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowtide.core.native import status
+from lowtide.offload.fluid import kinds_of, lower_bound_s
 from lowtide.offload.plan import Piece, make_plan
 from lowtide.offload.rates import Rates, profile
 
@@ -65,9 +68,19 @@ def published(console: Console) -> None:
 def planner(console: Console, plans: int) -> None:
     """Print predicted times against the bound, and the time to plan."""
     table = Table(title="1000 subgroups of 20M parameters (modelled)")
-    for column in ["rates", "memory", "fraction", "residents", "update", "bound", "ratio", "plan"]:
+    for column in [
+        "rates",
+        "memory",
+        "gradient",
+        "fraction",
+        "residents",
+        "update",
+        "bound",
+        "ratio",
+        "fair",
+        "plan",
+    ]:
         table.add_column(column, justify="right")
-    pieces = [Piece(numel=20_000_000)] * 1000
     named = {
         "H100, 1 rank": profile("H100-80GB").rates(),
         "H100, 4 ranks": profile("H100-80GB").rates(ranks=4),
@@ -75,21 +88,26 @@ def planner(console: Console, plans: int) -> None:
         "emulated": EMULATED,
     }
     for name, rates in named.items():
-        for memory in (1e9, 16e9):
+        for memory, gradient in ((1e9, 4), (16e9, 4), (16e9, 0)):
+            pieces = [Piece(numel=20_000_000, gradient_upload_bytes=gradient)] * 1000
             times = []
             for _ in range(plans):
                 begin_s = time.perf_counter()
                 plan = make_plan(pieces, rates, memory_bytes=memory)
                 times.append(time.perf_counter() - begin_s)
             makespan_s, bound_s = plan.makespan_s or 0.0, plan.lower_bound_s or 0.0
+            kinds = kinds_of(pieces)
+            fair_s = lower_bound_s(kinds, rates, memory_bytes=memory, is_fair=True)
             table.add_row(
                 name,
                 f"{memory / 1e9:.0f} GB",
+                str(gradient),
                 f"{plan.fraction:.3f}",
                 str(len(plan.residents)),
                 f"{makespan_s:.3f} s",
                 f"{bound_s:.3f} s",
                 f"{makespan_s / bound_s:.3f}",
+                f"{makespan_s / fair_s:.3f}",
                 f"{statistics.median(times) * 1e3:.2f} ms",
             )
     console.print(table)

@@ -87,6 +87,46 @@ def test_plan_of_seven_pieces_is_within_two_per_cent_of_the_best() -> None:
         check_near_optimum(7000 + seed, 7)
 
 
+@pytest.mark.parametrize(
+    ("millions", "memory", "best_s", "rates"),
+    [
+        (
+            (37, 29, 68, 44, 56, 10),
+            6.59e9,
+            0.0837164,
+            Rates(
+                host_to_device_bytes_per_s=9.796e9,
+                device_to_host_bytes_per_s=7.628e9,
+                host_params_per_s=1.0635e9,
+                device_params_per_s=2.0814e9,
+                launch_s=297e-6,
+            ),
+        ),
+        (
+            (53, 76, 60, 23, 40, 23, 98),
+            2.415e9,
+            0.1204703,
+            Rates(
+                host_to_device_bytes_per_s=37.8e9,
+                device_to_host_bytes_per_s=41.25e9,
+                is_duplex=False,
+                host_params_per_s=1.347e9,
+                device_params_per_s=2.4385e9,
+                launch_s=16e-6,
+            ),
+        ),
+    ],
+)
+def test_residents_are_put_where_they_bridge_the_first_load(
+    millions: tuple[int, ...], memory: float, best_s: float, rates: Rates
+) -> None:
+    # The best of all plans, by trying them all, has residents early; behind all that is staged
+    # they cost 2.5 and 6 % more.
+    pieces = [Piece(numel=m * MILLION, gradient_upload_bytes=2) for m in millions]
+    plan = make_plan(pieces, rates, memory_bytes=memory)
+    assert plan.makespan_s == pytest.approx(best_s, rel=2e-3)
+
+
 @pytest.mark.parametrize("memory", [2e9, 16e9])
 @pytest.mark.parametrize("gradient", [0, 4])
 @pytest.mark.parametrize("name", REALISTIC)

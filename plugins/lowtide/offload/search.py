@@ -21,8 +21,9 @@ from lowtide.offload.reference import Job, Outcome
 from lowtide.offload.schedule import Piece
 from lowtide.offload.simulate import machine
 
-_AMOUNTS = 4  # simulated for each number of slots and set of residents
+_AMOUNTS = 3  # simulated for each number of slots and set of residents
 _CAPS = 4  # sizes of a slot that are tried where pieces differ
+_BALANCED = 1e-3  # sides that end that close to each other cannot be balanced better
 _SAME = 1e-9  # relative; plans closer than that take equally long
 _NEAR = 1.0 + 2 * _SAME
 
@@ -71,12 +72,19 @@ class Search:
         self.machine = machine(pieces, rates)
         self.kinds = kinds_of(pieces)
         self._fluid = Fluid.of(self.kinds)
-        self._has_gradient = any(self.gradient)
-        to_device, to_host = rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s
-        flush = [STATE_BYTES * n / to_host for n in self.numel]
-        self._early = {
-            i for i, load in enumerate(self.load) if load / to_device < flush[i]
-        }  # Johnson's rule: those whose second machine takes longer come first
+        self._has_gradient = any(kind[1] for kind in self.kinds)
+        # Johnson's rule: pieces whose second machine, the flush, takes longer come first.
+        load_s, flush_s = rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s
+        early = {
+            kind[1]
+            for kind in self.kinds
+            if (STATE_BYTES + kind[1]) / load_s < STATE_BYTES / flush_s
+        }
+        self._early = (
+            {i for i, p in enumerate(pieces) if p.gradient_upload_bytes in early}
+            if early
+            else set()
+        )
 
     def run(self) -> None:
         """Try every shape."""
@@ -85,7 +93,7 @@ class Search:
             if residents is None:
                 continue
             self._try_amounts(slots, cap, residents)
-            fewer = self._fewer_residents(slots, residents)
+            fewer = self._fewer_residents(slots if cap else 0, residents)
             if fewer is not None:
                 self._try_amounts(slots, cap, fewer)
 
@@ -232,14 +240,15 @@ class Search:
     def _shapes(self) -> Iterator[tuple[int, int]]:
         """Yield (slots, size of a slot in bytes); size 0: nothing is staged."""
         yield 0, 0
+        counts = range(self.wish.max_slots, 0, -1)  # the fastest first, so others are cut off
         sizes = sorted({self.load[i] for i in self.movable}, reverse=True)
-        for slots in range(self.wish.max_slots, 0, -1):  # the fastest first, so others are cut off
-            if self._has_gradient:  # residents need a slot for their gradients
-                yield slots, 0
+        for slots in counts:
             fitting = [size for size in sizes if slots * size <= self.wish.memory_bytes]
             steps = min(_CAPS, len(fitting))
             for step in range(steps):
                 yield slots, fitting[step * (len(fitting) - 1) // max(steps - 1, 1)]
+        if self._has_gradient:  # residents alone need a slot too, for their gradients
+            yield from ((slots, 0) for slots in counts)
 
     def _try_amounts(self, slots: int, cap: int, residents: frozenset[int]) -> None:
         """Judge a few amounts to stage, for these slots and residents."""
@@ -247,7 +256,8 @@ class Search:
         if slots == 0 and not self.wish.residents:
             self.judge(self.arrange([], frozenset(), 0))
         if self.wish.fraction is None:
-            target, least_s = best_staged(self._fluid, self.rates, resident, slots=slots)
+            fluid_slots = slots if cap else 0
+            target, least_s = best_staged(self._fluid, self.rates, resident, slots=fluid_slots)
             if any(least_s > key[1] for key, _ in self.best.values()):
                 return
         else:
@@ -263,6 +273,8 @@ class Search:
                 return
             tried.add(amount)
             host_s, device_s = self.judge(self.arrange(staged, residents, slots))
+            if abs(host_s - device_s) < _BALANCED * host_s:
+                return
             host = self.total - amount - resident
             # Both sides as straight lines through their ends: where would they meet?
             slope = host_s / max(host, 1) + device_s / max(amount, 1)

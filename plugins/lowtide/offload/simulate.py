@@ -128,17 +128,16 @@ def simulate_reference(
 def machine(pieces: Sequence[Piece], rates: Rates) -> ReferenceMachine | NativeMachine:
     """Return the fastest simulator there is, for many plans of the same pieces and rates."""
     try:
-        module = native()
-    except NativeUnavailableError:
+        return NativeMachine(native().offload, pieces, rates)
+    except (NativeUnavailableError, AttributeError):  # not built, or built before it was there
         return ReferenceMachine(pieces, rates)
-    return NativeMachine(module, pieces, rates)
 
 
 class NativeMachine:
     """csrc/offload/schedule.cpp behind the interface of `ReferenceMachine`."""
 
     def __init__(self, module: Any, pieces: Sequence[Piece], rates: Rates) -> None:
-        self._simulator = module.offload.Simulator(
+        self._simulator = module.Simulator(
             [p.numel for p in pieces],
             [p.low_precision_bytes * p.numel for p in pieces],
             [p.gradient_upload_bytes * p.numel for p in pieces],
