@@ -180,9 +180,14 @@ def check_conversions() -> Counter[str]:
                 low_precision=low.data_ptr(), low_type=name,
             )  # fmt: skip
             found[name] += differing(low, param.to(low_type))
-            found[f"{name}: input moved"] += differing(param, integers.view(torch.float32))
+            found["input moved"] += differing(param, integers.view(torch.float32))
     print(f"conversions compared: {2 * 2**32:,}")
     return found
+
+
+def show(found: Counter[str], names: list[str]) -> None:
+    for name in names:
+        print(f"  {name}: {found[name]:,}", flush=True)
 
 
 def main() -> int:
@@ -195,12 +200,11 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     found = check_updates(int(options.tuples), options.seed, options.threads)
     wrong = sum(found[name] for name in NAMES)
+    show(found, [*NAMES, *sorted(set(found) - set(NAMES))])
     if options.conversions:
         conversions = check_conversions()
         wrong += sum(conversions.values())
-        found += conversions
-    for name in [*NAMES, *sorted(set(found) - set(NAMES))]:
-        print(f"  {name}: {found[name]:,}")
+        show(conversions, ["bfloat16", "float16", "input moved"])
     print("no difference" if wrong == 0 else f"{wrong:,} DIFFERENCES")
     return 0 if wrong == 0 else 1
 
