@@ -36,7 +36,7 @@ def test_table_names_every_schedule_and_the_bound() -> None:
     result = _run(*MODEL)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == "50 subgroups of 5B parameters on each H100-80GB"
+    assert lines[0] == "5B parameters in 50 subgroups on each H100-80GB"
     names = ("stock loop", "static split", "every second", "host only", "this plan", "lower bound")
     rows = [next(line for line in lines if line.startswith(name)) for name in names]
     times = [float(re.findall(r"\d+\.\d", row)[0]) for row in rows]

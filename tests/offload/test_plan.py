@@ -366,7 +366,7 @@ def test_no_pieces_is_a_plan_too() -> None:
 
 
 def test_fluid_optimum_is_the_closed_form() -> None:
-    # Brief form: without a memory limit, full duplex, gradients on the device, the host and the
+    # Closed form: without a memory limit, full duplex, gradients on the device, the host and the
     # inward lane meet at f = (a - 2 / B) / (a + 10 / B), a = 1 / U_c.
     rates = H100.replace(host_memory_bytes_per_s=None)
     pieces = equal(10, gradient_upload_bytes=0)

@@ -126,19 +126,19 @@ def offload(
     if chrome_trace is not None:
         _write_trace(chrome_trace, outlook)
     if as_json:
-        print_json(
-            {
-                "gpu": gpu,
-                "ranks": ranks,
-                "memory_bytes": memory_bytes,
-                "rates": rates.as_dict(),
-                "plan": outlook.plan.as_dict(),
-                "schedules": [forecast.as_dict() for forecast in outlook.forecasts],
-            }
-        )
+        asked = {"gpu": gpu, "ranks": ranks, "memory_bytes": memory_bytes}
+        print_json({**asked, **_as_dict(outlook)})
         return
-    title = f"{len(pieces)} subgroups of {params / ranks / 1e9:.4g}B parameters on each {gpu}"
+    title = f"{params / ranks / 1e9:.4g}B parameters in {len(pieces)} subgroups on each {gpu}"
     _print_outlook(outlook, title, memory_bytes)
+
+
+def _as_dict(outlook: Outlook) -> dict[str, Any]:
+    return {
+        "rates": outlook.rates.as_dict(),
+        "plan": outlook.plan.as_dict(),
+        "schedules": [forecast.as_dict() for forecast in outlook.forecasts],
+    }
 
 
 def _whole(name: str, value: float) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from lowtide.offload.search import Candidate, Search
 
 _ENUMERATED = 7  # movable pieces: 3^7 divisions
-_MOST_PIECES = 64  # the gain falls with their number, the number of moves grows with its square
+_MOST_PIECES = 32  # above, single changes gain less than half a per cent
 _STARTS = 6
 _STEPS = 24_000  # pieces simulated at most from one start
 
@@ -56,11 +56,22 @@ def _best_divisions(search: Search) -> list[Candidate]:
 
 
 def _divisions(search: Search) -> Iterator[tuple[list[int], frozenset[int]]]:
-    """Yield (staged pieces, residents) of every division; the rest is the host's."""
+    """Yield (staged pieces, residents) of every division; the rest is the host's.
+
+    Of divisions that differ only in which of several equal pieces goes where, the first.
+    """
+    seen = set()
+    pieces = [search.pieces[i] for i in search.movable]
+    sizes = [(p.numel, p.gradient_upload_bytes, p.low_precision_bytes) for p in pieces]
     for sides in itertools.product(range(3), repeat=len(search.movable)):
         staged = [i for i, side in zip(search.movable, sides, strict=True) if side == 1]
         residents = frozenset(i for i, side in zip(search.movable, sides, strict=True) if side == 2)
-        if search.wish.residents in (None, residents):
+        if search.wish.residents is None:
+            kind = tuple(sorted(zip(sizes, sides, strict=True)))
+            if kind not in seen:
+                seen.add(kind)
+                yield staged, residents
+        elif search.wish.residents == residents:
             yield staged, residents
 
 
