@@ -185,15 +185,16 @@ def emulated(arguments: argparse.Namespace, console: Console) -> None:
     """Print update times of schedules at the proportions of an H100."""
     sizes = [count for _, count in cuts(24 * 400_000, 400_000)]
     memory = 3 * 16 * max(sizes)
-    with lanes(H100, sizes, memory) as found:
+    more = memory + 12 * sum(sizes) // 4
+    with lanes(H100, sizes, more) as found:
         options = {"memory_bytes": memory, "keep_residents": False}
         plans = {
             "host only": host_only_plan(found.pieces),
             **{f"stride {k}": stride_plan(found.pieces, k) for k in (2, 3, 4, 6)},
             "planned, 1 slot": make_plan(found.pieces, H100, max_slots=1, **options),
             "planned, 2 slots": make_plan(found.pieces, H100, max_slots=2, **options),
-            "planned, 2 slots, rest of the memory resident": make_plan(
-                found.pieces, H100, max_slots=2, memory_bytes=memory + 12 * sum(sizes) // 4
+            "planned, a quarter resident": make_plan(
+                found.pieces, H100, max_slots=2, memory_bytes=more
             ),
         }
         times: dict[str, list[float]] = {name: [] for name in plans}

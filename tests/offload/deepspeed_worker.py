@@ -74,7 +74,7 @@ class Case:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def ds_config(case: Case, block: Any) -> dict[str, Any]:
+def ds_config(case: Case, block: Any, others: dict[str, Any]) -> dict[str, Any]:
     params = {"lr": 1e-2, "weight_decay": 0.01, "betas": [0.9, 0.95]}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
@@ -96,11 +96,11 @@ def ds_config(case: Case, block: Any) -> dict[str, Any]:
     if case.dtype == "fp16":  # overflows at first, so some updates are skipped
         config["fp16"] |= {"initial_scale_power": 20, "loss_scale_window": 20}
     if block is not None:
-        config["lowtide"] = {"offload": block}
+        config["lowtide"] = {"offload": block, **others}
     return config
 
 
-def build(case: Case, block: Any) -> Any:
+def build(case: Case, block: Any, **others: Any) -> Any:
     torch.manual_seed(0)
     model = Net()
     trained: Any = [p for p in model.parameters() if p.requires_grad]
@@ -112,7 +112,9 @@ def build(case: Case, block: Any) -> Any:
             {"params": biases, "weight_decay": 0.0, "betas": (0.8, 0.99), "lr": 3e-3},
         ]
     initialize = deepspeed.initialize if block is None else lowtide.initialize
-    return initialize(model=model, model_parameters=trained, config=ds_config(case, block))[0]
+    return initialize(model=model, model_parameters=trained, config=ds_config(case, block, others))[
+        0
+    ]
 
 
 def train(
@@ -254,6 +256,23 @@ def resume(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def with_checkpoint(folder: Path) -> dict[str, Any]:
+    """Both plugins at once: saved lazily while residents are on the device, read by stock."""
+    facts: dict[str, Any] = {}
+    for case in (Case(), Case(stage=2)):
+        for way, block, others in [("stock", None, {}), ("both", RANDOM, {"checkpoint": {}})]:
+            engine = build(case, block, **others)
+            found = train(engine, case, 4)
+            engine.save_checkpoint(str(folder / f"{case.stage} {way}"))
+            facts[f"{case.stage} {way}"] = found + train(engine, case, 4, begin=4)
+            engine.destroy()
+            engine = build(case, None)
+            engine.load_checkpoint(str(folder / f"{case.stage} {way}"))
+            facts[f"{case.stage} {way} read"] = train(engine, case, 4, begin=4)
+            engine.destroy()
+    return facts
+
+
 def access() -> dict[str, Any]:
     """Read and change gradients and state between backward and step."""
     facts: dict[str, Any] = {}
@@ -319,6 +338,8 @@ def main() -> None:
         leave_result(matrix({"short": SHORT, "full": FULL}[rest[0]], int(rest[1])))
     elif mode == "resume":
         leave_result(resume(Path(folder)))
+    elif mode == "checkpoint":
+        leave_result(with_checkpoint(Path(folder)))
     elif mode == "access":
         leave_result(access())
     else:

@@ -69,6 +69,13 @@ def test_gradients_and_state_are_read_and_changed_as_in_stock(tmp_path: Path) ->
             assert facts[f"{stage} ours"] == facts[f"{stage} stock"]
 
 
+def test_together_with_lazy_checkpoints(tmp_path: Path) -> None:
+    for facts in results(tmp_path, "checkpoint"):
+        for stage in (3, 2):
+            assert facts[f"{stage} both"] == facts[f"{stage} stock"]
+            assert facts[f"{stage} both read"] == facts[f"{stage} stock read"]
+
+
 def test_switches(tmp_path: Path) -> None:
     for facts in results(tmp_path, "switches"):
         stock = facts["stock"]

@@ -141,6 +141,8 @@ class OffloadPlugin(Plugin):
         if session is None or updater is None or not moment.data["applied"]:
             return
         trace, plan = updater.trace, updater.scheduler.plan
+        for each in trace.on_host():  # lanes of the device draw themselves
+            session.telemetry.add_span(each.subgroup, "offload/host", each.begin_s, each.end_s)
         session.telemetry.gauge("lowtide.offload.update_s", trace.makespan_s)
         if plan is not None:
             session.telemetry.gauge("lowtide.offload.device_fraction", plan.fraction)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowtide.core.errors import DeviceOutOfMemoryError
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.rates import HOST_UPDATE_BYTES, Rates
+from lowtide.offload.subgroup import ALIGNMENT
 
 if TYPE_CHECKING:
     from lowtide.offload.executor import Executor
@@ -64,6 +65,12 @@ class _Samples:
         lane.run(self.executor.try_update, "device", self.there, self.step).wait()
         return self.numel
 
+    def launch(self) -> int:
+        """Update as little as possible on the device; return 1."""
+        lane, tiny = self.device.lane("device"), [each[:ALIGNMENT] for each in self.there]
+        lane.run(self.executor.try_update, "device", tiny, self.step).wait()
+        return 1
+
     def _copy(self, lane: str, dst: Tensor, src: Tensor) -> int:
         self.device.lane(lane).copy(dst, src).wait()
         return 4 * self.numel
@@ -92,6 +99,7 @@ def measure(executor: Executor, works: Sequence[Work]) -> Rates:
         is_duplex=is_duplex,
         host_params_per_s=host,
         device_params_per_s=on_device,
+        launch_s=1.0 / _rate(samples.launch),
         host_memory_bytes_per_s=traffic if is_disturbed else None,
     )
 

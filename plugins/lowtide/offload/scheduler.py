@@ -92,7 +92,8 @@ class Scheduler:
 
     def _make_plan(self, executor: Executor, works: Sequence[Work]) -> None:
         """Measure where that has not been done, and plan. Collective."""
-        self._budget = self._agree([self._memory(executor)])[0]
+        memory, lasting = self._memory(executor), self._lasting_memory(executor)
+        self._budget, lasting = self._agree([memory, lasting])
         self._misfits = 0
         self.plans += 1
         if self.rates is None:
@@ -106,9 +107,21 @@ class Scheduler:
                 self.plan = host_only_plan(self._pieces)
                 return
             self.rates = _with_numbers(measured, numbers)
-        self.plan = make_plan(
+        self.plan = self._planned(self._keep_residents)
+        if self.plan.resident_bytes > lasting:  # there is less room in forward than in the update
+            kept: list[int] = []
+            for index in self.plan.residents:
+                lasting -= self._pieces[index].state_bytes
+                if lasting >= 0:
+                    kept.append(index)
+            self.plan = self._planned(kept)
+
+    def _planned(self, keep_residents: bool | list[int]) -> Plan:
+        if self.rates is None:
+            raise AssertionError("unreachable: rates are measured before")
+        return make_plan(
             self._pieces, self.rates, memory_bytes=self._budget, fraction=self._config.fraction,
-            keep_residents=self._keep_residents, max_slots=self._config.max_slots,
+            keep_residents=keep_residents, max_slots=self._config.max_slots,
         )  # fmt: skip
 
     def _reconsider(self, executor: Executor, works: Sequence[Work]) -> None:
@@ -129,11 +142,18 @@ class Scheduler:
         """Return the device memory that an update may use, in bytes."""
         chosen = self._config.device_memory_bytes
         free = self._device.free_bytes() + executor.resident_bytes()
-        if isinstance(chosen, int):
-            return float(min(chosen, free))
-        if self._device.kind == "emulated":
-            return float(free)
-        return max(0.0, free - SAFETY_SHARE * self._device.memory_bytes)
+        limit = chosen if isinstance(chosen, int) else math.inf
+        return min(limit, max(0.0, free - self._safety()))
+
+    def _lasting_memory(self, executor: Executor) -> float:
+        """Return the device memory that residents may keep through forward and backward."""
+        free = self._device.least_free_bytes() + executor.resident_bytes()
+        return min(self._memory(executor), max(0.0, free - self._safety()))
+
+    def _safety(self) -> float:
+        chosen = isinstance(self._config.device_memory_bytes, int)
+        is_real = self._device.kind == "cuda" and not chosen
+        return SAFETY_SHARE * self._device.memory_bytes if is_real else 0.0
 
     def facts(self) -> dict[str, Any]:
         """Return rates and plan for reports."""

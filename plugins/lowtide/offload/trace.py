@@ -65,6 +65,14 @@ class StepTrace:
         entry = (subgroup, lane, nbytes, params, lambda: (event.begin_s, event.end_s))
         self._entries.append(entry)
 
+    def on_host(self) -> list[Operation]:
+        """Return the updates on the host alone, which costs no look at a GPU's clock."""
+        return [
+            Operation(key, lane, nbytes, params, *times())
+            for key, lane, nbytes, params, times in self._entries
+            if lane == "host"
+        ]
+
     def operations(self) -> list[Operation]:
         """Return all operations, by their begin. Only after the update has ended."""
         found = [

@@ -41,6 +41,10 @@ class Device(ABC):
     def free_bytes(self) -> int:
         """Return the free bytes of device memory; they may be in several pieces."""
 
+    def least_free_bytes(self) -> int:
+        """Return how many bytes were free when the most memory was in use, as far as is known."""
+        return self.free_bytes()
+
     @abstractmethod
     def owns(self, tensor: Tensor) -> bool:
         """Return whether `tensor` lives in this device's memory."""

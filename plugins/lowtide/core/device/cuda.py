@@ -160,6 +160,12 @@ class CudaDevice(Device):
         cached -= torch.cuda.memory_allocated(self.torch_device)
         return int(torch.cuda.mem_get_info(self.torch_device)[0]) + cached
 
+    def least_free_bytes(self) -> int:
+        """Return what is free beside torch's peak since its statistics were last reset."""
+        now = torch.cuda.memory_allocated(self.torch_device)
+        peak = torch.cuda.max_memory_allocated(self.torch_device)
+        return max(0, self.free_bytes() - (peak - now))
+
     def host_empty(self, shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
         """Allocate pinned memory; torch rounds up to powers of two: pin one arena and carve it."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)
