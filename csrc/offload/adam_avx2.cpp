@@ -79,7 +79,7 @@ LOWTIDE_AVX2 inline void store_low(unsigned char *low, Type type, std::size_t i,
     streams ? _mm_stream_si128(place, stored) : _mm_storeu_si128(place, stored);
 }
 
-// As updated() in adam_element.hpp, line by line.
+// As updated() in adam_element.hpp in Order::vector, operation by operation.
 LOWTIDE_AVX2 inline Vectors updated(const Scalars &s, Decay mode, Vectors e, __m256 grad) {
     if (mode == Decay::l2) {
         grad = _mm256_fmadd_ps(e.param, s.decay, grad);

@@ -74,7 +74,7 @@ LOWTIDE_AVX512 inline void store_low(unsigned char *low, Type type, std::size_t 
     streams ? _mm256_stream_si256(place, stored) : _mm256_storeu_si256(place, stored);
 }
 
-// As updated() in adam_element.hpp, line by line.
+// As updated() in adam_element.hpp in Order::vector, operation by operation.
 LOWTIDE_AVX512 inline Vectors updated(const Scalars &s, Decay mode, Vectors e, __m512 grad) {
     if (mode == Decay::l2) {
         grad = _mm512_fmadd_ps(e.param, s.decay, grad);

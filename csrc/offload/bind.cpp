@@ -41,15 +41,11 @@ unsigned threads_argument(long long threads) {
     return static_cast<unsigned>(threads);
 }
 
-struct StepArgument {
-    AdamStep step;
-};
-
-StepArgument make_step(float beta1, float beta2, float one_minus_beta1, float one_minus_beta2,
-                       float inverse_root_bias2, float eps, float step_size, float decay,
-                       const std::string &mode, float grad_scale) {
-    return {{beta1, beta2, one_minus_beta1, one_minus_beta2, inverse_root_bias2, eps, step_size,
-             decay, decay_argument(mode), grad_scale}};
+AdamStep make_step(float beta1, float beta2, float one_minus_beta1, float one_minus_beta2,
+                   float inverse_root_bias2, float eps, float step_size, float decay,
+                   const std::string &mode, float grad_scale) {
+    return {beta1, beta2,     one_minus_beta1, one_minus_beta2,      inverse_root_bias2,
+            eps,   step_size, decay,           decay_argument(mode), grad_scale};
 }
 
 template <typename T> lowtide::Span<T> span_of(const ArrayArgument &array, std::size_t count) {
@@ -57,7 +53,7 @@ template <typename T> lowtide::Span<T> span_of(const ArrayArgument &array, std::
     return {reinterpret_cast<T *>(array.address), size};
 }
 
-void update(const StepArgument &step, long long count, std::uintptr_t param, std::uintptr_t exp_avg,
+void update(const AdamStep &step, long long count, std::uintptr_t param, std::uintptr_t exp_avg,
             std::uintptr_t exp_avg_sq, std::uintptr_t grad, const std::string &grad_type,
             std::uintptr_t low_precision, const std::string &low_type, std::uintptr_t kept_grad,
             long long tail, long long threads, const std::string &level) {
@@ -84,7 +80,7 @@ void update(const StepArgument &step, long long count, std::uintptr_t param, std
     arrays.kept_grad = span_of<float>(all[5], n);
     arrays.tail = tail_argument(tail, n);
     const py::gil_scoped_release unlocked;
-    adam_update(step.step, arrays, workers, chosen);
+    adam_update(step, arrays, workers, chosen);
 }
 
 std::vector<std::string> level_names() {
@@ -96,7 +92,7 @@ std::vector<std::string> level_names() {
 }
 
 void bind_adam(py::module_ &module) {
-    py::class_<StepArgument>(module, "AdamStep", "The float32 scalars of one update.")
+    py::class_<AdamStep>(module, "AdamStep", "The float32 scalars of one update.")
         .def(py::init(&make_step), py::kw_only(), py::arg("beta1"), py::arg("beta2"),
              py::arg("one_minus_beta1"), py::arg("one_minus_beta2"), py::arg("inverse_root_bias2"),
              py::arg("eps"), py::arg("step_size"), py::arg("decay"), py::arg("mode"),
