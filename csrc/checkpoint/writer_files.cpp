@@ -83,13 +83,14 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
     }
     ++open_files_;
     bool use_direct = options_.use_direct;
+    const std::shared_ptr<const FileSpec> spec = file.spec;
     lock.unlock();
     const char *operation = "open";
-    const int fd = open_for_writing(file.spec.path, use_direct);
+    const int fd = open_for_writing(spec->path, use_direct);
     int error = fd < 0 ? errno : 0;
     if (error == 0) {
         operation = "reserve space for";
-        error = reserve(fd, file.spec.size);
+        error = reserve(fd, spec->size);
     }
     lock.lock();
     file.fd = fd;
@@ -106,7 +107,7 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
         direct_reason_ = use_direct ? "" : "the file system refuses O_DIRECT";
     }
     if (error != 0) {
-        fail(*job, {operation, file.spec.path, error, file.spec.size});
+        fail(*job, {operation, file.spec->path, error, file.spec->size});
     }
     std::vector<std::unique_ptr<Chunk>> waiting = std::move(file.unopened);
     for (auto &chunk : waiting) {
@@ -187,7 +188,7 @@ void Writer::on_written(Chunk &written, int error) {
     std::unique_ptr<Chunk> chunk(&written);
     const std::shared_ptr<Job> job = chunk->job;
     if (error != 0) {
-        fail(*job, {"write", file.spec.path, error, file.spec.size});
+        fail(*job, {"write", file.spec->path, error, file.spec->size});
     } else {
         ++file.written;
         job->written_bytes += chunk->payload;
@@ -213,7 +214,8 @@ void Writer::retire(std::unique_ptr<Chunk> chunk) {
 }
 
 void Writer::close_if_idle(const std::shared_ptr<Job> &job, File &file) {
-    const bool is_over = file.written == file.chunks || (job->is_dropped && file.in_flight == 0);
+    const bool is_written = file.written == file.chunks && !file.is_partial;
+    const bool is_over = is_written || (job->is_dropped && file.in_flight == 0);
     if (file.state == File::State::open && is_over) {
         file.state = File::State::closing;
         to_close_.push_back({job, &file});
@@ -246,7 +248,7 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
             error = errno;
         }
     };
-    const auto size = static_cast<off_t>(file.spec.size);
+    const auto size = static_cast<off_t>(file.spec->size);
     lock.unlock();
     if (!job->is_dropped && file.is_padded) {
         attempt("truncate", retried([&] { return ftruncate(file.fd, size); }));
@@ -265,7 +267,7 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
         return;
     }
     if (operation != nullptr) {
-        fail(*job, {operation, file.spec.path, error, file.spec.size});
+        fail(*job, {operation, file.spec->path, error, file.spec->size});
         return;
     }
     job->progress_at = Clock::now();
