@@ -6,9 +6,11 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from lowtide.checkpoint.board import open_board
 from lowtide.checkpoint.compact.expanding import Expander
@@ -44,6 +46,9 @@ class Adapter(Protocol):
 
     def load(self, checkpoint: Path, options: Mapping[str, Any]) -> Any:
         """Load where the host itself could not; None leaves it to the host."""
+
+    def wanted(self, checkpoint: Path) -> Collection[str]:
+        """Names of the files of `checkpoint` that this rank will load, as far as is known."""
 
     def parts(self) -> int | None:
         """How many ranks need a part of their own, or None."""
@@ -156,6 +161,15 @@ class CheckpointPlugin(Plugin):
         """Write one file that belongs to no checkpoint; it is there on return."""
         self._the_saver().save_file(state, path)
 
+    def load_file(self, path: Path, map_location: Any) -> Any:
+        """Load a file; from memory where its bytes have been checked there."""
+        image = None if self._finder is None else self._finder.take(path)
+        if image is not None:
+            return image.load(map_location)
+        # DeepSpeed's own files hold more than tensors, and are as trusted as its own engine
+        # trusts them.
+        return torch.load(path, map_location=map_location, weights_only=False)
+
     def set_save_latest(self, is_wanted: bool) -> None:
         """Say whether the checkpoint that has begun moves ``latest``."""
         self._save_latest = is_wanted
@@ -201,6 +215,8 @@ class CheckpointPlugin(Plugin):
             adapter.close()
         if self._finalizer is not None:
             self._finalizer.detach()
+        if self._finder is not None:
+            self._finder.forget()
         if self._scrub is not None:
             self._scrub.close()
         if self._saver is not None:
@@ -229,7 +245,8 @@ class CheckpointPlugin(Plugin):
         self._stable.look_at(self._model, self._optimizer)
         board = open_board()
         self._saver = Saver(self.config, board, buffer_bytes=self._buffer_bytes())
-        self._finder = Finder(board, self.config.verify, self._saver.peers)
+        wanted = None if self._adapter is None else self._adapter.wanted
+        self._finder = Finder(board, self.config.verify, self._saver.peers, wanted)
         if self.config.every_n_steps is not None:
             self._interval = Interval(
                 board,
@@ -356,6 +373,8 @@ class CheckpointPlugin(Plugin):
             moment.data["result"] = result
 
     def _loaded(self, _moment: Moment) -> None:
+        if self._finder is not None:
+            self._finder.forget()
         if self._expander is not None:
             self._expander.forget()
 
