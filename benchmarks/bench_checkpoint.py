@@ -292,6 +292,7 @@ def restore(options: argparse.Namespace, folder: Path) -> None:
     """
     from lowtide.checkpoint import verify
     from lowtide.checkpoint.board import Board
+    from lowtide.checkpoint.files.image import load_file
     from lowtide.checkpoint.store.finding import Finder
 
     trainer = Trainer([8 * MIB] * round(options.gib * 128), 0.01)
@@ -307,8 +308,7 @@ def restore(options: argparse.Namespace, folder: Path) -> None:
         finder = Finder(Board(), "full", wanted=lambda _checkpoint: [path.name])
         finder.find([checkpoint.parent], None, parts=None)
         image = finder.take(path)
-        assert image is not None
-        return image.load("cpu")
+        return load_file(path, image, "cpu") if image is not None else None
 
     def plain_load() -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)

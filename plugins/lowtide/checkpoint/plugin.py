@@ -6,17 +6,17 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
+from lowtide.checkpoint.adapters.base import Adapter
 from lowtide.checkpoint.board import open_board
 from lowtide.checkpoint.compact.expanding import Expander
-from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.config import CheckpointConfig
+from lowtide.checkpoint.files.image import load_file
 from lowtide.checkpoint.interval import Interval
-from lowtide.checkpoint.ledger import Ledger
+from lowtide.checkpoint.ledger import Ledger, end_of_process
 from lowtide.checkpoint.routing import PATIENT_S
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
@@ -24,37 +24,13 @@ from lowtide.checkpoint.scrub import Scrub
 from lowtide.checkpoint.sizing import choose_buffer_bytes
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.checkpoint.store.finding import Finder
+from lowtide.checkpoint.writer.base import facts_text
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 
 logger = logging.getLogger("lowtide")
 
 _FIRST = -100  # before plugins that begin to change the state
-
-
-class Adapter(Protocol):
-    """What a host's own way of saving needs."""
-
-    def before_engine(self) -> None:
-        """The engine is about to be built."""
-
-    def after_engine(self, engine: Any) -> None:
-        """The engine has been built."""
-
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Save a checkpoint the way the script would."""
-
-    def load(self, checkpoint: Path, options: Mapping[str, Any]) -> Any:
-        """Load where the host itself could not; None leaves it to the host."""
-
-    def wanted(self, checkpoint: Path) -> Collection[str]:
-        """Names of the files of `checkpoint` that this rank will load, as far as is known."""
-
-    def parts(self) -> int | None:
-        """How many ranks need a part of their own, or None."""
-
-    def close(self) -> None:
-        """Undo what was done to the host."""
 
 
 class CheckpointPlugin(Plugin):
@@ -164,11 +140,7 @@ class CheckpointPlugin(Plugin):
     def load_file(self, path: Path, map_location: Any) -> Any:
         """Load a file; from memory where its bytes have been checked there."""
         image = None if self._finder is None else self._finder.take(path)
-        if image is not None:
-            return image.load(map_location)
-        # DeepSpeed's own files hold more than tensors, and are as trusted as its own engine
-        # trusts them.
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return load_file(path, image, map_location)
 
     def set_save_latest(self, is_wanted: bool) -> None:
         """Say whether the checkpoint that has begun moves ``latest``."""
@@ -215,8 +187,6 @@ class CheckpointPlugin(Plugin):
             adapter.close()
         if self._finalizer is not None:
             self._finalizer.detach()
-        if self._finder is not None:
-            self._finder.forget()
         if self._scrub is not None:
             self._scrub.close()
         if self._saver is not None:
@@ -261,11 +231,11 @@ class CheckpointPlugin(Plugin):
             )  # fmt: skip
         # For a script that just ends. Made after the session's own, so it runs before that.
         self._finalizer = weakref.finalize(
-            *(self, _end_of_process, self._saver, self._ledger, self._scrub),
+            *(self, end_of_process, self._saver, self._ledger, self._scrub),
             self.config.close_timeout_s,
         )
         if session.rank == 0:
-            logger.info("checkpoint: %s", _said(self._saver.writer.facts()))
+            logger.info("checkpoint: %s", facts_text(self._saver.writer.facts()))
 
     def _buffer_bytes(self) -> int:
         chosen = self.config.host_buffer_bytes
@@ -425,16 +395,3 @@ class CheckpointPlugin(Plugin):
         if self._session is None:
             raise CheckpointError("checkpoint: the plugin is not attached to a run")
         return self._session
-
-
-def _end_of_process(saver: Saver, ledger: Ledger, scrub: Scrub | None, timeout_s: float) -> None:
-    if scrub is not None:
-        scrub.close()
-    saver.close(timeout_s)
-    ledger.settle()
-
-
-def _said(facts: Mapping[str, Any]) -> str:
-    why = f" ({facts['io_reason']})" if facts["io_reason"] else ""
-    buffer_mib = facts["buffer_bytes"] / MIB
-    return f"{facts['implementation']} writer, {facts['io']}{why}, {buffer_mib:.0f} MiB per rank"

@@ -26,7 +26,7 @@ import torch
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
-from lowtide.checkpoint.files.torch_file import Layout, TorchFile, lay_out
+from lowtide.checkpoint.files.torch_file import Layout, lay_out
 from lowtide.checkpoint.nodes.epochs import prune_copies
 from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.nodes.placement import Nodes, find_nodes
@@ -35,7 +35,8 @@ from lowtide.checkpoint.saving import CANCEL_S, Level, Saving, Stage, levels_of
 from lowtide.checkpoint.store.commit import Committer, Limits, wait_durable
 from lowtide.checkpoint.store.folders import make_part_folder, remove, remove_scratch, remove_trash
 from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
-from lowtide.checkpoint.writer import Ticket, Writer, open_writer
+from lowtide.checkpoint.submit import submit
+from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.checkpoint.writer.plan import FileResult
 from lowtide.core.errors import CheckpointError
 
@@ -135,29 +136,9 @@ class Saver:
         if saving.error is not None:
             saving.eager_bytes += layout.finish().eager_bytes
             return
-        ticket, laid_out = self._submit(layout)
+        ticket, laid_out = submit(self.writer, layout)
         saving.add(name, ticket, laid_out.lazy)
         saving.eager_bytes += laid_out.eager_bytes
-
-    def _submit(self, layout: Layout) -> tuple[Ticket, TorchFile]:
-        """Lay a file out; its tensors are on their way while that is going on."""
-        ticket: Ticket | None = None
-        try:
-            for plan in layout.beginnings():
-                if ticket is None:
-                    ticket = self.writer.submit([plan], is_partial=True)
-                else:
-                    ticket.extend(plan, is_partial=True)
-            laid_out = layout.finish()
-            if ticket is None:
-                return self.writer.submit([laid_out.plan]), laid_out
-            ticket.extend(laid_out.plan)
-        except BaseException:
-            if ticket is not None:
-                ticket.cancel()
-                ticket.wait_captured(CANCEL_S)
-            raise
-        return ticket, laid_out
 
     def end(self, *, save_latest: bool = True) -> Saving:
         """End the checkpoint that has begun; from here on it is brought to storage."""

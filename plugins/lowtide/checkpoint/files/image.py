@@ -13,6 +13,7 @@ import pickle
 import sys
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -39,6 +40,7 @@ class Image:
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
+        self._is_loaded = False
         # None for an empty file, of which there is no mapping.
         self.memory: mmap.mmap | None = None
         if size_bytes:
@@ -62,12 +64,19 @@ class Image:
         return torch.from_numpy(array).untyped_storage()
 
     def load(self, map_location: Any = None) -> Any:
-        """Return what ``torch.load(..., weights_only=False)`` returns for the file."""
+        """Return what ``torch.load(..., weights_only=False)`` returns for the file. Once.
+
+        Raises:
+            RuntimeError: A second time: the memory belongs to the tensors.
+        """
+        if self._is_loaded:
+            raise RuntimeError("this file has been loaded, and its memory belongs to the tensors")
+        self._is_loaded = True
         memory = self.memory
         if memory is None or memory[:4] != b"PK\3\4":
             return torch.load(io.BytesIO(memory or b""), map_location, weights_only=False)
         memory.seek(0)
-        reader = torch._C.PyTorchFileReader(cast("Any", memory))
+        reader: Any = torch._C.PyTorchFileReader(cast("Any", memory))
         name = "byteorder"
         if reader.has_record(name) and reader.get_record(name).decode() != sys.byteorder:
             return torch.load(io.BytesIO(memory), map_location, weights_only=False)
@@ -75,6 +84,16 @@ class Image:
         found = _Unpickler(pickled, self, reader, map_location).load()
         torch._utils._validate_loaded_sparse_tensors()
         return found
+
+
+def load_file(path: Path, image: Image | None, map_location: Any) -> Any:
+    """Load a file, from memory where it has been read already.
+
+    DeepSpeed's own files hold more than tensors, and are as trusted as its own engine trusts them.
+    """
+    if image is not None:
+        return image.load(map_location)
+    return torch.load(path, map_location=map_location, weights_only=False)
 
 
 def _give_back(memory: mmap.mmap, begin: int, size_bytes: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,3 +179,10 @@ def not_durable_text(ticket: Ticket) -> str:
         f"the checkpoint is not durable yet ({progress.written_bytes} of {progress.total_bytes} "
         "bytes are written); call wait_durable first"
     )
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """Return what a writer's facts say, in a line."""
+    why = f" ({facts['io_reason']})" if facts["io_reason"] else ""
+    buffer_mib = facts["buffer_bytes"] / 2**20
+    return f"{facts['implementation']} writer, {facts['io']}{why}, {buffer_mib:.0f} MiB per rank"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import ctypes
 import errno
@@ -15,10 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-import numpy as np
-
 from lowtide.checkpoint.writer.base import Progress, Ticket, failure_text, not_durable_text
-from lowtide.checkpoint.writer.plan import FilePlan, FileResult
+from lowtide.checkpoint.writer.plan import FilePlan, FileResult, Source
 from lowtide.checkpoint.writer.plan_check import PATCH_BYTES, patches_in
 from lowtide.core.errors import CheckpointError
 
@@ -119,18 +116,6 @@ class Chunk:
     begin: int
     payload: int
     slab: int
-
-
-class Source:
-    """Where a file's bytes come from; a copy under way goes on with the one it began with."""
-
-    def __init__(self, plan: FilePlan) -> None:
-        self.plan = plan  # its literals and owners are the live memory
-        self.patches = plan.patches[np.argsort(plan.patches[:, 0])]
-
-    def piece_at(self, offset: int) -> int:
-        """Return the number of the piece with this byte of the file."""
-        return bisect.bisect_right(self.plan.offsets, offset) - 1
 
 
 class File:

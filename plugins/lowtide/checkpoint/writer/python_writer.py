@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from lowtide.checkpoint.writer.base import Ticket, Writer
-from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
+from lowtide.checkpoint.writer.plan import LITERAL, FilePlan, Source
 from lowtide.checkpoint.writer.plan_check import check_begins_with, check_plan
 from lowtide.checkpoint.writer.python_job import (
     CANCELLED,
@@ -27,7 +27,6 @@ from lowtide.checkpoint.writer.python_job import (
     File,
     Job,
     Slabs,
-    Source,
 )
 from lowtide.core.errors import CheckpointError
 
