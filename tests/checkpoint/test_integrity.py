@@ -424,7 +424,7 @@ def test_choose_falls_back_when_the_newest_is_damaged(tmp_path: Path, victim: st
 
 def test_package_gives_the_function_also_after_its_home_was_imported() -> None:
     code = (
-        "import lowtide.checkpoint.store.integrity, lowtide.checkpoint.catalog, sys; "
+        "import lowtide.checkpoint.store.integrity, lowtide.checkpoint.store.catalog, sys; "
         "from lowtide.checkpoint import list_checkpoints, verify; "
         "sys.exit(not callable(verify) or 'torch' in sys.modules or 'numpy' in sys.modules)"
     )

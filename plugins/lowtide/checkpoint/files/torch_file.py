@@ -173,7 +173,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     item = tensor.element_size()
     begin = int(tensor.storage_offset()) * item
     if tensor.is_contiguous():
-        return begin, begin + tensor.numel() * item
+        return begin, begin + tensor.nbytes
     steps = sum(int((n - 1) * s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (steps + 1) * item
 
