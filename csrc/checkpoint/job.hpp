@@ -52,6 +52,8 @@ struct File {
     std::vector<std::uint32_t> chunk_crcs;
     State state = State::closed;
     int fd = -1;
+    std::uint64_t reserved = 0; // bytes of it that have their place on the disk
+    bool is_reserving = false;  // more of them; it stays open meanwhile
     bool is_direct = false;
     bool is_padded = false; // the last write went beyond the end
 
@@ -76,7 +78,7 @@ struct Job {
     std::uint64_t written_bytes = 0;
     std::uint64_t staged_bytes = 0;
     std::uint64_t direct_bytes = 0;
-    bool is_partial = false; // as one of its files
+    bool is_partial = false; // as its file is
     std::size_t reading = 0; // chunks whose live memory is being read
     std::optional<Failure> failure;
     std::atomic<bool> is_dropped{false}; // set together with `failure`; read without the lock

@@ -145,8 +145,8 @@ class Layout {
 
     void put_piece(std::uint64_t offset, std::uint64_t length, std::int64_t place,
                    std::int64_t entry) {
-        for (const std::int64_t each : {static_cast<std::int64_t>(offset),
-                                        static_cast<std::int64_t>(length), place, entry}) {
+        for (const std::int64_t each :
+             {static_cast<std::int64_t>(offset), static_cast<std::int64_t>(length), place, entry}) {
             made_.pieces.push_back(each);
         }
     }

@@ -170,12 +170,14 @@ void Writer::extend(const std::shared_ptr<Job> &job, FileSpec spec, bool is_part
     auto longer = std::make_shared<const FileSpec>(std::move(spec));
     const Lock lock(mutex_);
     if (!job->is_partial) {
-        throw std::invalid_argument("plan of " + longer->path + ": the job's file is whole already");
+        throw std::invalid_argument("plan of " + longer->path +
+                                    ": the job's file is whole already");
     }
     File &file = *job->files.front();
     longer->check_begins_with(*file.spec);
     job->is_partial = file.is_partial = is_partial;
     set_spec(*job, file, std::move(longer));
+    ask_for_more(job, file);
     close_if_idle(job, file);
     if (job->captured_bytes == job->total_bytes && !is_partial && !job->is_dropped) {
         job->captured_at = Clock::now();

@@ -92,6 +92,8 @@ class Writer : public std::enable_shared_from_this<Writer> {
     void close_loop();
     void pace_loop();
     void open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file);
+    void reserve_more(Lock &lock, const std::shared_ptr<Job> &job, File &file);
+    void ask_for_more(const std::shared_ptr<Job> &job, File &file);
     void finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file);
     void dispatch(std::unique_ptr<Chunk> chunk);
     void start_write(Chunk &chunk);

@@ -135,8 +135,10 @@ def check_fallback(folder: Path, text: str) -> None:
         assert held(finder, folder / "step2") == {}
         loaded = held(finder, folder / "step1")
         assert_same(loaded[file_name(rank)], states(1)[file_name(rank)])
-    asked = find(finders(), folder, tag="step2")
+    both = finders()
+    asked = find(both, folder, tag="step2")
     assert asked[0] == asked[1]
+    assert [held(finder, folder / "step2") for finder in both] == [{}, {}]
     assert isinstance(asked[0], str)
     assert text in asked[0]
 

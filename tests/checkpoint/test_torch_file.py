@@ -142,6 +142,7 @@ def test_tensors_can_be_on_their_way_before_the_rest_is_laid_out(
     shared = {
         "part": whole[5:9],
         "whole": whole,
+        "same": whole.view(300),
         "again": whole[100:],
         "bits": whole.view(torch.int32),
     }
@@ -154,6 +155,8 @@ def test_tensors_can_be_on_their_way_before_the_rest_is_laid_out(
         check_plan(one)
         check_begins_with(longer, one)
     assert laid_out.plan.size_bytes > beginnings[-1].size_bytes
+    of_whole = laid_out.plan.addresses == whole.data_ptr()
+    assert of_whole.sum() == 2, "once as floats and once as integers"
     write_plan(laid_out.plan)
     loaded = torch.load(path, weights_only=False)
     assert_same(loaded, state)

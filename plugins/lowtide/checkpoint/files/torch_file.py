@@ -260,8 +260,9 @@ class _StatePickler(pickle.Pickler):
                 self.lazy.append(tensor)
         else:
             found = _Range(storage, begin, end, [tensor])
-            ranges.append(found)
-            if begin == 0 and end == storage.nbytes():  # all there is, so it cannot grow any more
+            is_whole = begin == 0 and end == storage.nbytes()
+            ranges.insert(0 if is_whole else len(ranges), found)
+            if is_whole:  # it cannot grow any more
                 self._record(found)
         self._of_tensor[id(tensor)] = found
         return found
