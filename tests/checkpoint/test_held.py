@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lowtide.checkpoint.board import Board
-from lowtide.checkpoint.store import finding
+from lowtide.checkpoint.store import finding, scan
 from lowtide.checkpoint.store.finding import Finder
 from lowtide.checkpoint.store.integrity import Share, verify_share
 from lowtide.checkpoint.store.scan import HeldRun
@@ -205,6 +206,17 @@ def test_a_file_that_is_cut_while_it_is_read_is_found(
     check_fallback(folder, f"{file_name(1)} ")
 
 
+def test_a_disk_that_fails_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int, buffers: Any, offset: int) -> int:
+        if offset == 4 << 20 and os.readlink(f"/proc/self/fd/{descriptor}") == str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(descriptor, buffers, offset)
+
+    path, preadv = folder / "step2" / file_name(1), os.preadv
+    monkeypatch.setattr(os, "preadv", fail)
+    check_fallback(folder, f"{file_name(1)} cannot be read (Input/output error)")
+
+
 def test_a_file_replaced_after_the_check_is_not_what_is_loaded(folder: Path) -> None:
     both = finders()
     find(both, folder)
@@ -261,10 +273,20 @@ def test_files_without_checksums_are_checked_as_before(tmp_path: Path) -> None:
     assert finder.find([tmp_path], None, parts=None).name == checkpoint.name
 
 
+@pytest.mark.parametrize("is_refused", [True, False], ids=["refused", "unknown"])
 def test_file_systems_without_direct_io_are_read_too(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_refused: bool
 ) -> None:
-    monkeypatch.setattr("lowtide.checkpoint.store.scan._O_DIRECT", 0)
+    def fcntl(descriptor: int, command: int, flags: int = 0) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct I/O here")
+        return real_fcntl(descriptor, command, flags)
+
+    real_fcntl = scan.fcntl.fcntl
+    if is_refused:
+        monkeypatch.setattr(scan.fcntl, "fcntl", fcntl)
+    else:
+        monkeypatch.setattr(scan, "_O_DIRECT", 0)
     both = finders()
     find(both, folder)
     assert_same(held(both[1], folder / "step2")[file_name(1)], states(2)[file_name(1)])

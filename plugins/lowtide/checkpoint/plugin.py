@@ -139,8 +139,12 @@ class CheckpointPlugin(Plugin):
 
     def load_file(self, path: Path, map_location: Any) -> Any:
         """Load a file; from memory where its bytes have been checked there."""
-        image = None if self._finder is None else self._finder.take(path)
-        return load_file(path, image, map_location)
+        return load_file(path, self._finder.take(path) if self._finder else None, map_location)
+
+    def forget_read(self) -> None:
+        """Let go of what was read to be loaded and will not be."""
+        if self._finder is not None:
+            self._finder.forget()
 
     def set_save_latest(self, is_wanted: bool) -> None:
         """Say whether the checkpoint that has begun moves ``latest``."""
@@ -343,8 +347,7 @@ class CheckpointPlugin(Plugin):
             moment.data["result"] = result
 
     def _loaded(self, _moment: Moment) -> None:
-        if self._finder is not None:
-            self._finder.forget()
+        self.forget_read()
         if self._expander is not None:
             self._expander.forget()
 

@@ -102,6 +102,7 @@ class DeepSpeedAdapter:
                 f'"node" out of lowtide.checkpoint.tiers for this start, so that the last level '
                 f"is loaded"
             )
+        self._plugin.forget_read()  # it reads parts of many files
         client_state = reshard.load_resharded(
             engine,
             checkpoint,
