@@ -11,7 +11,7 @@ medians over the rounds, after one round to warm up. Nothing is timed without fs
 - durable: from the request until everything is synced (for Lowtide: committed, with its record);
 - raw: the same number of bytes written past the page cache by four threads, in the same round.
 
-    python benchmarks/bench_checkpoint.py [--gib 1] [--rounds 7] [--folder DIR] [--only NAME]
+    python benchmarks/bench_checkpoint.py [--gib 1] [--rounds 7] [--folder DIR] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--iteration-s", type=float, default=1.0, help="forward and backward")
     parser.add_argument("--folder", default=None, help="on the disk to measure (system's temp)")
-    parser.add_argument("--only", choices=[name for name, _ in SECTIONS], default=None)
+    names = [name for name, _ in SECTIONS]
+    parser.add_argument("--only", choices=names, nargs="+", default=names)
     return parser.parse_args()
 
 
@@ -393,7 +394,7 @@ def main() -> int:
     dist.init_process_group("gloo")
     print(json.dumps({"folder": options.folder or tempfile.gettempdir(), "load": os.getloadavg()}))
     for name, section in SECTIONS:
-        if options.only not in (None, name):
+        if name not in options.only:
             continue
         with tempfile.TemporaryDirectory(prefix="lowtide-bench-", dir=options.folder) as folder:
             section(options, Path(folder))

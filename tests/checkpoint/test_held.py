@@ -250,6 +250,9 @@ def test_shares_together_read_everything_and_each_byte_once_but_for_what_many_lo
 def test_files_are_checked_but_not_held_where_that_is_not_possible(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
     def nothing_held(all_finders: list[Finder]) -> None:
         assert [each.name for each in find(all_finders, folder)] == ["step2"] * len(all_finders)
         for finder in all_finders:
@@ -259,6 +262,9 @@ def test_files_are_checked_but_not_held_where_that_is_not_possible(
     nothing_held(finders(world_size=3))
     nothing_held(finders("fast"))
     nothing_held(finders("off"))
+    with monkeypatch.context() as patch:
+        patch.setattr("lowtide.checkpoint.files.image.mmap.mmap", no_memory)
+        nothing_held(finders())
     monkeypatch.setattr(finding, "memory_share_bytes", lambda _divisor: 1000)
     nothing_held(finders())
     flip(folder / "step2" / file_name(1), 5_000_000)
