@@ -72,7 +72,13 @@ class Lowtide:
         wanted = buffer_bytes or trainer.total_bytes
         chunks = max(4, -(-wanted // CHUNK_BYTES) + 1)
         config = CheckpointConfig(keep=2)
-        self.saver = Saver(config, Board(), buffer_bytes=chunks * CHUNK_BYTES)
+        self._buffer_bytes = chunks * CHUNK_BYTES
+        self.saver = Saver(config, Board(), buffer_bytes=self._buffer_bytes)
+
+    def wait_ready(self) -> None:
+        """Wait until the buffer has its memory."""
+        while self.saver.writer.facts()["touched_bytes"] < self._buffer_bytes:
+            time.sleep(0.01)
 
     def save(self) -> Pending:
         from lowtide.checkpoint.saving import Stage

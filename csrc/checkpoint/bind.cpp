@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "records.hpp"
 #include "writer.hpp"
 
 namespace py = pybind11;
@@ -75,6 +76,11 @@ class Ticket {
 
     bool wait_captured(double timeout_s) { return writer_.get()->wait_captured(job_, timeout_s); }
     bool wait_durable(double timeout_s) { return writer_.get()->wait_settled(*job_, timeout_s); }
+    void extend(FileSpec spec, bool is_partial) {
+        const std::shared_ptr<NativeWriter> &writer = writer_.get();
+        spec.prepare();
+        writer->extend(job_, std::move(spec), is_partial);
+    }
     void cancel() { writer_.get()->cancel(*job_); }
     JobState state() { return writer_.get()->state(*job_); }
     std::vector<std::vector<std::uint32_t>> results() { return writer_.get()->results(*job_); }
@@ -95,12 +101,16 @@ class Writer {
         }
     }
 
-    std::unique_ptr<Ticket> submit(std::vector<FileSpec> specs) {
+    std::unique_ptr<Ticket> submit(std::vector<FileSpec> specs, bool is_partial) {
         const std::shared_ptr<NativeWriter> &writer = handle_.get();
         for (FileSpec &spec : specs) {
             spec.prepare();
         }
-        return std::make_unique<Ticket>(writer, writer->submit(std::move(specs)));
+        if (is_partial && specs.size() != 1) {
+            throw py::value_error("plans: got " + std::to_string(specs.size()) +
+                                  ", allowed is one where it is partial");
+        }
+        return std::make_unique<Ticket>(writer, writer->submit(std::move(specs), is_partial));
     }
 
     bool close(double deadline_s) { return handle_.get()->close(deadline_s); }
@@ -168,13 +178,33 @@ FileSpec spec_of(const py::tuple &plan) {
     return spec;
 }
 
-std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &plans) {
+std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &plans,
+                               bool is_partial) {
     std::vector<FileSpec> specs;
     specs.reserve(plans.size());
     for (const py::tuple &plan : plans) {
         specs.push_back(spec_of(plan));
     }
-    return writer.submit(std::move(specs));
+    return writer.submit(std::move(specs), is_partial);
+}
+
+py::bytes bytes_of(const std::vector<std::int64_t> &numbers) {
+    return py::bytes(reinterpret_cast<const char *>(numbers.data()),
+                     numbers.size() * sizeof(std::int64_t));
+}
+
+py::tuple lay_out_records(const py::array &addresses, const py::array &sizes, std::uint64_t number,
+                          std::uint64_t offset, std::uint64_t literals, std::uint64_t central) {
+    const auto places = array_argument<std::uint64_t>(addresses, "records", "addresses");
+    const auto lengths = array_argument<std::uint64_t>(sizes, "records", "sizes");
+    if (places.size() != lengths.size()) {
+        throw py::value_error("records: addresses and sizes differ in their number of elements");
+    }
+    const auto count = static_cast<std::size_t>(places.size());
+    const lowtide::checkpoint::Records made = lowtide::checkpoint::lay_out_records(
+        places.data(), lengths.data(), count, {number, offset, literals, central});
+    return py::make_tuple(py::bytes(made.literals), py::bytes(made.central), bytes_of(made.pieces),
+                          bytes_of(made.patches), bytes_of(made.central_patches), made.offset);
 }
 
 py::dict state_dict(Ticket &ticket) {
@@ -223,6 +253,11 @@ std::unique_ptr<Writer> open_writer(std::size_t buffer_bytes, std::size_t chunk_
 } // namespace
 
 void bind_checkpoint(py::module_ &module) {
+    module.def("lay_out_records", &lay_out_records, py::arg("addresses"), py::arg("sizes"),
+               py::arg("number"), py::arg("offset"), py::arg("literals"), py::arg("central"),
+               "Headers and places of zip members with these bytes: (literals, central directory, "
+               "pieces, patches, patches of the directory, offset behind them).");
+
     pthread_atfork(nullptr, nullptr, [] { ++generation; });
     using Unlocked = py::call_guard<py::gil_scoped_release>;
 
@@ -232,6 +267,13 @@ void bind_checkpoint(py::module_ &module) {
              "time is over first, negative waits for ever.")
         .def("wait_durable", &Ticket::wait_durable, py::arg("timeout_s") = -1.0, Unlocked(),
              "Wait until the job is durable or has failed; False if the time is over first.")
+        .def(
+            "extend",
+            [](Ticket &ticket, const py::tuple &plan, bool is_partial) {
+                ticket.extend(spec_of(plan), is_partial);
+            },
+            py::arg("plan"), py::arg("is_partial"),
+            "More, or all, of a file of which the beginning was submitted.")
         .def("cancel", &Ticket::cancel, "Stop capturing; the job fails.")
         .def("state", &state_dict, "The job's numbers, as a dict.")
         .def("results", &Ticket::results, "CRC-32 of each chunk of each file.");
@@ -240,9 +282,10 @@ void bind_checkpoint(py::module_ &module) {
         .def(py::init(&open_writer), py::arg("buffer_bytes"), py::arg("chunk_bytes"),
              py::arg("io") = "auto", py::arg("direct") = true, py::arg("queue_depth") = 8,
              py::arg("bytes_per_s") = 0.0)
-        .def("submit", &submit, py::arg("plans"),
+        .def("submit", &submit, py::arg("plans"), py::arg("is_partial") = false,
              "Begin to write files, each (path, size, offsets, lengths, addresses, entries, "
-             "literals, patches); the caller keeps their memory until they are captured.")
+             "literals, patches); the caller keeps their memory until they are captured. Of a "
+             "partial one, which is alone, the rest comes with extend().")
         .def("close", &Writer::close, py::arg("deadline_s"), Unlocked(),
              "Let jobs finish until the deadline, cancel the others, end all threads. False if a "
              "thread hangs in the kernel and was left behind.")

@@ -114,6 +114,18 @@ void FileSpec::check_patches() const {
     }
 }
 
+void FileSpec::check_begins_with(const FileSpec &begin) const {
+    bool is_same = path == begin.path && offsets.size() >= begin.offsets.size();
+    for (std::size_t i = 0; is_same && i < begin.offsets.size(); ++i) {
+        is_same = offsets[i] == begin.offsets[i] && lengths[i] == begin.lengths[i] &&
+                  entries[i] == begin.entries[i] &&
+                  (entries[i] == literal_entry || addresses[i] == begin.addresses[i]);
+    }
+    if (!is_same) {
+        fail("it does not begin with the pieces that were submitted");
+    }
+}
+
 std::size_t FileSpec::first_patch_behind(std::uint64_t position) const {
     const auto found =
         std::partition_point(patches.begin(), patches.end(), [position](const Patch &patch) {

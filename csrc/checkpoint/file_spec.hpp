@@ -36,6 +36,10 @@ struct FileSpec {
     // Number of the first patch that ends behind `position` in the literals.
     std::size_t first_patch_behind(std::uint64_t position) const;
 
+    // Throws std::invalid_argument unless the file begins with all pieces of `begin`. Literals may
+    // have moved.
+    void check_begins_with(const FileSpec &begin) const;
+
   private:
     void check_pieces() const;
     void check_patches() const;

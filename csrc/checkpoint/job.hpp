@@ -32,13 +32,15 @@ struct Chunk : Write {
     std::size_t payload = 0;   // bytes of the file in it; `bytes` may be padded
     int slab = SlabRing::none; // or none: it is written from where the tensor lies
     std::vector<Part> parts;
+    std::shared_ptr<const FileSpec> spec; // what is known of the file when it is taken
 };
 
 struct File {
     enum class State { closed, opening, open, closing, done };
 
-    FileSpec spec; // constant once the job is submitted
-    std::size_t chunks = 0;
+    std::shared_ptr<const FileSpec> spec; // another one once the rest of the file is known
+    bool is_partial = false;              // the rest is not known yet
+    std::size_t chunks = 0;               // those whose content is known
     std::size_t taken = 0;
     std::size_t folded = 0;
     std::size_t written = 0;
@@ -50,6 +52,8 @@ struct File {
     std::vector<std::uint32_t> chunk_crcs;
     State state = State::closed;
     int fd = -1;
+    std::uint64_t reserved = 0; // bytes of it that have their place on the disk
+    bool is_reserving = false;  // more of them; it stays open meanwhile
     bool is_direct = false;
     bool is_padded = false; // the last write went beyond the end
 
@@ -74,6 +78,7 @@ struct Job {
     std::uint64_t written_bytes = 0;
     std::uint64_t staged_bytes = 0;
     std::uint64_t direct_bytes = 0;
+    bool is_partial = false; // as its file is
     std::size_t reading = 0; // chunks whose live memory is being read
     std::optional<Failure> failure;
     std::atomic<bool> is_dropped{false}; // set together with `failure`; read without the lock

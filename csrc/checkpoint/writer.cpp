@@ -131,16 +131,13 @@ void Writer::spawn(std::function<void()> work) {
     worker.has_ended = false;
 }
 
-std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs) {
+std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs, bool is_partial) {
     auto job = std::make_shared<Job>();
+    job->is_partial = is_partial;
     for (FileSpec &spec : specs) {
         auto file = std::make_unique<File>();
-        file->spec = std::move(spec);
-        file->chunks = static_cast<std::size_t>((file->spec.size + options_.chunk_bytes - 1) /
-                                                options_.chunk_bytes);
-        file->chunk_crcs.resize(file->chunks);
-        file->entry_crcs.resize(file->spec.entry_count);
-        job->total_bytes += file->spec.size;
+        file->is_partial = is_partial;
+        set_spec(*job, *file, std::make_shared<const FileSpec>(std::move(spec)));
         job->files.push_back(std::move(file));
     }
     const Lock lock(mutex_);
@@ -149,7 +146,7 @@ std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs) {
     }
     active_.push_back(job);
     to_capture_.push_back(job);
-    if (job->total_bytes == 0) {
+    if (job->total_bytes == 0 && !is_partial) {
         job->captured_at = Clock::now();
     }
     if (job->files.empty()) {
@@ -158,6 +155,35 @@ std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs) {
     }
     capture_changed_.notify_all();
     return job;
+}
+
+void Writer::set_spec(Job &job, File &file, std::shared_ptr<const FileSpec> spec) const {
+    job.total_bytes += spec->size - (file.spec == nullptr ? 0 : file.spec->size);
+    file.spec = std::move(spec);
+    // Of a partial file the chunk in which it ends is left for later.
+    const std::uint64_t last = file.is_partial ? 0 : options_.chunk_bytes - 1;
+    file.chunks = static_cast<std::size_t>((file.spec->size + last) / options_.chunk_bytes);
+    file.chunk_crcs.resize(file.chunks);
+}
+
+void Writer::extend(const std::shared_ptr<Job> &job, FileSpec spec, bool is_partial) {
+    auto longer = std::make_shared<const FileSpec>(std::move(spec));
+    const Lock lock(mutex_);
+    if (!job->is_partial) {
+        throw std::invalid_argument("plan of " + longer->path +
+                                    ": the job's file is whole already");
+    }
+    File &file = *job->files.front();
+    longer->check_begins_with(*file.spec);
+    job->is_partial = file.is_partial = is_partial;
+    set_spec(*job, file, std::move(longer));
+    ask_for_more(job, file);
+    close_if_idle(job, file);
+    if (job->captured_bytes == job->total_bytes && !is_partial && !job->is_dropped) {
+        job->captured_at = Clock::now();
+    }
+    job->progress_at = Clock::now();
+    capture_changed_.notify_all();
 }
 
 bool Writer::wait_captured(const std::shared_ptr<Job> &job, double timeout_s) {

@@ -46,8 +46,13 @@ class Writer : public std::enable_shared_from_this<Writer> {
     static std::shared_ptr<Writer> open(const WriterOptions &options);
     ~Writer() = default;
 
-    // Takes prepared specs. Throws std::runtime_error after close().
-    std::shared_ptr<Job> submit(std::vector<FileSpec> specs);
+    // Takes prepared specs. If `is_partial`, there is one, the file's beginning; the job waits for
+    // the rest, for extend(). Throws std::runtime_error after close().
+    std::shared_ptr<Job> submit(std::vector<FileSpec> specs, bool is_partial = false);
+
+    // Takes more of such a file, or all of it. Throws std::invalid_argument where its beginning is
+    // not what was submitted.
+    void extend(const std::shared_ptr<Job> &job, FileSpec spec, bool is_partial);
 
     // Waits until the job's live memory is not read any more, helping meanwhile. Returns false
     // when the time is over first. A negative time-out waits for ever.
@@ -70,6 +75,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
 
     explicit Writer(const WriterOptions &options);
     void start();
+    void set_spec(Job &job, File &file, std::shared_ptr<const FileSpec> spec) const;
     void spawn(std::function<void()> work);
 
     // writer_capture.cpp
@@ -86,6 +92,8 @@ class Writer : public std::enable_shared_from_this<Writer> {
     void close_loop();
     void pace_loop();
     void open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file);
+    void reserve_more(Lock &lock, const std::shared_ptr<Job> &job, File &file);
+    void ask_for_more(const std::shared_ptr<Job> &job, File &file);
     void finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file);
     void dispatch(std::unique_ptr<Chunk> chunk);
     void start_write(Chunk &chunk);

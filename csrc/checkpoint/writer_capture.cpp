@@ -48,6 +48,9 @@ std::unique_ptr<Chunk> Writer::take_chunk() {
             files_changed_.notify_all();
         }
         if (file.taken == file.chunks) {
+            if (file.is_partial) {
+                return nullptr;
+            }
             ++job->next_file;
             continue;
         }
@@ -59,14 +62,14 @@ std::unique_ptr<Chunk> Writer::take_chunk() {
 std::unique_ptr<Chunk> Writer::make_chunk(const std::shared_ptr<Job> &job, File &file) {
     const std::uint64_t begin = file.chunk_begin(file.taken, options_.chunk_bytes);
     const auto payload = static_cast<std::size_t>(
-        std::min<std::uint64_t>(options_.chunk_bytes, file.spec.size - begin));
+        std::min<std::uint64_t>(options_.chunk_bytes, file.spec->size - begin));
     const int slab = ring_.take();
     const unsigned char *data = nullptr;
     if (slab != SlabRing::none) {
         data = ring_.slab(slab).data();
     } else if (file.state == File::State::open && file.is_direct &&
                direct_in_flight_ < static_cast<std::size_t>(options_.queue_depth)) {
-        data = direct_source(file.spec, begin, payload);
+        data = direct_source(*file.spec, begin, payload);
     }
     if (data == nullptr) {
         return nullptr;
@@ -74,6 +77,7 @@ std::unique_ptr<Chunk> Writer::make_chunk(const std::shared_ptr<Job> &job, File 
     auto chunk = std::make_unique<Chunk>();
     chunk->job = job;
     chunk->file = &file;
+    chunk->spec = file.spec;
     chunk->index = file.taken++;
     chunk->payload = payload;
     chunk->slab = slab;
@@ -89,16 +93,17 @@ std::unique_ptr<Chunk> Writer::make_chunk(const std::shared_ptr<Job> &job, File 
 void Writer::capture_chunk(Lock &lock, std::unique_ptr<Chunk> chunk) {
     File &file = *chunk->file;
     const std::shared_ptr<Job> job = chunk->job;
+    const std::shared_ptr<const FileSpec> spec = chunk->spec;
     ++capturing_;
     lock.unlock();
     bool has_memory = true;
     try {
         if (chunk->slab == SlabRing::none) {
-            capture_in_place(file.spec, chunk->offset, ConstBytes(chunk->data, chunk->payload),
+            capture_in_place(*spec, chunk->offset, ConstBytes(chunk->data, chunk->payload),
                              chunk->parts);
         } else {
             const Bytes slab = ring_.slab(chunk->slab);
-            capture(file.spec, chunk->offset, slab.first(chunk->payload), chunk->parts);
+            capture(*spec, chunk->offset, slab.first(chunk->payload), chunk->parts);
             // Direct I/O writes whole pages; what stands behind the end is cut off later.
             const Bytes rest = slab.drop(chunk->payload);
             std::memset(rest.data(), 0, std::min(rest.size(), page_bytes));
@@ -111,7 +116,7 @@ void Writer::capture_chunk(Lock &lock, std::unique_ptr<Chunk> chunk) {
         count_captured(*job, *chunk);
     }
     if (!has_memory) {
-        fail(*job, {"capture", file.spec.path, ENOMEM, file.spec.size});
+        fail(*job, {"capture", spec->path, ENOMEM, spec->size});
     }
     const std::size_t index = chunk->index;
     file.captured.emplace(index, std::move(chunk));
@@ -127,7 +132,7 @@ void Writer::count_captured(Job &job, const Chunk &chunk) {
         (chunk.slab == SlabRing::none ? job.direct_bytes : job.staged_bytes) += chunk.payload;
         job.captured_bytes += chunk.payload;
         job.progress_at = Clock::now();
-        if (job.captured_bytes == job.total_bytes) {
+        if (job.captured_bytes == job.total_bytes && !job.is_partial) {
             job.captured_at = job.progress_at;
         }
     }
@@ -147,6 +152,9 @@ void Writer::fold_captured(Lock &lock, File &file) {
          next = file.captured.find(file.folded)) {
         std::unique_ptr<Chunk> chunk = std::move(next->second);
         file.captured.erase(next);
+        if (file.entry_crcs.size() < chunk->spec->entry_count) {
+            file.entry_crcs.resize(chunk->spec->entry_count);
+        }
         lock.unlock();
         const Bytes slab = chunk->slab == SlabRing::none ? Bytes() : ring_.slab(chunk->slab);
         const std::uint32_t crc = fold(chunk->parts, file.entry_crcs, slab);

@@ -64,15 +64,50 @@ void Writer::open_loop() {
     Lock lock(mutex_);
     for (;;) {
         files_changed_.wait(lock, [this] {
-            return is_stopping_ || (!to_open_.empty() && open_files_ < most_open_files);
+            return is_stopping_ ||
+                   (!to_open_.empty() && (open_files_ < most_open_files ||
+                                          to_open_.front().file->state == File::State::open));
         });
         if (to_open_.empty()) {
             return;
         }
         const FileTask task = to_open_.front();
         to_open_.pop_front();
-        open_file(lock, task.job, *task.file);
+        if (task.file->state == File::State::open) {
+            reserve_more(lock, task.job, *task.file);
+        } else {
+            open_file(lock, task.job, *task.file);
+        }
     }
+}
+
+// A partial file has grown. Writes beyond what is reserved would have to wait for each other.
+void Writer::ask_for_more(const std::shared_ptr<Job> &job, File &file) {
+    if (file.state == File::State::open && file.is_partial && !file.is_reserving &&
+        !job->is_dropped && file.spec->size > file.reserved) {
+        file.is_reserving = true;
+        to_open_.push_front({job, &file}); // before what waits until other files are closed
+        files_changed_.notify_all();
+    }
+}
+
+void Writer::reserve_more(Lock &lock, const std::shared_ptr<Job> &job, File &file) {
+    const std::shared_ptr<const FileSpec> spec = file.spec;
+    const int fd = file.fd;
+    int error = 0;
+    if (!job->is_dropped) {
+        lock.unlock();
+        error = reserve(fd, spec->size);
+        lock.lock();
+    }
+    file.reserved = spec->size;
+    file.is_reserving = false;
+    if (error != 0) {
+        fail(*job, {"reserve space for", spec->path, error, spec->size});
+    }
+    ask_for_more(job, file);
+    close_if_idle(job, file);
+    files_changed_.notify_all(); // the closing threads end once nothing is left to do here
 }
 
 void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) {
@@ -83,13 +118,14 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
     }
     ++open_files_;
     bool use_direct = options_.use_direct;
+    const std::shared_ptr<const FileSpec> spec = file.spec;
     lock.unlock();
     const char *operation = "open";
-    const int fd = open_for_writing(file.spec.path, use_direct);
+    const int fd = open_for_writing(spec->path, use_direct);
     int error = fd < 0 ? errno : 0;
     if (error == 0) {
         operation = "reserve space for";
-        error = reserve(fd, file.spec.size);
+        error = reserve(fd, spec->size);
     }
     lock.lock();
     file.fd = fd;
@@ -100,18 +136,20 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
         files_changed_.notify_all();
     } else {
         file.state = File::State::open;
+        file.reserved = spec->size;
     }
     if (options_.use_direct && error == 0) {
         is_direct_ = use_direct;
         direct_reason_ = use_direct ? "" : "the file system refuses O_DIRECT";
     }
     if (error != 0) {
-        fail(*job, {operation, file.spec.path, error, file.spec.size});
+        fail(*job, {operation, file.spec->path, error, file.spec->size});
     }
     std::vector<std::unique_ptr<Chunk>> waiting = std::move(file.unopened);
     for (auto &chunk : waiting) {
         dispatch(std::move(chunk));
     }
+    ask_for_more(job, file);
     close_if_idle(job, file);
     capture_changed_.notify_all(); // the direct lane waits for the file
 }
@@ -187,7 +225,7 @@ void Writer::on_written(Chunk &written, int error) {
     std::unique_ptr<Chunk> chunk(&written);
     const std::shared_ptr<Job> job = chunk->job;
     if (error != 0) {
-        fail(*job, {"write", file.spec.path, error, file.spec.size});
+        fail(*job, {"write", file.spec->path, error, file.spec->size});
     } else {
         ++file.written;
         job->written_bytes += chunk->payload;
@@ -213,8 +251,9 @@ void Writer::retire(std::unique_ptr<Chunk> chunk) {
 }
 
 void Writer::close_if_idle(const std::shared_ptr<Job> &job, File &file) {
-    const bool is_over = file.written == file.chunks || (job->is_dropped && file.in_flight == 0);
-    if (file.state == File::State::open && is_over) {
+    const bool is_written = file.written == file.chunks && !file.is_partial;
+    const bool is_over = is_written || (job->is_dropped && file.in_flight == 0);
+    if (file.state == File::State::open && is_over && !file.is_reserving) {
         file.state = File::State::closing;
         to_close_.push_back({job, &file});
         files_changed_.notify_all();
@@ -246,7 +285,7 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
             error = errno;
         }
     };
-    const auto size = static_cast<off_t>(file.spec.size);
+    const auto size = static_cast<off_t>(file.spec->size);
     lock.unlock();
     if (!job->is_dropped && file.is_padded) {
         attempt("truncate", retried([&] { return ftruncate(file.fd, size); }));
@@ -265,7 +304,7 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
         return;
     }
     if (operation != nullptr) {
-        fail(*job, {operation, file.spec.path, error, file.spec.size});
+        fail(*job, {operation, file.spec->path, error, file.spec->size});
         return;
     }
     job->progress_at = Clock::now();

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 import lowtide
+from lowtide.checkpoint.files.image import Image
 from lowtide.checkpoint.saving import Stage
 from lowtide.core.errors import CheckpointError, PluginError
 from tests.helpers.ranks import leave_result
@@ -86,9 +88,15 @@ def steps(engine: Any, count: int, seed: int = 1) -> list[float]:
 
 def resumed(initialize: Any, config: Any, folder: Path, tag: Any = None) -> dict[str, Any]:
     engine = build(initialize, config)
-    path, state = engine.load_checkpoint(str(folder), tag=tag)
+    with pytest.MonkeyPatch.context() as patch:
+        loads: list[int] = []
+        load = Image.load
+        counted = lambda image, *args: (loads.append(image.size_bytes), load(image, *args))[1]  # noqa: E731
+        patch.setattr(Image, "load", counted)
+        path, state = engine.load_checkpoint(str(folder), tag=tag)
     facts = {
         "path": path,
+        "loads from memory": len(loads),
         "client_state": {k: str(v) for k, v in state.items() if k in ("average", "note")},
         "step": engine.global_steps,
         "calls": int(engine.module.calls),

@@ -207,12 +207,17 @@ def test_close_finishes_what_is_on_its_way(tmp_path: Path) -> None:
     assert_holds(tmp_path / "step1", 1)
 
 
-def test_save_that_ended_in_an_exception_is_abandoned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_batch_bytes", [1, 1 << 30], ids=["under way", "not begun"])
+def test_save_that_ended_in_an_exception_is_abandoned(
+    tmp_path: Path, monkeypatch: Any, first_batch_bytes: int
+) -> None:
+    batch = "lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES"
+    monkeypatch.setattr(batch, first_batch_bytes)
     with savers(1) as (saver,):
         saver.begin(tmp_path, "step1", step=1, details=DETAILS)
         saver.add(state_of(0, 1), file_name(0), is_stable=lambda _: True)
         with pytest.raises((AttributeError, pickle.PicklingError)):
-            saver.add({"f": lambda: 0}, "x.pt", is_stable=lambda _: True)
+            saver.add({"x": torch.ones(5000), "f": lambda: 0}, "x.pt", is_stable=lambda _: True)
         save([saver], tmp_path, 2)
         assert wait_all([saver]) == [True]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step2"]

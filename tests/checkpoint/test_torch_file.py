@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowtide.checkpoint.files.archive import Archive, Record
-from lowtide.checkpoint.files.torch_file import lay_out
-from lowtide.checkpoint.writer.plan import LITERAL
+from lowtide.checkpoint.files.torch_file import Layout, lay_out
+from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
+from lowtide.checkpoint.writer.plan_check import check_begins_with, check_plan
 from tests.checkpoint.plans import save, write_plan
 
 DTYPES = [
@@ -67,6 +68,13 @@ def assert_same(found: Any, expected: Any) -> None:
     return None
 
 
+def archive_of(path: Path, records: list[Record]) -> FilePlan:
+    archive = Archive(path)
+    archive.add_records(records)
+    archive.close(pickle.dumps(None, 2))
+    return archive.plan()
+
+
 def rich_state() -> dict[str, Any]:
     torch.manual_seed(0)
     flat = torch.randn(70_000).bfloat16()
@@ -98,6 +106,66 @@ def rich_state() -> dict[str, Any]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "state.pt"
+
+
+def test_native_and_python_headers_are_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    edges = [0, 1, 63, 64, (1 << 20) - 1, 1 << 20, (1 << 32) - 2, (1 << 32) - 1, 5 << 30]
+    sizes = [*edges, *random.integers(0, 1 << 21, 3000).tolist(), *edges, 1, 2]
+    starts = (random.integers(1, 1 << 20, len(sizes)) * random.choice([1, 64, 4096])).tolist()
+    records = [Record(None, start, size) for start, size in zip(starts, sizes, strict=True)]
+
+    def plan() -> FilePlan:
+        archive = Archive(path)
+        for part in (records[:7], [], records[7:200], records[200:]):
+            archive.add_records(part)
+        archive.close(b"pickle")
+        return archive.plan()
+
+    plans = [plan()]
+    monkeypatch.setenv("LOWTIDE_NATIVE", "0")
+    plans.append(plan())
+    for name in ("offsets", "lengths", "entries", "patches", "literals"):
+        assert np.array_equal(*(getattr(each, name) for each in plans)), name
+    is_live = plans[0].entries != LITERAL
+    assert np.array_equal(*(each.addresses[is_live] for each in plans))
+
+
+def test_tensors_can_be_on_their_way_before_the_rest_is_laid_out(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES", 1)
+    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._BATCH_GROWTH", 1.01)
+    whole, other = torch.randn(300), torch.randn(300)
+    shared = {
+        "part": whole[5:9],
+        "whole": whole,
+        "same": whole.view(300),
+        "again": whole[100:],
+        "bits": whole.view(torch.int32),
+    }
+    state = {**rich_state(), **shared, "first": other, "then": other.view(30, 10).t(), "a": other}
+    layout = Layout(state, path, is_stable=lambda tensor: tensor.dtype is not torch.int64)
+    beginnings = list(layout.beginnings())
+    assert len(beginnings) > 3
+    laid_out = layout.finish()
+    for one, longer in zip(beginnings, [*beginnings[1:], laid_out.plan], strict=True):
+        check_plan(one)
+        check_begins_with(longer, one)
+    assert laid_out.plan.size_bytes > beginnings[-1].size_bytes
+    of_whole = laid_out.plan.addresses == whole.data_ptr()
+    assert of_whole.sum() == 2, "once as floats and once as integers"
+    write_plan(laid_out.plan)
+    loaded = torch.load(path, weights_only=False)
+    assert_same(loaded, state)
+    base = loaded["whole"].data_ptr()
+    assert [loaded[name].data_ptr() - base for name in ("part", "again")] == [20, 400]
+    assert loaded["then"].data_ptr() == loaded["first"].data_ptr()
+    assert loaded["a"] is loaded["first"]
+    lazy = {id(tensor) for tensor in laid_out.lazy}
+    assert {id(state[name]) for name in (*shared, "first", "then")} <= lazy
 
 
 @pytest.mark.parametrize("options", [{}, {"mmap": True}], ids=["read", "mmap"])
@@ -204,7 +272,7 @@ def test_files_beyond_four_gigabytes_are_found_by_zip_and_torch(path: Path) -> N
     # Only the literals are written; the tensors are holes, so this takes no space and no time.
     big = 5 << 30
     records = [Record(None, 64, big), Record(None, 64, 1 << 16), Record(None, 64, 1 << 20)]
-    write_plan(Archive(path, pickle.dumps(None, 2), records).plan(), is_sparse=True)
+    write_plan(archive_of(path, records), is_sparse=True)
     with zipfile.ZipFile(path) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         for name in ("archive/data/0", "archive/data/1", "archive/data/2"):
@@ -219,8 +287,7 @@ def test_files_beyond_four_gigabytes_are_found_by_zip_and_torch(path: Path) -> N
 def test_more_members_than_a_plain_zip_can_count(path: Path) -> None:
     values = np.arange(70_000, dtype=np.uint8)
     records = [Record(values, values.ctypes.data + i, 1) for i in range(len(values))]
-    plan = Archive(path, pickle.dumps(None, 2), records).plan()
-    write_plan(plan)
+    write_plan(archive_of(path, records))
     with zipfile.ZipFile(path) as archive:
         assert archive.read("archive/data/69999") == values[69_999:70_000].tobytes()
     assert torch.load(path, weights_only=False) is None

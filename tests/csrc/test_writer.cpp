@@ -1,6 +1,7 @@
 // Run by tests/checkpoint/test_writer_sanitizers.py under the address and the thread sanitizer:
 // jobs from several threads, helpers, cancels, errors, the direct lane, closing in the middle.
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -64,6 +65,19 @@ struct Source {
         return spec;
     }
 
+    // As far as the first piece.
+    FileSpec beginning(const std::string &path) const {
+        FileSpec spec;
+        spec.path = path;
+        spec.size = bytes;
+        spec.offsets = {0};
+        spec.lengths = {bytes};
+        spec.addresses = {reinterpret_cast<std::uintptr_t>(entry.get())};
+        spec.entries = {0};
+        spec.prepare();
+        return spec;
+    }
+
     std::string expected() const {
         std::string text(reinterpret_cast<const char *>(entry.get()), bytes);
         const std::uint32_t crc = lowtide::crc32(lowtide::ConstBytes(entry.get(), bytes));
@@ -112,12 +126,38 @@ void write_jobs(Writer &writer, const std::string &folder, int number) {
     }
 }
 
+void write_in_parts(Writer &writer, const std::string &folder, int number) {
+    for (int round = 0; round < 12; ++round) {
+        const std::string path = folder + "/parts" + std::to_string(number);
+        Source source(round % 3 == 0 ? 77 : 300'000 + 4096u * round, static_cast<unsigned>(round));
+        const std::string expected = source.expected();
+        std::vector<FileSpec> specs;
+        specs.push_back(source.beginning(path));
+        const auto job = writer.submit(std::move(specs), true);
+        writer.extend(job, source.beginning(path), true);
+        if (round % 4 == 2) {
+            writer.cancel(*job);
+        } else if (round % 4 == 1) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(2)); // until it has caught up
+        }
+        writer.extend(job, source.spec(path), false);
+        expect(writer.wait_captured(job, 60), "captured");
+        std::memset(source.entry.get(), 0, source.bytes);
+        expect(writer.wait_settled(*job, 60), "settled");
+        expect(writer.state(*job).is_durable == (round % 4 != 2), "durable unless cancelled");
+        if (round % 4 != 2) {
+            expect(contents(path) == expected, "contents");
+        }
+    }
+}
+
 void stress(const WriterOptions &options, const std::string &folder) {
     const auto writer = Writer::open(options);
     std::vector<std::thread> threads;
     for (int number = 0; number < 3; ++number) {
         threads.emplace_back([&, number] { write_jobs(*writer, folder, number); });
     }
+    threads.emplace_back([&] { write_in_parts(*writer, folder, 0); });
     for (auto &thread : threads) {
         writer->facts();
         thread.join();

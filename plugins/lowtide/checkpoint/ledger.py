@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowtide.checkpoint.saving import Saving, Stage
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import StopControl
 from lowtide.core.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from lowtide.checkpoint.saver import Saver
+    from lowtide.checkpoint.scrub import Scrub
 
 
 class Ledger:
@@ -79,3 +83,11 @@ class Ledger:
             summary["blocked_median_s"] = statistics.median(waits_s)
             summary["blocked_p99_s"] = waits_s[math.ceil(0.99 * len(waits_s)) - 1]
         return summary
+
+
+def end_of_process(saver: Saver, ledger: Ledger, scrub: Scrub | None, timeout_s: float) -> None:
+    """Finish what is on its way, for a script that just ends."""
+    if scrub is not None:
+        scrub.close()
+    saver.close(timeout_s)
+    ledger.settle()

@@ -8,13 +8,15 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from lowtide.checkpoint.adapters.base import Adapter
 from lowtide.checkpoint.board import open_board
 from lowtide.checkpoint.compact.expanding import Expander
-from lowtide.checkpoint.config import MIB, CheckpointConfig
+from lowtide.checkpoint.config import CheckpointConfig
+from lowtide.checkpoint.files.image import load_file
 from lowtide.checkpoint.interval import Interval
-from lowtide.checkpoint.ledger import Ledger
+from lowtide.checkpoint.ledger import Ledger, end_of_process
 from lowtide.checkpoint.routing import PATIENT_S
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
@@ -22,34 +24,13 @@ from lowtide.checkpoint.scrub import Scrub
 from lowtide.checkpoint.sizing import choose_buffer_bytes
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.checkpoint.store.finding import Finder
+from lowtide.checkpoint.writer.base import facts_text
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 
 logger = logging.getLogger("lowtide")
 
 _FIRST = -100  # before plugins that begin to change the state
-
-
-class Adapter(Protocol):
-    """What a host's own way of saving needs."""
-
-    def before_engine(self) -> None:
-        """The engine is about to be built."""
-
-    def after_engine(self, engine: Any) -> None:
-        """The engine has been built."""
-
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Save a checkpoint the way the script would."""
-
-    def load(self, checkpoint: Path, options: Mapping[str, Any]) -> Any:
-        """Load where the host itself could not; None leaves it to the host."""
-
-    def parts(self) -> int | None:
-        """How many ranks need a part of their own, or None."""
-
-    def close(self) -> None:
-        """Undo what was done to the host."""
 
 
 class CheckpointPlugin(Plugin):
@@ -156,6 +137,15 @@ class CheckpointPlugin(Plugin):
         """Write one file that belongs to no checkpoint; it is there on return."""
         self._the_saver().save_file(state, path)
 
+    def load_file(self, path: Path, map_location: Any) -> Any:
+        """Load a file; from memory where its bytes have been checked there."""
+        return load_file(path, self._finder.take(path) if self._finder else None, map_location)
+
+    def forget_read(self) -> None:
+        """Let go of what was read to be loaded and will not be."""
+        if self._finder is not None:
+            self._finder.forget()
+
     def set_save_latest(self, is_wanted: bool) -> None:
         """Say whether the checkpoint that has begun moves ``latest``."""
         self._save_latest = is_wanted
@@ -229,7 +219,8 @@ class CheckpointPlugin(Plugin):
         self._stable.look_at(self._model, self._optimizer)
         board = open_board()
         self._saver = Saver(self.config, board, buffer_bytes=self._buffer_bytes())
-        self._finder = Finder(board, self.config.verify, self._saver.peers)
+        wanted = None if self._adapter is None else self._adapter.wanted
+        self._finder = Finder(board, self.config.verify, self._saver.peers, wanted)
         if self.config.every_n_steps is not None:
             self._interval = Interval(
                 board,
@@ -244,11 +235,11 @@ class CheckpointPlugin(Plugin):
             )  # fmt: skip
         # For a script that just ends. Made after the session's own, so it runs before that.
         self._finalizer = weakref.finalize(
-            *(self, _end_of_process, self._saver, self._ledger, self._scrub),
+            *(self, end_of_process, self._saver, self._ledger, self._scrub),
             self.config.close_timeout_s,
         )
         if session.rank == 0:
-            logger.info("checkpoint: %s", _said(self._saver.writer.facts()))
+            logger.info("checkpoint: %s", facts_text(self._saver.writer.facts()))
 
     def _buffer_bytes(self) -> int:
         chosen = self.config.host_buffer_bytes
@@ -356,6 +347,7 @@ class CheckpointPlugin(Plugin):
             moment.data["result"] = result
 
     def _loaded(self, _moment: Moment) -> None:
+        self.forget_read()
         if self._expander is not None:
             self._expander.forget()
 
@@ -406,16 +398,3 @@ class CheckpointPlugin(Plugin):
         if self._session is None:
             raise CheckpointError("checkpoint: the plugin is not attached to a run")
         return self._session
-
-
-def _end_of_process(saver: Saver, ledger: Ledger, scrub: Scrub | None, timeout_s: float) -> None:
-    if scrub is not None:
-        scrub.close()
-    saver.close(timeout_s)
-    ledger.settle()
-
-
-def _said(facts: Mapping[str, Any]) -> str:
-    why = f" ({facts['io_reason']})" if facts["io_reason"] else ""
-    buffer_mib = facts["buffer_bytes"] / MIB
-    return f"{facts['implementation']} writer, {facts['io']}{why}, {buffer_mib:.0f} MiB per rank"

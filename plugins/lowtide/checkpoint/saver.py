@@ -26,7 +26,7 @@ import torch
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
-from lowtide.checkpoint.files.torch_file import lay_out
+from lowtide.checkpoint.files.torch_file import Layout, lay_out
 from lowtide.checkpoint.nodes.epochs import prune_copies
 from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.nodes.placement import Nodes, find_nodes
@@ -35,6 +35,7 @@ from lowtide.checkpoint.saving import CANCEL_S, Level, Saving, Stage, levels_of
 from lowtide.checkpoint.store.commit import Committer, Limits, wait_durable
 from lowtide.checkpoint.store.folders import make_part_folder, remove, remove_scratch, remove_trash
 from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
+from lowtide.checkpoint.submit import submit
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.checkpoint.writer.plan import FileResult
 from lowtide.core.errors import CheckpointError
@@ -131,10 +132,13 @@ class Saver:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             saving.give_up(CheckpointError(f"{path.parent}: cannot be made ({error.strerror})"))
-        laid_out = lay_out(state, path, is_stable=is_stable)
+        layout = Layout(state, path, is_stable=is_stable)
+        if saving.error is not None:
+            saving.eager_bytes += layout.finish().eager_bytes
+            return
+        ticket, laid_out = submit(self.writer, layout)
+        saving.add(name, ticket, laid_out.lazy)
         saving.eager_bytes += laid_out.eager_bytes
-        if saving.error is None:
-            saving.add(name, self.writer.submit([laid_out.plan]), laid_out.lazy)
 
     def end(self, *, save_latest: bool = True) -> Saving:
         """End the checkpoint that has begun; from here on it is brought to storage."""

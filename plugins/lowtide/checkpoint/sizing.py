@@ -12,9 +12,14 @@ _SHARE = 8  # of the free memory of the node, for all of its ranks
 
 def choose_buffer_bytes(state_bytes: int) -> int:
     """Return the size for `state_bytes` of state: all of it, at most a share of what is free."""
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    wanted = max(min(state_bytes, _available_bytes() // _SHARE // ranks), _SMALLEST_BYTES)
+    wanted = max(min(state_bytes, memory_share_bytes(_SHARE)), _SMALLEST_BYTES)
     return -(-wanted // CHUNK_BYTES) * CHUNK_BYTES
+
+
+def memory_share_bytes(divisor: int) -> int:
+    """Return this rank's part of a share, 1 / `divisor`, of the free memory of its node."""
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return _available_bytes() // divisor // ranks
 
 
 def _available_bytes() -> int:

@@ -9,13 +9,12 @@ the copies is a listener of BEFORE_UPDATE, which pipeline parallelism passes thr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lowtide.core.errors import CheckpointError, HostError
 from lowtide.core.restart import read_record
@@ -103,6 +102,7 @@ class DeepSpeedAdapter:
                 f'"node" out of lowtide.checkpoint.tiers for this start, so that the last level '
                 f"is loaded"
             )
+        self._plugin.forget_read()  # it reads parts of many files
         client_state = reshard.load_resharded(
             engine,
             checkpoint,
@@ -110,6 +110,20 @@ class DeepSpeedAdapter:
             load_lr_scheduler_states=options.get("load_lr_scheduler_states", True),
         )
         return str(checkpoint / "resharded"), client_state
+
+    def wanted(self, checkpoint: Path) -> Collection[str]:
+        """The model's file and, with ZeRO, this rank's part of the optimizer."""
+        engine = self._engine()
+        methods = ["_get_ckpt_name"]
+        if engine is not None and engine.zero_optimization():
+            methods.append("_get_zero_ckpt_name")
+        names: list[str] = []
+        # Without the names everything is checked all the same, and then read once more.
+        with contextlib.suppress(Exception):
+            for method in methods:
+                path = getattr(engine, method)(str(checkpoint.parent), checkpoint.name)
+                names.append(Path(path).name)
+        return names
 
     def parts(self) -> int | None:
         """With ZeRO every rank has a part of its own."""
@@ -188,9 +202,7 @@ def _make_engine(plugin: CheckpointPlugin) -> Any:
 
         def load(self, path: Any, map_location: Any = None) -> Any:
             """Read a file. What was to be verified has been verified before."""
-            # DeepSpeed's own files hold more than tensors, and are as trusted as its own engine
-            # trusts them.
-            return torch.load(path, map_location=map_location, weights_only=False)
+            return plugin.load_file(Path(path), map_location)
 
         def commit(self, info: Any) -> bool:  # noqa: ARG002
             """Agree: files outside of checkpoints are there already."""

@@ -58,6 +58,7 @@ _GET = {id(value): b"h%c" % number for number, value in enumerate((*_GLOBALS, *_
 _GET_STORAGE = {dtype: _GET[id(kind)] for dtype, kind in STORAGES.items()}
 _STORAGE, _CPU = (b"h%c" % (len(_GLOBALS) + i) for i in range(2))
 _NO_HOOKS = _GET[id(OrderedDict)] + b")R"
+_PUSH_REBUILD = _GET[id(_REBUILD)]
 _IS = {True: b"\x88", False: b"\x89"}
 
 
@@ -84,7 +85,6 @@ def integer(value: int) -> bytes:
     return b"\x8a%c" % len(raw) + raw
 
 
-@functools.lru_cache(4096)
 def integers(values: Sequence[int]) -> bytes:
     """Return the opcodes that push a tuple of integers."""
     body = b"".join(map(integer, values))
@@ -95,7 +95,9 @@ def integers(values: Sequence[int]) -> bytes:
 def storage(kind: bytes, number: int, location: str, elements: int) -> bytes:
     """Return the opcodes that push a storage: torch's persistent id of record `number`."""
     place = _CPU if location == "cpu" else text(location)
-    return b"(" + _STORAGE + kind + text(str(number)) + place + integer(elements) + b"tQ"
+    name = b"%d" % number
+    head = (_STORAGE, kind, len(name), name)
+    return b"(%s%sX%c\0\0\0%s%s%stQ" % (*head, place, integer(elements))
 
 
 def storage_of(dtype: torch.dtype, number: int, location: str, elements: int) -> bytes:
@@ -113,8 +115,12 @@ def tensor(
     of: bytes, offset: int, shape: Sequence[int], stride: Sequence[int], grad: bool
 ) -> bytes:
     """Return the opcodes that push a view of the storage that `of` pushes."""
-    view = of + integer(offset) + integers(shape) + integers(stride)
-    return _GET[id(_REBUILD)] + b"(" + view + _IS[grad] + _NO_HOOKS + b"tR"
+    return b"%s(%s%s%stR" % (_PUSH_REBUILD, of, integer(offset), _view(shape, stride, grad))
+
+
+@functools.lru_cache(4096)
+def _view(shape: Sequence[int], stride: Sequence[int], grad: bool) -> bytes:
+    return integers(shape) + integers(stride) + _IS[grad] + _NO_HOOKS
 
 
 def parameter(data: bytes, grad: bool) -> bytes:

@@ -20,7 +20,7 @@ import pickle
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from lowtide.checkpoint.files.archive import Archive, Record
 from lowtide.checkpoint.writer.plan import FilePlan
 
 _PROTOCOL = b"\x80\x02"
+_FIRST_BATCH_BYTES = 32 << 20  # of tensors; in a smaller file it gains nothing
+_BATCH_GROWTH = 3  # laying out is about as many times faster than disks are
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
 
 
@@ -56,28 +58,72 @@ class _Range:
     storage: torch.UntypedStorage
     begin: int  # bytes, in the storage
     end: int
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    opcodes: bytes | None = None  # that push it; once it has a record
+    tensors: list[torch.Tensor]
+    number: int = -1  # of its record, once it has one
+    is_lazy: bool = False  # then its memory is read later
+    opcodes: bytes | None = None  # that push it
 
 
-def lay_out(state: Any, path: Path, *, is_stable: Callable[[torch.Tensor], bool]) -> TorchFile:
-    """Lay `state` out as the torch file `path`.
+class Layout:
+    """A state on its way to become a torch file: first its tensors, then what describes them.
 
     Args:
         state: What would be given to `torch.save`.
         path: The file that the plan names.
         is_stable: Whether a tensor's memory stays as it is until the plan has been captured. What
             is not stable is copied here and now.
+    """
+
+    def __init__(
+        self, state: Any, path: Path, *, is_stable: Callable[[torch.Tensor], bool]
+    ) -> None:
+        self._state = state
+        self._archive = Archive(path)
+        self._pickler = _StatePickler(is_stable)
+        self._batches = self._pickler.batches(state)
+        self._put = 0  # records that the archive has
+
+    def beginnings(self) -> Iterator[FilePlan]:
+        """Lay the tensors out; plans of what there is so far come whenever that is much more.
+
+        Each is the beginning of the file, and of the plans after it. A small file has none.
+        """
+        while True:
+            with _no_collection():
+                if next(self._batches, None) is None:
+                    return
+                self._put_records()
+                plan = self._archive.plan()
+            yield plan
+
+    def finish(self) -> TorchFile:
+        """Lay the rest out.
+
+        Raises:
+            pickle.PicklingError, TypeError: the state holds something that cannot be pickled.
+        """
+        pickler = self._pickler
+        with _no_collection():
+            for _ in self._batches:
+                pass
+            pickled = pickler.dump_bytes(self._state)
+            self._put_records()
+            self._archive.close(pickled)
+            plan = self._archive.plan()
+        return TorchFile(plan=plan, lazy=pickler.lazy, eager_bytes=pickler.eager_bytes)
+
+    def _put_records(self) -> None:
+        self._archive.add_records(self._pickler.records[self._put :])
+        self._put = len(self._pickler.records)
+
+
+def lay_out(state: Any, path: Path, *, is_stable: Callable[[torch.Tensor], bool]) -> TorchFile:
+    """Lay `state` out as the torch file `path`; the arguments are those of `Layout`.
 
     Raises:
         pickle.PicklingError, TypeError: `state` holds something that cannot be pickled.
     """
-    with _no_collection():
-        pickler = _StatePickler(is_stable)
-        pickler.add_ranges(state)
-        pickled = pickler.dump_bytes(state)
-        plan = Archive(path, pickled, pickler.records).plan()
-    return TorchFile(plan=plan, lazy=pickler.lazy, eager_bytes=pickler.eager_bytes)
+    return Layout(state, path, is_stable=is_stable).finish()
 
 
 @contextlib.contextmanager
@@ -92,21 +138,19 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    """Find the tensors in nested dicts, lists and tuples; others are found by the pickler."""
-    waiting, seen = [state], set()
+def _tensors(state: Any) -> dict[int, torch.Tensor]:
+    """Find the tensors in nested dicts, lists and tuples, by id; others the pickler will find."""
+    waiting: list[Any] = [(state,)]
+    seen: set[int] = set()
+    found: dict[int, torch.Tensor] = {}
     while waiting:
-        value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-            continue
-        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            waiting.extend(value.values())
-        else:
-            waiting.extend(value)
+        for value in waiting.pop():
+            if isinstance(value, torch.Tensor):
+                found[id(value)] = value
+            elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value.values() if isinstance(value, dict) else value)
+    return found
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -116,7 +160,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         (kind is torch.Tensor or kind is torch.nn.Parameter)
         and tensor.layout is torch.strided
         and tensor.dtype in opcodes.STORAGES
-        and tensor.device.type in ("cpu", "cuda")
+        and (tensor.is_cpu or tensor.is_cuda)
         and not tensor.is_neg()
         and not (kind is torch.Tensor and tensor.grad_fn is not None)
         and not getattr(tensor, "__dict__", None)
@@ -129,7 +173,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     item = tensor.element_size()
     begin = int(tensor.storage_offset()) * item
     if tensor.is_contiguous():
-        return begin, begin + tensor.numel() * item
+        return begin, begin + tensor.nbytes
     steps = sum(int((n - 1) * s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (steps + 1) * item
 
@@ -157,15 +201,28 @@ class _StatePickler(pickle.Pickler):
         self.records: list[Record] = []
         self.lazy: list[torch.Tensor] = []
         self.eager_bytes = 0
+        self.recorded_bytes = 0
 
-    def add_ranges(self, state: Any) -> None:
-        """Look at all tensors first: which part of which storage will be needed."""
-        for tensor in _tensors(state):
-            if id(tensor) not in self._of_tensor and tensor.numel() and _is_plain(tensor):
+    def batches(self, state: Any) -> Iterator[int]:
+        """Look at all tensors first: which part of which storage will be needed.
+
+        Gives the bytes of the records made so far, whenever that is worth a look.
+        """
+        due = _FIRST_BATCH_BYTES
+        for tensor in _tensors(state).values():
+            if tensor.numel() and _is_plain(tensor):
                 self._add(tensor)
+                if self.recorded_bytes >= due:
+                    due = _BATCH_GROWTH * self.recorded_bytes
+                    yield self.recorded_bytes
         for key, ranges in self._ranges.items():
             if len(ranges) > 1:
-                self._ranges[key] = self._merge(ranges)
+                self._ranges[key] = ranges = self._merge(ranges)
+            for each in ranges:
+                if each.number < 0:
+                    self._record(each)
+        if self.recorded_bytes >= _FIRST_BATCH_BYTES:
+            yield self.recorded_bytes
 
     def dump_bytes(self, state: Any) -> bytes:
         """Return the pickle of `state`."""
@@ -194,10 +251,20 @@ class _StatePickler(pickle.Pickler):
     def _add(self, tensor: torch.Tensor) -> _Range:
         self._alive.append(tensor)
         storage = tensor.untyped_storage()
-        found = _Range(storage, *_extent(tensor), [tensor])
+        begin, end = _extent(tensor)
+        ranges = self._ranges.setdefault((storage._cdata, tensor.dtype), [])
+        if ranges and ranges[0].number >= 0 and ranges[0].begin <= begin and end <= ranges[0].end:
+            found = ranges[0]
+            found.tensors.append(tensor)
+            if found.is_lazy:
+                self.lazy.append(tensor)
+        else:
+            found = _Range(storage, begin, end, [tensor])
+            is_whole = begin == 0 and end == storage.nbytes()
+            ranges.insert(0 if is_whole else len(ranges), found)
+            if is_whole:  # it cannot grow any more
+                self._record(found)
         self._of_tensor[id(tensor)] = found
-        key = (storage._cdata, tensor.dtype)
-        self._ranges.setdefault(key, []).append(found)
         return found
 
     def _known(self, tensor: torch.Tensor) -> _Range | None:
@@ -209,11 +276,14 @@ class _StatePickler(pickle.Pickler):
 
     def _merge(self, ranges: list[_Range]) -> list[_Range]:
         merged: list[_Range] = []
-        for each in sorted(ranges, key=lambda r: r.begin):
+        # What has a record already is a whole storage, and takes in all that follows.
+        for each in sorted(ranges, key=lambda r: (r.begin, r.number < 0)):
             if merged and each.begin <= merged[-1].end + _MERGE_GAP_BYTES:
                 merged[-1].end = max(merged[-1].end, each.end)
                 merged[-1].tensors += each.tensors
-                self._of_tensor[id(each.tensors[0])] = merged[-1]
+                self._of_tensor |= dict.fromkeys(map(id, each.tensors), merged[-1])
+                if merged[-1].is_lazy:
+                    self.lazy += each.tensors
             else:
                 merged.append(each)
         return merged
@@ -231,31 +301,37 @@ class _StatePickler(pickle.Pickler):
                 return NotImplemented
             # Empty, or inside an object that add_ranges cannot look into.
             kept = self._known(obj) or self._add(obj)
-        of = kept.opcodes or self._record(kept)
+        of = kept.opcodes or self._pushing(kept)
         offset = int(obj.storage_offset()) - kept.begin // obj.element_size()
-        grad = obj.requires_grad
-        if kind is torch.nn.Parameter:
-            data = opcodes.tensor(of, offset, tuple(obj.shape), obj.stride(), grad=False)
-            return self._marking(opcodes.parameter(data, grad=grad))
-        return self._marking(opcodes.tensor(of, offset, tuple(obj.shape), obj.stride(), grad=grad))
+        grad, is_parameter = obj.requires_grad, kind is torch.nn.Parameter
+        pushing = opcodes.tensor(of, offset, obj.shape, obj.stride(), grad and not is_parameter)
+        return self._marking(opcodes.parameter(pushing, grad) if is_parameter else pushing)
 
     def _marking(self, pushing: bytes) -> Any:
         self._marked.append(pushing)
         return _mark, (f"{self._token}{len(self._marked) - 1:08x}",)
 
-    def _record(self, kept: _Range) -> bytes:
+    def _record(self, kept: _Range) -> None:
+        """Give a range its record."""
         tensor, storage = kept.tensors[0], kept.storage
-        is_stable = self._is_stable(tensor)  # the others lie in the same storage
+        kept.number = len(self.records)
         size = kept.end - kept.begin
-        if is_stable and tensor.device.type == "cpu":
+        self.recorded_bytes += size
+        kept.is_lazy = self._is_stable(tensor) and tensor.is_cpu  # the others are in one storage
+        if kept.is_lazy:
             self.lazy += kept.tensors
             self.records.append(Record(storage, storage.data_ptr() + kept.begin, size))
         else:
             self._copy(storage, kept.begin, size)
-        location = torch.serialization.location_tag(storage)
-        elements = size // tensor.element_size()
-        number = len(self.records) - 1
-        kept.opcodes = opcodes.storage_of(tensor.dtype, number, location, elements)
+
+    def _pushing(self, kept: _Range) -> bytes:
+        """Return the opcodes that push a range."""
+        if kept.number < 0:
+            self._record(kept)
+        tensor = kept.tensors[0]
+        location = "cpu" if tensor.is_cpu else torch.serialization.location_tag(kept.storage)
+        elements = (kept.end - kept.begin) // tensor.element_size()
+        kept.opcodes = opcodes.storage_of(tensor.dtype, kept.number, location, elements)
         return kept.opcodes
 
     def _whole_storage(self, obj: Any) -> bytes:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowtide.checkpoint.board import Board
-from lowtide.checkpoint.compact.copies import bases_of
+from lowtide.checkpoint.compact.copies import bases_of, is_compact
 from lowtide.checkpoint.nodes.epochs import Epoch, Holding, holdings, put_together, what_is_missing
 from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.nodes.restoring import Restorer
 from lowtide.checkpoint.saving import Level
+from lowtide.checkpoint.sizing import memory_share_bytes
 from lowtide.checkpoint.store.catalog import Entry, list_checkpoints
-from lowtide.checkpoint.store.integrity import verify
+from lowtide.checkpoint.store.integrity import Share, verify, verify_share
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import find_damage, find_missing_parts, read_record
 
+if TYPE_CHECKING:
+    from lowtide.checkpoint.files.image import Image
+
 _VERIFY_TIMEOUT_S = 3600.0
 _HOLDINGS_TIMEOUT_S = 600.0
+_HELD_SHARE = 2  # of the free memory of the node, half is for files that will be loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +50,34 @@ class Finder:
         board: Where the ranks agree.
         mode: How much is read of a checkpoint before it is chosen.
         peers: The way to the other nodes, where there are levels of which each has its own.
+        wanted: Names the files of a checkpoint that this rank will load. They are read once: what
+            is checked stays in memory, for `take`.
     """
 
     def __init__(
-        self, board: Board, mode: Literal["full", "fast", "off"], peers: Peers | None = None
+        self,
+        board: Board,
+        mode: Literal["full", "fast", "off"],
+        peers: Peers | None = None,
+        wanted: Callable[[Path], Collection[str]] | None = None,
     ) -> None:
         self._board = board
         self._mode: Literal["full", "fast", "off"] = mode
         self._peers = peers
+        self._wanted = wanted
+        self._held: dict[Path, Image] = {}
         self._count = 0
+
+    def take(self, path: Path) -> Image | None:
+        """Return the checked bytes of a file of the checkpoint that was found, if they are held.
+
+        From then on they are the caller's: a second time they are not here any more.
+        """
+        return self._held.pop(path.absolute(), None)
+
+    def forget(self) -> None:
+        """Let go of what is held."""
+        self._held.clear()
 
     def find(self, folders: Sequence[Path], tag: str | None, *, parts: int | None) -> Found:
         """Find the checkpoint to load. Collective.
@@ -68,6 +92,7 @@ class Finder:
         Raises:
             CheckpointError: the one that was asked for is damaged.
         """
+        self.forget()
         self._count += 1
         place = f"find{self._count}"
         levels = [None if self._peers is None else self._peers.level_of(each) for each in folders]
@@ -87,6 +112,7 @@ class Finder:
                 damage = self._worst(damage, f"{place}/{number}")
             if damage is None:
                 return Found(folder=folder, name=name, skipped=skipped)
+            self.forget()
             skipped.append(f"checkpoint {folder / name} is not used: {damage}")
         if tag is not None and skipped:
             raise CheckpointError(
@@ -167,9 +193,28 @@ class Finder:
         record = read_record(checkpoint)
         if self._mode == "off" or (record is not None and record.get("nodes", 1) > 1):
             return find_damage(checkpoint)
+        if self._wanted is not None and record is not None and self._mode == "full":
+            is_same = record["world_size"] == self._board.world_size
+            if is_same and record.get("manifests") and not is_compact(checkpoint):
+                return self._read(checkpoint, record, self._wanted(checkpoint))
         share = (self._board.rank, self._board.world_size)
         report = verify(checkpoint, mode=self._mode, part=share)
         return str(report.damage[0]) if report.damage else self._damage_of_bases(checkpoint)
+
+    def _read(
+        self, checkpoint: Path, record: Mapping[str, Any], wanted: Collection[str]
+    ) -> str | None:
+        """Check this rank's share and hold what is wanted, if there is memory for that."""
+        files: Mapping[str, Any] = record["files"]
+        wanted = [name for name in wanted if name in files]
+        if sum(files[name]["size_bytes"] for name in wanted) > memory_share_bytes(_HELD_SHARE):
+            wanted = []
+        share = Share(rank=self._board.rank, wanted=wanted)
+        report = verify_share(checkpoint, share, world_size=self._board.world_size)
+        if report.damage:
+            return str(report.damage[0])
+        self._held = {(checkpoint / name).absolute(): i for name, i in share.images.items()}
+        return None
 
     def _damage_of_bases(self, checkpoint: Path) -> str | None:
         """Say what is wrong with what a compact checkpoint refers to, or return None."""

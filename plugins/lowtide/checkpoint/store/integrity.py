@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lowtide.checkpoint.store.manifest import FileSums, is_manifest_name, parse_manifest
 from lowtide.checkpoint.store.scan import (
@@ -26,7 +27,38 @@ from lowtide.core.errors import CheckpointError
 from lowtide.core.native import crc32
 from lowtide.core.restart import RECORD_FILE
 
+if TYPE_CHECKING:
+    from lowtide.checkpoint.files.image import Image
+
 Mode: TypeAlias = Literal["full", "fast"]
+_File: TypeAlias = tuple[str, FileSums, int]  # name, checksums, the rank that wrote it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one rank reads of a checkpoint that as many ranks wrote: what it wrote, and `wanted`.
+
+    Attributes:
+        rank: Which rank.
+        wanted: Names of files that it will load. They stay in memory.
+        images: That memory, by name; whole once nothing is wrong.
+    """
+
+    rank: int
+    wanted: Collection[str] = ()
+    images: dict[str, Image] = field(default_factory=dict)
+
+    def runs(self, folder: Path, files: Sequence[_File]) -> list[Run]:
+        """Return what is to be read."""
+        from lowtide.checkpoint.files.image import Image  # and torch with it
+
+        mine = [each for each in files if each[0] in self.wanted or each[2] == self.rank]
+        for name, sums, _ in mine:
+            if name in self.wanted:
+                with contextlib.suppress(OSError):  # without the memory it is checked all the same
+                    self.images[name] = Image(sums.size_bytes)
+        pairs = [(name, sums) for name, sums, _ in mine]
+        return make_runs(folder, pairs, is_sample=False, part=(0, 1), held=self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +120,23 @@ def verify(
     return _verify(Path(checkpoint), mode=mode, part=part, threads=threads, on_progress=on_progress)
 
 
+def verify_share(checkpoint: Path, share: Share, *, world_size: int) -> Report:
+    """Check record and manifests of a checkpoint, and read one rank's share of all its bytes.
+
+    The shares of all ranks together are everything. What is wanted lies in `share.images` after
+    that: these very bytes have the right checksums, whatever becomes of the files.
+
+    Args:
+        checkpoint: Its folder.
+        share: What to read.
+        world_size: Number of ranks, of this run and of the one that wrote it.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    return _verify(checkpoint, part=(share.rank, world_size), share=share)
+
+
 def find_damage(
     checkpoint: Path,
     /,
@@ -135,6 +184,7 @@ def _verify(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
     world_size: int | None = None,
+    share: Share | None = None,
 ) -> Report:
     begin_s = time.monotonic()
     if not folder.is_dir():
@@ -154,8 +204,12 @@ def _verify(
     if names:
         files, found = _read_manifests(folder, record, names)
         damage += found
-        summed = {name for name, _ in files}
-        runs = make_runs(folder, files, is_sample=mode == "fast", part=part)
+        summed = {name for name, _, _ in files}
+        if share is not None:
+            runs = share.runs(folder, files)
+        else:
+            pairs = [(name, sums) for name, sums, _ in files]
+            runs = make_runs(folder, pairs, is_sample=mode == "fast", part=part)
     else:
         runs = _zip_runs(folder, record, is_sample=mode == "fast")[index::count]
         if record is None and not damage:
@@ -200,8 +254,8 @@ def _check_record(
 
 def _read_manifests(
     folder: Path, record: dict[str, Any] | None, names: Iterable[str]
-) -> tuple[list[tuple[str, FileSums]], list[Damage]]:
-    files: list[tuple[str, FileSums]] = []
+) -> tuple[list[_File], list[Damage]]:
+    files: list[_File] = []
     damage: list[Damage] = []
     for name in names:
         text = None
@@ -213,7 +267,7 @@ def _read_manifests(
         except CheckpointError as error:
             text = str(error).removeprefix(f"{folder / name}: ")
         else:
-            files += manifest.files.items()
+            files += [(path, sums, manifest.rank) for path, sums in manifest.files.items()]
             if record is not None:
                 text = _find_mismatch(raw, manifest.attempt, manifest.step, record, name)
         if text is not None:

@@ -6,21 +6,26 @@ hold no lock of the interpreter.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from lowtide.checkpoint.store.manifest import FileSums
 from lowtide.core.native import crc32
 from lowtide.core.restart import find_zip_damage
+
+if TYPE_CHECKING:
+    from lowtide.checkpoint.files.image import Image
 
 OnProgress: TypeAlias = Callable[[int, int], None]
 
@@ -28,6 +33,9 @@ BLOCK_BYTES = 512 * 2**10  # read at once; stays in the processor's cache until 
 RUN_BYTES = 32 * 2**20  # what a thread takes at a time
 SAMPLED_CHUNKS = 4  # of each file in a sample, the first and the last among them
 _MOST_THREADS = 8
+_FEWEST_DIRECT_THREADS = 4  # where nobody reads ahead, the disk is busy only with several
+_PAGE_BYTES = 4096
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +85,51 @@ class Run:
                     return [self._damage(None, text)]
                 for chunk in self.chunks:
                     byte_range = self._range(chunk)
-                    if _crc32_of(descriptor, byte_range) != self.sums.crc32[chunk]:
+                    if self._crc32(descriptor, byte_range) != self.sums.crc32[chunk]:
                         damage.append(self._damage(byte_range, "are not what was written"))
         except OSError as error:
             damage.append(self._damage(None, f"cannot be read ({error.strerror})"))
         return damage
 
+    def _crc32(self, descriptor: int, byte_range: tuple[int, int]) -> int | None:
+        return _crc32_of(descriptor, byte_range)
+
     def _damage(self, byte_range: tuple[int, int] | None, text: str) -> Damage:
         return Damage(file=self.name, byte_range=byte_range, text=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldRun(Run):
+    """As `Run`; what is read stays in memory, and its checksums are those of that memory."""
+
+    image: Image
+
+    def _crc32(self, descriptor: int, byte_range: tuple[int, int]) -> int | None:
+        with self.image.view(*byte_range) as part:
+            done = _read_directly(descriptor, part, byte_range[0])
+            while done < len(part):
+                got = os.preadv(descriptor, [part[done:]], byte_range[0] + done)
+                if got == 0:
+                    return None
+                done += got
+            return crc32(part)
+
+
+def _read_directly(descriptor: int, part: memoryview, offset: int) -> int:
+    """Read whole pages past the page cache, as many as come at once; return their bytes."""
+    size = len(part) // _PAGE_BYTES * _PAGE_BYTES
+    if not size or offset % _PAGE_BYTES or not _O_DIRECT:
+        return 0
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_DIRECT)
+        return os.preadv(descriptor, [part[:size]], offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # else the file system knows no direct I/O
+            raise
+        return 0
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +151,12 @@ class ZipRun:
 
 
 def make_runs(
-    folder: Path, files: Sequence[tuple[str, FileSums]], *, is_sample: bool, part: tuple[int, int]
+    folder: Path,
+    files: Sequence[tuple[str, FileSums]],
+    *,
+    is_sample: bool,
+    part: tuple[int, int],
+    held: Mapping[str, Image] | None = None,
 ) -> list[Run]:
     """Cut the chunks of `files` into runs and return those of one part.
 
@@ -115,6 +165,7 @@ def make_runs(
         files: Name and checksums, in the same order for every part.
         is_sample: Whether a few chunks of each file are enough.
         part: Index and count of the parts.
+        held: The files that stay in memory, and where.
     """
     todo = [
         (number, chunk)
@@ -123,15 +174,20 @@ def make_runs(
     ]
     index, count = part
     mine = todo[len(todo) * index // count : len(todo) * (index + 1) // count]
-    runs = []
+    runs: list[Run] = []
     for number, group in groupby(mine, key=lambda item: item[0]):
         name, sums = files[number]
+        image = None if held is None else held.get(name)
         chunks = [chunk for _, chunk in group]
         step = max(1, RUN_BYTES // sums.chunk_bytes)
-        runs += [
-            Run(path=folder / name, name=name, sums=sums, chunks=tuple(chunks[i : i + step]))
-            for i in range(0, len(chunks), step)
-        ]
+        for i in range(0, len(chunks), step):
+            some = tuple(chunks[i : i + step])
+            if image is None:
+                runs.append(Run(path=folder / name, name=name, sums=sums, chunks=some))
+            else:
+                runs.append(
+                    HeldRun(path=folder / name, name=name, sums=sums, chunks=some, image=image)
+                )
     if index == 0:
         empty = [(name, sums) for name, sums in files if not sums.crc32]
         runs += [Run(path=folder / name, name=name, sums=sums, chunks=()) for name, sums in empty]
@@ -148,7 +204,8 @@ def scan_all(
         threads: How many read at once. By default as many as processors, at most 8.
         on_progress: Called on this thread with the bytes read so far and in total.
     """
-    most = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    fewest = _FEWEST_DIRECT_THREADS if any(isinstance(run, HeldRun) for run in runs) else 1
+    most = threads or max(min(len(os.sched_getaffinity(0)), _MOST_THREADS), fewest)
     total_bytes = sum(run.size_bytes for run in runs)
     done_bytes = 0
     damage: list[Damage] = []

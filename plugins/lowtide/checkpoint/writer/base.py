@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,19 @@ class Ticket(ABC):
         """
 
     @abstractmethod
+    def extend(self, plan: FilePlan, *, is_partial: bool = False) -> None:
+        """Tell more of a file of which only the beginning was submitted.
+
+        Args:
+            plan: All of it so far. It begins with the pieces of the plan before; literals may have
+                moved.
+            is_partial: There is still more to come.
+
+        Raises:
+            ValueError: It contradicts itself or the partial plan, or the file is whole already.
+        """
+
+    @abstractmethod
     def cancel(self) -> None:
         """Give up what is not durable yet: the job fails, its files stay incomplete."""
 
@@ -111,11 +124,16 @@ class Writer(ABC):
     """Copies jobs out of live memory and writes them behind the caller's back. Thread-safe."""
 
     @abstractmethod
-    def submit(self, plans: Sequence[FilePlan]) -> Ticket:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> Ticket:
         """Begin to write files; returns at once.
 
         Jobs are captured in the order in which they come. The writer keeps the plans' owners and
         literals until the job is captured, and lets go of them at the first call after that.
+
+        Args:
+            plans: The files.
+            is_partial: There is one, and it is only the beginning of its file. Then this job, and
+                those behind it, wait for `Ticket.extend` or `Ticket.cancel`.
 
         Raises:
             ValueError: A plan contradicts itself.
@@ -161,3 +179,10 @@ def not_durable_text(ticket: Ticket) -> str:
         f"the checkpoint is not durable yet ({progress.written_bytes} of {progress.total_bytes} "
         "bytes are written); call wait_durable first"
     )
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """Return what a writer's facts say, in a line."""
+    why = f" ({facts['io_reason']})" if facts["io_reason"] else ""
+    buffer_mib = facts["buffer_bytes"] / 2**20
+    return f"{facts['implementation']} writer, {facts['io']}{why}, {buffer_mib:.0f} MiB per rank"

@@ -38,6 +38,14 @@ class NativeTicket(Ticket):
         self._chunk_bytes = chunk_bytes
         self._kept: Any = [(list(plan.owners), plan.literals) for plan in plans]
 
+    def extend(self, plan: FilePlan, *, is_partial: bool = False) -> None:
+        """See `Ticket.extend`."""
+        kept = self._kept
+        self._kept = [kept, (list(plan.owners), plan.literals)]
+        with _typed_errors():
+            self._ticket.extend(_arguments(plan), is_partial)
+        self._files = [(plan.path, plan.size_bytes)]
+
     def wait_captured(self, timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_captured`."""
         is_over = self._wait(self._ticket.wait_captured, "is_released", timeout_s)
@@ -153,17 +161,12 @@ class NativeWriter(Writer):
             self, _close, self._writer, self._uncaptured, os.getpid(), 0.0
         )
 
-    def submit(self, plans: Sequence[FilePlan]) -> NativeTicket:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> NativeTicket:
         """See `Writer.submit`."""
-        arguments = [
-            (
-                *(os.fsencode(plan.path), plan.size_bytes, plan.offsets, plan.lengths),
-                *(plan.addresses, plan.entries, plan.literals, plan.patches),
-            )
-            for plan in plans
-        ]
+        arguments = list(map(_arguments, plans))
         with _typed_errors():
-            ticket = NativeTicket(self._writer.submit(arguments), plans, self._chunk_bytes)
+            ticket = self._writer.submit(arguments, is_partial)
+        ticket = NativeTicket(ticket, plans, self._chunk_bytes)
         with self._lock:
             self._uncaptured.append(ticket)
         self._prune()
@@ -184,6 +187,13 @@ class NativeWriter(Writer):
         """Forget tickets whose live memory nobody reads any more, and that memory with them."""
         with self._lock:
             self._uncaptured[:] = [t for t in self._uncaptured if not t.state()["is_released"]]
+
+
+def _arguments(plan: FilePlan) -> tuple[Any, ...]:
+    return (
+        *(os.fsencode(plan.path), plan.size_bytes, plan.offsets, plan.lengths),
+        *(plan.addresses, plan.entries, plan.literals, plan.patches),
+    )
 
 
 def _close(writer: Any, uncaptured: list[NativeTicket], pid: int, timeout_s: float) -> bool:

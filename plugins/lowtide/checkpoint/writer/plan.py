@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ class FilePlan:
     literals: NDArray[np.uint8]
     patches: NDArray[np.uint64]
     owners: list[Any] = field(default_factory=list, repr=False)
+
+
+class Source:
+    """Where a file's bytes come from; a copy under way goes on with the one it began with."""
+
+    def __init__(self, plan: FilePlan) -> None:
+        self.plan = plan  # its literals and owners are the live memory
+        self.patches = plan.patches[np.argsort(plan.patches[:, 0])]
+
+    def piece_at(self, offset: int) -> int:
+        """Return the number of the piece with this byte of the file."""
+        return bisect.bisect_right(self.plan.offsets, offset) - 1
 
 
 @dataclass(frozen=True, kw_only=True)

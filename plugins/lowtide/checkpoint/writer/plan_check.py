@@ -31,6 +31,21 @@ def check_plan(plan: FilePlan) -> None:
     _check_patches(plan)
 
 
+def check_begins_with(plan: FilePlan, begin: FilePlan) -> None:
+    """Raise ValueError unless `plan` begins with all pieces of `begin`; literals may have moved."""
+    count = len(begin.offsets)
+    is_literal = begin.entries == LITERAL
+    is_same = (
+        plan.path == begin.path
+        and np.array_equal(plan.offsets[:count], begin.offsets)
+        and np.array_equal(plan.lengths[:count], begin.lengths)
+        and np.array_equal(plan.entries[:count], begin.entries)
+        and bool(np.all(is_literal | (plan.addresses[:count] == begin.addresses)))
+    )
+    if not is_same:
+        _fail(plan, "it does not begin with the pieces that were submitted")
+
+
 def _fail(plan: FilePlan, text: str) -> NoReturn:
     raise ValueError(f"plan of {plan.path}: {text}")
 

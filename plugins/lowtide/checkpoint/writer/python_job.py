@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import ctypes
 import errno
@@ -15,10 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-import numpy as np
-
 from lowtide.checkpoint.writer.base import Progress, Ticket, failure_text, not_durable_text
-from lowtide.checkpoint.writer.plan import FilePlan, FileResult
+from lowtide.checkpoint.writer.plan import FilePlan, FileResult, Source
 from lowtide.checkpoint.writer.plan_check import PATCH_BYTES, patches_in
 from lowtide.core.errors import CheckpointError
 
@@ -53,6 +50,9 @@ class Core(Protocol):
 
     def wait(self, is_over: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait until `is_over`, which is called under the lock."""
+
+    def extend(self, job: Job, plan: FilePlan, *, is_partial: bool) -> None:
+        """Take more of a job's partial file."""
 
     def cancel(self, job: Job) -> None:
         """Give up a job."""
@@ -121,9 +121,11 @@ class Chunk:
 class File:
     """A file of a job. Its numbers are guarded by the writer's lock."""
 
-    def __init__(self, plan: FilePlan, chunk_bytes: int) -> None:
-        self.path, self.size_bytes = plan.path, plan.size_bytes
-        self.chunks = -(-plan.size_bytes // chunk_bytes)
+    def __init__(self, plan: FilePlan, chunk_bytes: int, *, is_partial: bool = False) -> None:
+        self.path = plan.path
+        self.is_partial = is_partial
+        self._chunk_bytes = chunk_bytes
+        self.set_plan(plan)
         self.taken = self.written = self.in_flight = 0
         self.entry_crcs: dict[int, int] = {}
         self.chunk_crcs: list[int] = []
@@ -134,32 +136,31 @@ class File:
         self._is_opened = self._is_padded = False
         self._opening = threading.Lock()
         self._failed_to_open: Failed | None = None
-        self.offsets, self.lengths = plan.offsets, plan.lengths
-        self.addresses, self.entries = plan.addresses, plan.entries
-        self._patches = plan.patches[np.argsort(plan.patches[:, 0])]
-        self._plan: FilePlan | None = plan  # literals and owners: the live memory
 
     # --- memory
 
+    def set_plan(self, plan: FilePlan) -> None:
+        """Take a plan, or a longer one after a partial one."""
+        self.size_bytes = plan.size_bytes
+        # Of a partial file the chunk in which it ends is left for later.
+        last = 0 if self.is_partial else self._chunk_bytes - 1
+        self.chunks = (plan.size_bytes + last) // self._chunk_bytes
+        self.source: Source | None = Source(plan)
+
     def release(self) -> None:
         """Let go of the live memory."""
-        self._plan = None
-
-    def piece_at(self, offset: int) -> int:
-        """Return the number of the piece with this byte of the file."""
-        return bisect.bisect_right(self.offsets, offset) - 1
+        self.source = None
 
     @staticmethod
     def live_memory(address: int, length: int) -> memoryview:
         """Return memory by its address; the plan's owners keep it alive."""
         return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
 
-    def fill_in_patches(self, part: memoryview, address: int) -> None:
+    def fill_in_patches(self, source: Source, part: memoryview, address: int) -> None:
         """Write checksums into a copied literal that lay at `address`."""
-        if self._plan is None:
-            return
-        begin = address - self._plan.literals.ctypes.data
-        for position, entry in patches_in(self._plan, self._patches, address, len(part)):
+        plan = source.plan
+        begin = address - plan.literals.ctypes.data
+        for position, entry in patches_in(plan, source.patches, address, len(part)):
             crc = self.entry_crcs.get(entry, 0).to_bytes(PATCH_BYTES, "little")
             for at, byte in enumerate(crc, position - begin):
                 if 0 <= at < len(part):  # a chunk or a piece may end inside a patch
@@ -262,15 +263,16 @@ class File:
 class Job(Ticket):
     """A job of the writer in Python."""
 
-    def __init__(self, core: Core, plans: Sequence[FilePlan]) -> None:
+    def __init__(self, core: Core, plans: Sequence[FilePlan], *, is_partial: bool = False) -> None:
         self._core = core
-        self.files = [File(plan, core.slabs.slab_bytes) for plan in plans]
+        self.is_partial = is_partial
+        self.files = [File(plan, core.slabs.slab_bytes, is_partial=is_partial) for plan in plans]
         self.total_bytes = sum(plan.size_bytes for plan in plans)
         self.captured_bytes = self.written_bytes = self.durable_files = 0
         self.reading = self.next_file = 0
         self.failure: Failure | None = None
         self._progress_at = time.monotonic()
-        self._captured_at = None if self.total_bytes else self._progress_at
+        self._captured_at = None if self.total_bytes or is_partial else self._progress_at
         self._durable_at = None if self.files else self._progress_at
         self.release_if_possible()
 
@@ -295,10 +297,23 @@ class Job(Ticket):
         self.reading -= 1
         if self.failure is None:
             self.captured_bytes += chunk.payload
-            self._progress_at = time.monotonic()
-            if self.captured_bytes == self.total_bytes:
-                self._captured_at = self._progress_at
+            self._note_progress()
         self.release_if_possible()
+
+    def extend_file(self, plan: FilePlan, *, is_partial: bool) -> None:
+        """Take a longer plan of the partial file."""
+        file = self.files[0]
+        self.total_bytes += plan.size_bytes - file.size_bytes
+        self.is_partial = file.is_partial = is_partial
+        file.set_plan(plan)
+        if self.failure is None:
+            self._note_progress()
+        self.release_if_possible()
+
+    def _note_progress(self) -> None:
+        self._progress_at = time.monotonic()
+        if self.captured_bytes == self.total_bytes and not self.is_partial:
+            self._captured_at = self._progress_at
 
     def count_written(self, chunk: Chunk) -> None:
         """Count a chunk that is written."""
@@ -324,6 +339,10 @@ class Job(Ticket):
         """See `Ticket.wait_durable`."""
         self._core.wait(self.is_settled, timeout_s)
         return self.is_durable
+
+    def extend(self, plan: FilePlan, *, is_partial: bool = False) -> None:
+        """See `Ticket.extend`."""
+        self._core.extend(self, plan, is_partial=is_partial)
 
     def cancel(self) -> None:
         """See `Ticket.cancel`."""

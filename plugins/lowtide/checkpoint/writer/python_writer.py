@@ -17,9 +17,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from lowtide.checkpoint.writer.base import Ticket, Writer
-from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
-from lowtide.checkpoint.writer.plan_check import check_plan
-from lowtide.checkpoint.writer.python_job import CANCELLED, Chunk, Failed, Failure, File, Job, Slabs
+from lowtide.checkpoint.writer.plan import LITERAL, FilePlan, Source
+from lowtide.checkpoint.writer.plan_check import check_begins_with, check_plan
+from lowtide.checkpoint.writer.python_job import (
+    CANCELLED,
+    Chunk,
+    Failed,
+    Failure,
+    File,
+    Job,
+    Slabs,
+)
 from lowtide.core.errors import CheckpointError
 
 _IO_THREADS = 4
@@ -52,12 +60,14 @@ class PythonWriter(Writer):
         self._core.start(min(queue_depth, _IO_THREADS))
         self._finalizer = weakref.finalize(self, self._core.close, 0.0)
 
-    def submit(self, plans: Sequence[FilePlan]) -> Ticket:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> Ticket:
         """See `Writer.submit`."""
         self._core.check_process()
         for plan in plans:
             check_plan(plan)
-        return self._core.submit(plans)
+        if is_partial and len(plans) != 1:
+            raise ValueError(f"plans: got {len(plans)}, allowed is one where it is partial")
+        return self._core.submit(plans, is_partial=is_partial)
 
     def close(self, *, timeout_s: float) -> bool:
         """See `Writer.close`."""
@@ -105,9 +115,9 @@ class _Core:
                 "each process, after the fork"
             )
 
-    def submit(self, plans: Sequence[FilePlan]) -> Job:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool) -> Job:
         """Queue checked plans."""
-        job = Job(self, plans)
+        job = Job(self, plans, is_partial=is_partial)
         with self._changed:
             if self._is_closing:
                 raise CheckpointError("checkpoint writer: the writer is closed")
@@ -115,10 +125,24 @@ class _Core:
                 self._active.append(job)
                 self._to_capture.append(job)
             for file in job.files:
-                if file.chunks == 0:
+                if file.chunks == 0 and not is_partial:
                     self._add_task(job, file, None)
             self._changed.notify_all()
         return job
+
+    def extend(self, job: Job, plan: FilePlan, *, is_partial: bool) -> None:
+        """Take more of a job's partial file."""
+        self.check_process()
+        check_plan(plan)
+        with self._changed:
+            file = job.files[0]
+            if not job.is_partial:
+                raise ValueError(f"plan of {plan.path}: the job's file is whole already")
+            if file.source is not None:
+                check_begins_with(plan, file.source.plan)
+            job.extend_file(plan, is_partial=is_partial)
+            self._finish_if_idle(job, file)
+            self._changed.notify_all()
 
     def facts(self) -> dict[str, Any]:
         """See `Writer.facts`."""
@@ -174,7 +198,10 @@ class _Core:
                 if self._is_stopping:
                     return
                 job, file, chunk = self._take_chunk()
-            self._capture(file, chunk)
+                source = file.source
+            if source is not None:
+                self._capture(file, source, chunk)
+            del source  # it keeps the live memory
             with self._changed:
                 job.count_captured(chunk)
                 self._tasks.append((job, file, chunk))
@@ -186,6 +213,8 @@ class _Core:
             if job.failure is not None or job.next_file == len(job.files):
                 self._to_capture.popleft()
             elif job.files[job.next_file].taken == job.files[job.next_file].chunks:
+                if job.is_partial:
+                    return False
                 job.next_file += 1
             else:
                 return self.slabs.has_free()
@@ -202,20 +231,20 @@ class _Core:
         self._at_work += 1
         return job, file, Chunk(begin=begin, payload=payload, slab=self.slabs.take())
 
-    def _capture(self, file: File, chunk: Chunk) -> None:
+    def _capture(self, file: File, source: Source, chunk: Chunk) -> None:
         """Copy a chunk into its slab and compute the checksums of its entries and its own."""
         slab = self.slabs.memory(chunk.slab)
         end = chunk.begin + chunk.payload
         offset = chunk.begin
         while offset < end:
-            piece = file.piece_at(offset)
-            length = min(int(file.offsets[piece] + file.lengths[piece]), end) - offset
-            address = int(file.addresses[piece]) + offset - int(file.offsets[piece])
+            piece, plan = source.piece_at(offset), source.plan
+            length = min(int(plan.offsets[piece] + plan.lengths[piece]), end) - offset
+            address = int(plan.addresses[piece]) + offset - int(plan.offsets[piece])
             part = slab[offset - chunk.begin : offset - chunk.begin + length]
             part[:] = file.live_memory(address, length)
-            entry = int(file.entries[piece])
+            entry = int(plan.entries[piece])
             if entry == LITERAL:
-                file.fill_in_patches(part, address)
+                file.fill_in_patches(source, part, address)
             else:
                 file.entry_crcs[entry] = zlib.crc32(part, file.entry_crcs.get(entry, 0))
             offset += length
@@ -279,7 +308,8 @@ class _Core:
 
     def _finish_if_idle(self, job: Job, file: File) -> None:
         is_dropped = job.failure is not None and file.in_flight == 0 and file.fd >= 0
-        if not file.is_over and (file.written == file.chunks or is_dropped):
+        is_written = file.written == file.chunks and not file.is_partial
+        if not file.is_over and (is_written or is_dropped):
             self._add_task(job, file, None)
 
     def _add_task(self, job: Job, file: File, chunk: Chunk | None) -> None:
