@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lowtide.cli import app
-from lowtide.offload.outlook import cut, lane_rows, look_ahead
+from lowtide.offload.outlook import cut, look_ahead
+from lowtide.offload.picture import lane_rows
 from lowtide.offload.plan import Plan, check_plan
 from lowtide.offload.rates import profile
 from lowtide.report.lanes import read_trace
@@ -141,7 +142,8 @@ def test_nonsense_is_one_line_and_exit_code_2(arguments: tuple[Any, ...], messag
 def test_lane_rows_add_up_to_the_busy_time() -> None:
     outlook = look_ahead(cut(10**9, 10**8), profile("A100-40GB").rates(), memory_bytes=8e9)
     for columns in (7, 200):
-        rows = lane_rows(outlook.simulation, columns)
+        simulation = outlook.simulation
+        rows = lane_rows(simulation.trace, simulation.makespan_s, columns)
         step_s = outlook.simulation.makespan_s / columns
         for lane, row in rows.items():
             assert len(row) == columns

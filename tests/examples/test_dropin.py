@@ -18,12 +18,17 @@ EXAMPLES = REPOSITORY / "examples"
 
 def torchrun(folder: Path, *argv: str) -> list[float]:
     """Run a script in `folder` and return the losses it printed."""
+    return run_script(folder, *argv)[0]
+
+
+def run_script(folder: Path, *argv: str) -> tuple[list[float], str]:
+    """Run a script in `folder` and return the losses it printed, and all that it printed."""
     command = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), *argv]
     log = run_command(command, timeout_s=150, cwd=folder).check().logs[0]
     # Each step once: a rank that took itself for a world of one would print its own lines.
     steps = re.findall(r"^step (\d+) loss (\S+)$", log, flags=re.MULTILINE)
     assert [number for number, _ in steps] == sorted({n for n, _ in steps}, key=int), log[-3000:]
-    return [float(loss) for _, loss in steps]
+    return [float(loss) for _, loss in steps], log
 
 
 def strict(text: str) -> Any:
@@ -94,3 +99,19 @@ def test_stock_script_is_bit_identical_with_and_without_the_switch(tmp_path: Pat
     assert without_block == plain
     assert switched_on == plain
     check_telemetry(tmp_path / "runs" / "stock_deepspeed" / "telemetry", steps=15, micro_batches=2)
+
+
+def test_planned_updates_print_the_losses_of_stock_and_their_lanes(tmp_path: Path) -> None:
+    check_block_holds_auto("offload")
+    script = str(EXAMPLES / "offload" / "planned.py")
+    planned, log = run_script(tmp_path, script, "--steps", "12")
+    stock, _ = run_script(tmp_path, script, "--steps", "12", "--stock")
+    assert len(planned) == 12
+    assert planned == stock
+    drawn = re.findall(r"^(host|prefetch|device|flush|upload) .* (\d+)%$", log, flags=re.MULTILINE)
+    assert {lane for lane, share in drawn if int(share) > 0} == {
+        "host", "prefetch", "device", "flush", "upload",
+    }  # fmt: skip
+    trace = strict((tmp_path / "runs/offload/telemetry/trace.rank0.json").read_text())
+    named = {event["args"].get("name") for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert {"offload/host", "emulated:0/prefetch", "emulated:0/flush"} <= named

@@ -348,3 +348,14 @@ def test_lanes_hold_no_memory_after_an_update(emulated: Device) -> None:
         bench.run(bench.plan(staged=(4, 1), slots=2))
     assert emulated.free_bytes() == settled
     assert settled > (emulated.memory_bytes - (1 << 16))
+
+
+def test_weights_elsewhere_get_there_without_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU holds the model, and the host updates all: ``"device": "cpu"``."""
+    monkeypatch.setattr("lowtide.offload.staging.Landings.is_far", lambda *_: True)
+    with open_device("cpu") as cpu:
+        bench = Bench(cpu)
+        for _ in range(3):
+            trace = bench.run()
+            assert {e.lane for e in trace.operations()} == {"host"}
+        assert_same(bench.state(), expected(3))

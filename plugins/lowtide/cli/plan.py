@@ -258,19 +258,18 @@ def _print_lanes(console: Console, outlook: Outlook) -> None:
     """Draw who works when; neighbouring pieces of a lane have different shades."""
     from rich.text import Text
 
-    from lowtide.offload.outlook import lane_rows
+    from lowtide.offload.picture import lane_rows, mark
     from lowtide.offload.reference import LANES
 
     simulation = outlook.simulation
     columns = max(20, console.width - 16)
-    rows = lane_rows(simulation, columns)
+    rows = lane_rows(simulation.trace, simulation.makespan_s, columns)
     for lane in LANES:
         if lane not in rows:
             continue
         line = Text(f"{lane:<9}")
         for busy, number in rows[lane]:
-            mark = " " if busy < 0.05 else "░" if busy < 0.35 else "▒" if busy < 0.8 else "█"
-            line.append(mark, style=_COLOURS[lane][number % 2])
+            line.append(mark(busy), style=_COLOURS[lane][number % 2])
         line.append(f" {simulation.busy_s[lane] / simulation.makespan_s:4.0%}")
         console.print(line, no_wrap=True)
     end = f"{simulation.makespan_s * 1e3:.0f} ms"

@@ -190,7 +190,7 @@ class OneUpdate:
         turn, self._turn = self._turn % Landings.COUNT, self._turn + 1
         self._landed[turn] = None
         try:
-            if self._may_upload:
+            if self._may_upload and place.device.kind != "cpu":
                 self._landed[turn] = self._upload(subgroup.key, weights, rounded)
         except DeviceError:  # a lane has failed, or an emulated device is full
             pass

@@ -5,7 +5,6 @@ Everything here is simulated from rates, so it is as good as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -143,33 +142,3 @@ def _most_residents(pieces: Sequence[Piece], memory_bytes: float) -> int:
         if not piece.is_movable or held + slot > memory_bytes:
             return count
     return len(pieces)
-
-
-def lane_rows(simulation: Simulation, columns: int) -> dict[str, list[tuple[float, int]]]:
-    """Return the simulation as a picture: for each lane and column, how busy, and with what.
-
-    Args:
-        simulation: With its trace.
-        columns: Width of the picture; each column is an equal part of the makespan.
-
-    Returns:
-        Per lane in use, per column: the busy share of its time, and the number of the span on
-        that lane that takes most of it (-1 for none), so that neighbours can be told apart.
-    """
-    rows: dict[str, list[tuple[float, int]]] = {}
-    step_s = simulation.makespan_s / max(columns, 1)
-    most: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
-    for span in sorted(simulation.trace, key=lambda s: s.begin_s):
-        row = rows.setdefault(span.lane, [(0.0, -1)] * columns)
-        largest = most.setdefault(span.lane, [0.0] * columns)
-        number = counts[span.lane] = counts.get(span.lane, -1) + 1
-        first = min(int(span.begin_s / step_s), columns - 1)
-        for column in range(first, min(math.ceil(span.end_s / step_s), columns)):
-            begin_s, end_s = column * step_s, (column + 1) * step_s
-            share = max(0.0, min(span.end_s, end_s) - max(span.begin_s, begin_s)) / step_s
-            busy, shown = row[column]
-            if share > largest[column]:
-                largest[column], shown = share, number
-            row[column] = (min(1.0, busy + share), shown)
-    return rows

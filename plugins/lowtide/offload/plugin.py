@@ -8,8 +8,10 @@ from typing import Any
 from lowtide.core.device import Device, open_device
 from lowtide.core.errors import ConfigError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
+from lowtide.core.native import native_cuda, status_cuda
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.one_update import Pace
+from lowtide.offload.picture import lane_chart
 from lowtide.offload.schedule import Plan
 from lowtide.offload.scheduler import Scheduler
 from lowtide.offload.updater import Updater
@@ -47,6 +49,13 @@ class OffloadPlugin(Plugin):
             if self._updater is None
             else [each.as_dict() for each in self._updater.trace.operations()]
         )
+
+    def chart(self, columns: int = 64) -> str:
+        """Return the last update as a picture in text: who worked when."""
+        if self._updater is None:
+            return "nothing was updated"
+        trace = self._updater.trace
+        return lane_chart(trace.shifted(), trace.makespan_s, columns)
 
     def plan(self) -> Plan | None:
         """Return the plan of the last update."""
@@ -104,7 +113,8 @@ class OffloadPlugin(Plugin):
                 holder.masters(), optimizer,
                 device=device,
                 scheduler=Scheduler(
-                    config, device, adapter.agree(), allows_residents=holder.allows_residents
+                    config, device, adapter.agree(),
+                    allows_residents=holder.allows_residents, may_update=self._may_update(device),
                 ),
                 authority=session.state,
                 subgroup_params=config.subgroup_params,
@@ -119,6 +129,19 @@ class OffloadPlugin(Plugin):
                 len(self._updater.masters),
                 sum(each.leaf.numel() for each in self._updater.masters), device.name,
             )  # fmt: skip
+
+    def _may_update(self, device: Device) -> bool:
+        """Whether `device` has kernels; without them, it is where weights go and no more.
+
+        Raises:
+            NativeUnavailableError: it has none, and was asked for by name.
+        """
+        if device.kind != "cuda" or status_cuda().available:
+            return True
+        if self.config.device == "cuda":
+            native_cuda()
+        logger.warning("offload: the host updates all, because %s", status_cuda().reason)
+        return False
 
     def _open(self, session: Session) -> Device:
         config = self.config

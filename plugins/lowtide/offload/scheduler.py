@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowtide.core.device import Device
-from lowtide.core.errors import DeviceOutOfMemoryError
+from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.executor import Executor
 from lowtide.offload.one_update import Work
@@ -37,11 +37,19 @@ class Scheduler:
         device: Where subgroups may be updated beside the host.
         agree: Returns the smallest of each number over all ranks; called by all at the same steps.
         allows_residents: Whether state may stay on the device from step to step.
+        may_update: Whether the device can update at all; if not, it only receives.
     """
 
     def __init__(
-        self, config: OffloadConfig, device: Device, agree: Agree, *, allows_residents: bool = True
+        self,
+        config: OffloadConfig,
+        device: Device,
+        agree: Agree,
+        *,
+        allows_residents: bool = True,
+        may_update: bool = True,
     ) -> None:
+        self._may_update = may_update and device.kind != "cpu"
         self._config = config
         self._keep_residents = config.residents and allows_residents
         self._device = device
@@ -58,7 +66,7 @@ class Scheduler:
         """Return the plan of the coming update."""
         self._step += 1
         pieces = executor.pieces(works)
-        if executor.failure is not None or self._device.kind == "cpu":
+        if executor.failure is not None or not self._may_update:
             self.plan = host_only_plan(pieces)
         elif self._config.random_seed is not None:
             seed = self._config.random_seed * 1_000_003 + self._step
@@ -100,8 +108,11 @@ class Scheduler:
             try:
                 measured = measure(executor, works)
                 numbers = self._agree(_numbers(measured))
-            except DeviceOutOfMemoryError as error:
-                logger.warning("offload: no room to measure, so the host updates all: %s", error)
+            except DeviceError as error:
+                why = "no room to measure" if isinstance(error, DeviceOutOfMemoryError) else error
+                logger.warning("offload: the host updates all: %s", why)
+                if not isinstance(error, DeviceOutOfMemoryError):
+                    self._may_update = False
                 measured, numbers = None, self._agree([0.0] * (len(_FIELDS) + 1))
             if measured is None or min(numbers) <= 0.0:  # on this rank or on another
                 self.plan = host_only_plan(self._pieces)

@@ -81,6 +81,15 @@ class StepTrace:
         ]
         return sorted(found, key=lambda each: (each.begin_s, each.lane, each.subgroup))
 
+    def shifted(self) -> list[Operation]:
+        """Return all operations with times from the begin of the update."""
+        return [
+            dataclasses.replace(
+                each, begin_s=each.begin_s - self.begin_s, end_s=each.end_s - self.begin_s
+            )
+            for each in self.operations()
+        ]
+
     def busy_s(self) -> dict[str, float]:
         """Return how long each lane worked."""
         busy = dict.fromkeys(LANES, 0.0)

@@ -1,0 +1,192 @@
+"""When plans are made, and what happens to rates that turn out wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lowtide.core.device import Device, open_device
+from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
+from lowtide.offload import scheduler as scheduler_module
+from lowtide.offload.config import OffloadConfig
+from lowtide.offload.rates import Rates
+from lowtide.offload.scheduler import Scheduler, corrected
+from tests.offload.test_executor import Bench
+
+RATES = Rates(
+    host_to_device_bytes_per_s=1e9,
+    device_to_host_bytes_per_s=1e9,
+    host_params_per_s=2e7,
+    device_params_per_s=2e8,
+)
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with open_device("emulated", memory_bytes=1 << 20) as opened:
+        yield opened
+
+
+class Ranks:
+    """The other ranks' numbers, and what they were asked."""
+
+    def __init__(self, *others: list[float]) -> None:
+        self.others = list(others)
+        self.calls: list[int] = []
+
+    def __call__(self, numbers: list[float]) -> list[float]:
+        self.calls.append(len(numbers))
+        same = [each for each in self.others if len(each) == len(numbers)]
+        return [min(column) for column in zip(numbers, *same, strict=True)]
+
+
+def make(device: Device, ranks: Ranks | None = None, **settings: Any) -> Scheduler:
+    config = OffloadConfig(device="emulated", replan_every_n_steps=3, **settings)
+    return Scheduler(config, device, ranks or Ranks())
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Rates]:
+    """Rates that the coming measurements give; the last one stays."""
+    given = [RATES]
+    monkeypatch.setattr(
+        scheduler_module, "measure", lambda *_: given.pop(0) if len(given) > 1 else given[0]
+    )
+    return given
+
+
+def test_one_plan_is_kept_while_it_fits(device: Device, measured: list[Rates]) -> None:
+    bench, scheduler = Bench(device), make(device)
+    plans = [scheduler.next_plan(bench.executor, bench.works()) for _ in range(9)]
+    assert all(plan is plans[0] for plan in plans)
+    assert plans[0].device_order
+    assert scheduler.plans == 1
+    assert measured
+
+
+def test_ranks_use_the_slowest_rates_of_all(device: Device, measured: list[Rates]) -> None:
+    slow = [1e8, 2e9, 1e7, 2e8, 5e9]
+    scheduler = make(device, Ranks(slow))
+    bench = Bench(device)
+    scheduler.next_plan(bench.executor, bench.works())
+    assert scheduler.rates == RATES.replace(
+        host_to_device_bytes_per_s=1e8, host_params_per_s=1e7, host_memory_bytes_per_s=5e9
+    )
+    assert measured
+
+
+def test_a_prediction_that_does_not_hold_makes_a_new_plan(
+    device: Device, measured: list[Rates]
+) -> None:
+    bench, ranks = Bench(device), Ranks()
+    scheduler = make(device, ranks)
+    for _ in range(6):
+        works = bench.works()
+        scheduler.observe(bench.executor.run(scheduler.next_plan(bench.executor, works), works))
+    # These tiny updates take far longer than the rates say.
+    assert scheduler.plans >= 2
+    assert scheduler.rates is not None
+    assert scheduler.rates.host_params_per_s < RATES.host_params_per_s or (
+        scheduler.rates.device_params_per_s < RATES.device_params_per_s
+    )
+    assert measured
+    assert ranks.calls.count(2) == scheduler.plans, "all ranks take part in each plan"
+
+
+def test_another_rank_that_wants_a_new_plan_gets_one(device: Device, measured: list[Rates]) -> None:
+    bench = Bench(device)
+    scheduler = make(device, Ranks([-1.0, 1e9, 1e9, 1e7, 2e8, 1e12]))
+    for _ in range(4):
+        scheduler.next_plan(bench.executor, bench.works())
+    assert scheduler.plans == 2
+    assert scheduler.rates is not None
+    assert scheduler.rates.host_params_per_s == 1e7
+    assert measured
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_no_room_on_any_rank_means_the_host_on_all(
+    device: Device, monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    def measure(*_: Any) -> Rates:
+        if is_here:
+            raise DeviceOutOfMemoryError("full")
+        return RATES
+
+    monkeypatch.setattr(scheduler_module, "measure", measure)
+    bench = Bench(device)
+    ranks = Ranks() if is_here else Ranks([0.0] * 5)
+    scheduler = make(device, ranks)
+    plan = scheduler.next_plan(bench.executor, bench.works())
+    assert plan.is_host_only
+    assert scheduler.rates is None
+    assert ranks.calls == [2, 5], "as many calls as on a rank with room"
+
+
+def test_a_device_that_fails_while_measured_is_left_alone(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measure(*_: Any) -> Rates:
+        raise DeviceError("broken")
+
+    monkeypatch.setattr(scheduler_module, "measure", measure)
+    bench, scheduler = Bench(device), make(device)
+    assert scheduler.next_plan(bench.executor, bench.works()).is_host_only
+    monkeypatch.setattr(scheduler_module, "measure", lambda *_: RATES)
+    assert scheduler.next_plan(bench.executor, bench.works()).is_host_only
+    assert "the host updates all: broken" in caplog.text
+
+
+def test_residents_fit_into_what_forward_leaves_free(
+    device: Device, measured: list[Rates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(device)
+    monkeypatch.setattr(device, "least_free_bytes", lambda: 12 * 1100)
+    plan = make(device).next_plan(bench.executor, bench.works())
+    assert 0 < plan.resident_bytes <= 12 * 1100
+    assert measured
+
+
+def test_no_residents_where_they_are_not_allowed(device: Device, measured: list[Rates]) -> None:
+    bench = Bench(device)
+    config = OffloadConfig(device="emulated")
+    scheduler = Scheduler(config, device, Ranks(), allows_residents=False)
+    assert scheduler.next_plan(bench.executor, bench.works()).residents == ()
+    random = OffloadConfig(device="emulated", plan="random:1")
+    scheduler = Scheduler(random, device, Ranks(), allows_residents=False)
+    for _ in range(8):
+        assert scheduler.next_plan(bench.executor, bench.works()).residents == ()
+    assert measured
+
+
+def test_without_kernels_the_device_updates_nothing(device: Device) -> None:
+    bench = Bench(device)
+    scheduler = Scheduler(OffloadConfig(device="emulated"), device, Ranks(), may_update=False)
+    assert scheduler.next_plan(bench.executor, bench.works()).is_host_only
+
+
+def test_real_measurement_finds_the_emulated_rates() -> None:
+    with open_device(
+        "emulated", memory_bytes=8 << 20, host_to_device_bytes_per_s=2e8,
+        device_to_host_bytes_per_s=1e8,
+    ) as device:  # fmt: skip
+        bench = Bench(device)
+        scheduler = make(device)
+        scheduler.next_plan(bench.executor, bench.works())
+        rates = scheduler.rates
+        assert rates is not None
+        # Small copies on a busy machine: slower than the link, never faster.
+        assert 1e7 < rates.host_to_device_bytes_per_s <= 2.2e8
+        assert 1e7 < rates.device_to_host_bytes_per_s <= 1.1e8
+
+
+def test_correction_follows_the_ratio_of_predicted_and_measured() -> None:
+    predicted = {"host": 1.0, "prefetch": 1.0, "upload": 1.0, "device": 0.0, "flush": 2.0}
+    measured_s = {"host": 4.0, "prefetch": 0.5, "upload": 0.0, "device": 1.0, "flush": 2.0}
+    found = corrected(RATES, predicted, measured_s)
+    assert found.host_params_per_s == pytest.approx(RATES.host_params_per_s / 2)
+    assert found.host_to_device_bytes_per_s == pytest.approx(2e9)
+    assert found.device_to_host_bytes_per_s == RATES.device_to_host_bytes_per_s
+    assert found.device_params_per_s == RATES.device_params_per_s
