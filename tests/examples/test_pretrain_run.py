@@ -181,3 +181,16 @@ def test_launcher_names_the_cause(tmp_path: Path) -> None:
     assert result.returncode != 0
     assert not result.is_timed_out
     assert "traceback : --data no/such/place: nothing there" in result.log
+
+
+def test_planned_updates_of_the_main_job_give_the_losses_of_stock(
+    text: Path, tmp_path: Path
+) -> None:
+    found = []
+    for without in (None, "offload"):
+        run = tmp_path / f"without {without}"
+        argv = arguments(text, run, 12, torch_adam=False, without=without)
+        run_ranks(argv, timeout_s=LIMIT_S).check()
+        found.append((losses(run), _validation(run)))
+    assert len(found[0][0]) == 12
+    assert found[0] == found[1]

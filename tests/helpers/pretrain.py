@@ -18,12 +18,26 @@ def write_text(root: Path) -> Path:
     return root
 
 
-def arguments(text: Path, run: Path, steps: int) -> list[str]:
-    """Return script and arguments of a run of a tiny model; writes ``ds.json`` beside `text`."""
+def arguments(
+    text: Path, run: Path, steps: int, *, torch_adam: bool = True, without: str | None = None
+) -> list[str]:
+    """Return script and arguments of a run of a tiny model; writes ``ds.json`` beside `text`.
+
+    Args:
+        text: Folder of the text.
+        run: Folder of the run.
+        steps: Length of the run.
+        torch_adam: DeepSpeed's C++ Adam carries beta**t along as a product and starts again with a
+            power when it resumes, which differs in the last bit. With torch's Adam everything can
+            be exact; the offload plugin reproduces DeepSpeed's and is left out then.
+        without: A plugin to leave out.
+    """
     config = json.loads((EXAMPLE / "ds.json").read_text(encoding="utf-8"))
-    # DeepSpeed's C++ Adam carries beta**t along as a product and starts again with a power when
-    # it resumes, which differs in the last bit. With torch's Adam everything can be exact.
-    config["optimizer"]["params"]["torch_adam"] = True
+    if torch_adam:
+        config["optimizer"]["params"]["torch_adam"] = True
+        del config["lowtide"]["offload"]
+    if without is not None:
+        del config["lowtide"][without]
     config["scheduler"]["params"]["warmup_num_steps"] = 10
     (text.parent / "ds.json").write_text(json.dumps(config), encoding="utf-8")
     shape = "--layers 2 --width 32 --heads 2 --sequence 32 --vocabulary 300".split()  # noqa: SIM905

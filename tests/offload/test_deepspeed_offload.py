@@ -45,6 +45,7 @@ def test_plans_of_the_matrix_use_host_and_device(matrix: list[Any]) -> None:
     assert seen >= {"host", "prefetch", "device", "flush", "upload"}
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_every_setting_over_many_steps(tmp_path: Path, nproc: int) -> None:
     steps = os.environ.get("LOWTIDE_OFFLOAD_STEPS")
