@@ -34,6 +34,7 @@ class OffloadPlugin(Plugin):
         self._device: Device | None = None
         self._adapter: Any = None
         self._updater: Updater | None = None
+        self._ended: dict[str, Any] = {}  # the summary, once there is nothing left to sum up
 
     # -- for scripts ------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ class OffloadPlugin(Plugin):
         """Return plan, rates, and what the last update did."""
         updater = self._updater
         if updater is None:
-            return {}
+            return self._ended
         trace = updater.trace
         return {
             "updates": updater.steps,
@@ -173,6 +174,8 @@ class OffloadPlugin(Plugin):
             session.telemetry.count("lowtide.offload.degraded_count")
 
     def _release(self) -> None:
+        self._ended = self.summary()
+        self._updater = None  # lets go of the device's memory
         adapter, self._adapter = self._adapter, None
         if adapter is not None:
             adapter.close()

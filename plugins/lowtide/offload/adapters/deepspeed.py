@@ -70,6 +70,7 @@ class DeepSpeedAdapter:
             return
         if self.holder.updater is not None:
             self.holder.updater.close()
+            self.holder.updater = None
         self.holder.give_back()
         optimizer.__class__ = self._base
         delattr(optimizer, STATE)
