@@ -1,4 +1,4 @@
-"""CPUAdam's arithmetic, and torch's, in numpy, correct to the last bit: what the native kernels are held to."""
+"""CPUAdam's arithmetic, and torch's, in numpy: what the native kernels are held to, by bits."""
 
 from __future__ import annotations
 
