@@ -70,6 +70,7 @@ def _marked(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def pretend_gpu(without_gpu: Callable[[], Any]) -> Iterator[None]:
     """Pretend; `without_gpu` is the example's, which sends ``device="cuda"`` to the CPU."""
+    import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.optimizer.optimizer_config as settings
 
     with contextlib.ExitStack() as stack:
@@ -80,5 +81,7 @@ def pretend_gpu(without_gpu: Callable[[], Any]) -> Iterator[None]:
         stack.enter_context(patch(torch.cuda, "stream", lambda _: contextlib.nullcontext()))
         # Transformer Engine is not installed: Megatron would compare its version None.
         stack.enter_context(patch(settings, "is_te_min_version", lambda *_: False))
+        # Without it, and without Apex, Megatron loads one step counter for all parameters.
+        stack.enter_context(patch(distributed, "HAVE_APEX_OR_TE", True))
         stack.enter_context(_PretendGpu())
         yield
