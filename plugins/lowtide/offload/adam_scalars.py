@@ -174,7 +174,8 @@ def torch_step(
         "step_size": -(lr / bias1),
         "decay": 1 - lr * weight_decay,
     }
-    rounded = {name: float(np.float32(value)) for name, value in values.items()}
+    with np.errstate(all="ignore"):  # infinities are results like others
+        rounded = {name: float(np.float32(value)) for name, value in values.items()}
     return AdamStep(**rounded, mode="torch_decoupled")
 
 
