@@ -2,7 +2,8 @@
 //
 // The order of the operations, and which of them are fused, are those of the vector code of
 // DeepSpeed's CPUAdam (0.19) or of torch's fused AdamW on a CPU, so the results are the same to the
-// last bit. Each call below rounds once. Code that includes this file must be compiled without contraction (-ffp-contract=off,
+// last bit. Each call below rounds once. Code that includes this file must be compiled without
+// contraction (-ffp-contract=off,
 // --fmad=false), or the compiler fuses more.
 #pragma once
 
@@ -25,8 +26,8 @@ LOWTIDE_HOST_DEVICE constexpr std::size_t bytes_of(Type type) {
     return type == Type::float32 ? 4 : 2;
 }
 
-// AdamW decays the parameter, Adam with L2 adds the decay to the gradient; all three in the order of
-// CPUAdam. `torch_decoupled` is AdamW in the order of torch.
+// AdamW decays the parameter, Adam with L2 adds the decay to the gradient; all three in the order
+// of CPUAdam. `torch_decoupled` is AdamW in the order of torch.
 enum class Decay { none, decoupled, l2, torch_decoupled };
 
 // The float32 scalars of one update; what they are made of is in plugins/lowtide/offload/adam.py.
