@@ -229,6 +229,8 @@ def resume_facts(folder: Path) -> dict[str, Any]:
         facts[f"{name} away after saving"] = run.away() if block else 0
         run.train(3)
         run.load(paths[name], 10).train(6)
+        if block:
+            facts["planned updates after loading"] = run.plugin.summary()["updates"] - 13
         facts[f"{name}, loaded into itself"] = run.end()
     for writer, path in paths.items():
         for reader, block in blocks.items():
@@ -245,9 +247,17 @@ def reader_facts() -> dict[str, Any]:
     before = trace(run)
     run.loop = megatron.attach(run.chunk, run.optimizer, config={"lowtide": {"offload": FAST}})
     during = trace(run)
+    updater, pending = run.plugin._updater, []
+    update = updater.update
+
+    def noted(scale: float) -> None:  # gradients that are still on their way
+        pending.append(len(run.hybrid._cpu_optimizer_map_data_event))
+        update(scale)
+
+    updater.update = noted
     for each in (stock, run):
         each.train(4)
-    facts: dict[str, Any] = {"away": [run.away()]}
+    facts: dict[str, Any] = {"away": [run.away()], "pending": pending}
     hybrid = run.hybrid
     ways: dict[str, Callable[[Any], Any]] = {
         "state": lambda h: h.state,

@@ -76,6 +76,7 @@ def test_loading_into_a_run_that_goes_on(ranks: list[dict[str, Any]], name: str)
         found = facts["resume"][f"{name}, loaded into itself"]
         assert found == facts["resume"]["stock to stock"]
         assert facts["resume"]["planned away after saving"] == 0
+        assert facts["resume"]["planned updates after loading"] == 6
 
 
 @pytest.mark.parametrize("way", ["state", "state_dict", "update_fp32_param_by_new_param"])
@@ -83,6 +84,12 @@ def test_readers_find_the_newest_state_on_the_host(ranks: list[dict[str, Any]], 
     for facts in ranks:
         assert min(facts["readers"]["away"]) > 0  # else the test proves nothing
         assert facts["readers"][way] == [0, True]
+
+
+def test_an_update_begins_when_all_gradients_have_come(ranks: list[dict[str, Any]]) -> None:
+    for facts in ranks:
+        assert facts["readers"]["pending"] == [0] * len(facts["readers"]["pending"])
+        assert len(facts["readers"]["pending"]) > 4
 
 
 def test_closing_gives_megatron_its_optimizer_back(ranks: list[dict[str, Any]]) -> None:
