@@ -46,8 +46,11 @@ inline Decay decay_argument(const std::string &text) {
     if (text == "l2") {
         return Decay::l2;
     }
+    if (text == "torch_decoupled") {
+        return Decay::torch_decoupled;
+    }
     throw std::invalid_argument("step: got decay mode '" + text +
-                                "', allowed is 'none', 'decoupled' or 'l2'");
+                                "', allowed is 'none', 'decoupled', 'l2' or 'torch_decoupled'");
 }
 
 // The longest array that can be: four bytes an element, in half the address space.

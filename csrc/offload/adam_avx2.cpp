@@ -79,8 +79,26 @@ LOWTIDE_AVX2 inline void store_low(unsigned char *low, Type type, std::size_t i,
     streams ? _mm_stream_si128(place, stored) : _mm_storeu_si128(place, stored);
 }
 
+// As updated_as_torch() in adam_element.hpp, operation by operation.
+LOWTIDE_AVX2 inline Vectors updated_as_torch(const Scalars &s, Vectors e, __m256 grad) {
+    const __m256 decayed = _mm256_mul_ps(e.param, s.decay);
+    const __m256 away = _mm256_sub_ps(grad, e.exp_avg);
+    e.exp_avg = _mm256_fmadd_ps(s.one_minus_beta1, away, e.exp_avg);
+    const __m256 weighted = _mm256_mul_ps(s.one_minus_beta2, grad);
+    e.exp_avg_sq = _mm256_mul_ps(e.exp_avg_sq, s.beta2);
+    e.exp_avg_sq = _mm256_fmadd_ps(weighted, grad, e.exp_avg_sq);
+    const __m256 root = _mm256_div_ps(_mm256_sqrt_ps(e.exp_avg_sq), s.inverse_root_bias2);
+    const __m256 below = _mm256_add_ps(root, s.eps);
+    const __m256 moved = _mm256_div_ps(_mm256_mul_ps(s.step_size, e.exp_avg), below);
+    e.param = _mm256_add_ps(decayed, moved);
+    return e;
+}
+
 // As updated() in adam_element.hpp in Order::vector, operation by operation.
 LOWTIDE_AVX2 inline Vectors updated(const Scalars &s, Decay mode, Vectors e, __m256 grad) {
+    if (mode == Decay::torch_decoupled) {
+        return updated_as_torch(s, e, grad);
+    }
     if (mode == Decay::l2) {
         grad = _mm256_fmadd_ps(e.param, s.decay, grad);
     }

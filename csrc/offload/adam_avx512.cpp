@@ -74,8 +74,26 @@ LOWTIDE_AVX512 inline void store_low(unsigned char *low, Type type, std::size_t 
     streams ? _mm256_stream_si256(place, stored) : _mm256_storeu_si256(place, stored);
 }
 
+// As updated_as_torch() in adam_element.hpp, operation by operation.
+LOWTIDE_AVX512 inline Vectors updated_as_torch(const Scalars &s, Vectors e, __m512 grad) {
+    const __m512 decayed = _mm512_mul_ps(e.param, s.decay);
+    const __m512 away = _mm512_sub_ps(grad, e.exp_avg);
+    e.exp_avg = _mm512_fmadd_ps(s.one_minus_beta1, away, e.exp_avg);
+    const __m512 weighted = _mm512_mul_ps(s.one_minus_beta2, grad);
+    e.exp_avg_sq = _mm512_mul_ps(e.exp_avg_sq, s.beta2);
+    e.exp_avg_sq = _mm512_fmadd_ps(weighted, grad, e.exp_avg_sq);
+    const __m512 root = _mm512_div_ps(_mm512_sqrt_ps(e.exp_avg_sq), s.inverse_root_bias2);
+    const __m512 below = _mm512_add_ps(root, s.eps);
+    const __m512 moved = _mm512_div_ps(_mm512_mul_ps(s.step_size, e.exp_avg), below);
+    e.param = _mm512_add_ps(decayed, moved);
+    return e;
+}
+
 // As updated() in adam_element.hpp in Order::vector, operation by operation.
 LOWTIDE_AVX512 inline Vectors updated(const Scalars &s, Decay mode, Vectors e, __m512 grad) {
+    if (mode == Decay::torch_decoupled) {
+        return updated_as_torch(s, e, grad);
+    }
     if (mode == Decay::l2) {
         grad = _mm512_fmadd_ps(e.param, s.decay, grad);
     }

@@ -1,8 +1,9 @@
 // Adam on one element: the arithmetic that every path of Lowtide's offload plugin repeats.
 //
 // The order of the operations, and which of them are fused, are those of the vector code of
-// DeepSpeed's CPUAdam (0.19), so the results are the same to the last bit. Each call below rounds
-// once. Code that includes this file must be compiled without contraction (-ffp-contract=off,
+// DeepSpeed's CPUAdam (0.19) or of torch's fused AdamW on a CPU, so the results are the same to the
+// last bit. Each call below rounds once. Code that includes this file must be compiled without
+// contraction (-ffp-contract=off,
 // --fmad=false), or the compiler fuses more.
 #pragma once
 
@@ -25,8 +26,9 @@ LOWTIDE_HOST_DEVICE constexpr std::size_t bytes_of(Type type) {
     return type == Type::float32 ? 4 : 2;
 }
 
-// AdamW decays the parameter, Adam with L2 adds the decay to the gradient.
-enum class Decay { none, decoupled, l2 };
+// AdamW decays the parameter, Adam with L2 adds the decay to the gradient; all three in the order
+// of CPUAdam. `torch_decoupled` is AdamW in the order of torch.
+enum class Decay { none, decoupled, l2, torch_decoupled };
 
 // The float32 scalars of one update; what they are made of is in plugins/lowtide/offload/adam.py.
 struct AdamStep {
@@ -34,10 +36,10 @@ struct AdamStep {
     float beta2;
     float one_minus_beta1;
     float one_minus_beta2;
-    float inverse_root_bias2; // 1 / sqrt(1 - beta2^t)
+    float inverse_root_bias2; // 1 / sqrt(1 - beta2^t); torch divides: sqrt(1 - beta2^t) itself
     float eps;
     float step_size; // -lr / (1 - beta1^t)
-    float decay;     // -lr * weight_decay if decoupled, weight_decay if l2
+    float decay;     // -lr * weight_decay if decoupled, weight_decay if l2, torch: 1 - lr * decay
     Decay mode;
     float grad_scale; // multiplied to the gradient before anything else
 };
@@ -58,6 +60,14 @@ LOWTIDE_HOST_DEVICE inline float product(float a, float b) {
     return __fmul_rn(a, b);
 #else
     return a * b;
+#endif
+}
+
+LOWTIDE_HOST_DEVICE inline float sum(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fadd_rn(a, b);
+#else
+    return a + b;
 #endif
 }
 
@@ -95,9 +105,24 @@ LOWTIDE_HOST_DEVICE inline float blended(float old, float beta, float added, flo
     }
 }
 
+// AdamW as torch's vector code computes it where 1 - beta1 < 0.5. `grad` is scaled already.
+LOWTIDE_HOST_DEVICE inline AdamElement updated_as_torch(const AdamStep &step, AdamElement e,
+                                                        float grad) {
+    const float decayed = product(e.param, step.decay);
+    e.exp_avg = fused(step.one_minus_beta1, sum(grad, -e.exp_avg), e.exp_avg);
+    const float weighted = product(step.one_minus_beta2, grad);
+    e.exp_avg_sq = fused(weighted, grad, product(e.exp_avg_sq, step.beta2));
+    const float below = sum(quotient(root(e.exp_avg_sq), step.inverse_root_bias2), step.eps);
+    e.param = sum(decayed, quotient(product(step.step_size, e.exp_avg), below));
+    return e;
+}
+
 // `grad` is scaled already.
 template <Order order = Order::vector>
 LOWTIDE_HOST_DEVICE inline AdamElement updated(const AdamStep &step, AdamElement e, float grad) {
+    if (step.mode == Decay::torch_decoupled) {
+        return updated_as_torch(step, e, grad);
+    }
     if (step.mode == Decay::l2) {
         grad = fused(e.param, step.decay, grad);
     }
@@ -172,8 +197,8 @@ LOWTIDE_HOST_DEVICE inline std::uint16_t to_float16(float value) { // to nearest
         return static_cast<std::uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
     }
     // One unit of a subnormal float16 is the last place of a float32 next to 0.5: the sum rounds.
-    const float sum = float_of(magnitude) + 0.5f;
-    return static_cast<std::uint16_t>(sign | (bits_of(sum) - bits_of(0.5f)));
+    const float shifted = float_of(magnitude) + 0.5f;
+    return static_cast<std::uint16_t>(sign | (bits_of(shifted) - bits_of(0.5f)));
 }
 
 } // namespace lowtide::offload

@@ -82,9 +82,16 @@ def test_random_plans_have_a_seed() -> None:
     assert config.random_seed == 12
 
 
-def test_only_inside_deepspeed() -> None:
-    with pytest.raises(ConfigError, match=r'inside DeepSpeed\'s ZeRO.*host is "torch"'):
+def test_only_behind_hosts_that_keep_the_optimizer_in_host_memory() -> None:
+    with pytest.raises(ConfigError, match=r'inside DeepSpeed\'s ZeRO.*Megatron.*host is "torch"'):
         Session.open({"offload": {}}, host="torch")
+
+
+def test_only_deepspeeds_json_says_where_the_optimizer_is() -> None:
+    block: dict[str, Any] = {"offload": {}}
+    with pytest.raises(ConfigError, match="stage 0"):
+        resolve(block, host_config={"lowtide": block})
+    assert "offload" in resolve(block, host_config={"lowtide": block}, host="megatron").plugins
 
 
 def test_every_setting_is_explained_and_named_as_the_house_names() -> None:

@@ -262,12 +262,19 @@ def load_block(source: Any) -> dict[str, Any] | None:
     return block
 
 
-def resolve(block: Mapping[str, Any], *, host_config: Mapping[str, Any] | None = None) -> Resolved:
+def resolve(
+    block: Mapping[str, Any],
+    *,
+    host_config: Mapping[str, Any] | None = None,
+    host: str = "deepspeed",
+) -> Resolved:
     """Validate a block: core keys and every enabled plugin's keys.
 
     Args:
         block: The value of ``"lowtide"``.
-        host_config: The whole DeepSpeed JSON, for checks across the two.
+        host_config: The whole JSON that the block is in.
+        host: Who reads it. Only DeepSpeed reads more than the block, so only there are the two
+            checked against each other.
 
     Raises:
         ConfigError: anything unknown, of a wrong type, out of range or contradictory. One line,
@@ -284,7 +291,7 @@ def resolve(block: Mapping[str, Any], *, host_config: Mapping[str, Any] | None =
         for model in models.values():
             if isinstance(model, PluginConfig):
                 try:
-                    model.check_host(host_config or {})
+                    model.check_host((host_config or {}) if host == "deepspeed" else {})
                 except ConfigError as error:
                     problems.append(str(error))
     if problems:
@@ -292,8 +299,8 @@ def resolve(block: Mapping[str, Any], *, host_config: Mapping[str, Any] | None =
     telemetry = models.pop("telemetry", None) or TelemetryConfig()
     stop = models.pop("stop", None)
     active = {name: model for name, model in models.items() if model is not None}
-    host = dict(host_config) if host_config else None
-    resolved = Resolved(telemetry, active, host, stop)
+    whole = dict(host_config) if host_config else None
+    resolved = Resolved(telemetry, active, whole, stop)
     if telemetry.trace == "auto":
         resolved.decide("telemetry.trace", telemetry.dir is not None)
     return resolved

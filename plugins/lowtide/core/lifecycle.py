@@ -190,7 +190,7 @@ class Session:
             PluginError: a plugin could not attach; those attached before it are detached again.
         """
         _make_visible()
-        resolved = resolve(block, host_config=host_config)
+        resolved = resolve(block, host_config=host_config, host=host)
         session = cls(resolved, host=host, rank=rank, world_size=world_size)
         try:
             if session.stop is not None:

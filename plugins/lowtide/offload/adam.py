@@ -32,10 +32,11 @@ from torch import Tensor
 from lowtide.core.errors import OptimizerError
 from lowtide.core.native import native_cuda, native_or_none
 from lowtide.offload.adam_reference import ReferencePiece, update_piece
-from lowtide.offload.adam_scalars import AdamStep, Powers, adam_step
+from lowtide.offload.adam_scalars import AdamStep, Powers, adam_step, torch_step
 
 __all__ = [
-    "TAIL_ALIGN", "AdamStep", "Powers", "adam_step", "reference_update", "update", "update_cuda",
+    "TAIL_ALIGN", "AdamStep", "Powers", "adam_step", "reference_update", "torch_step", "update",
+    "update_cuda",
 ]  # fmt: skip
 
 TAIL_ALIGN = 16

@@ -1,4 +1,4 @@
-"""CPUAdam's arithmetic in numpy, correct to the last bit: what the native kernels are held to."""
+"""CPUAdam's arithmetic, and torch's, in numpy: what the native kernels are held to, by bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def update_piece(
     Args:
         piece: The arrays.
         scalars: float32 values by the names of `lowtide.offload.adam.AdamStep`.
-        mode: "none", "decoupled" or "l2".
+        mode: "none", "decoupled", "l2" or "torch_decoupled".
         is_contracted: Whether to fuse as in CPUAdam's scalar loop instead of its vector code.
     """
     values = {name: np.float32(value) for name, value in scalars.items()}
@@ -44,6 +44,12 @@ def _update_block(
     block: ReferencePiece, s: Mapping[str, np.float32], mode: str, is_contracted: bool
 ) -> None:
     param, m, v, grad = block
+    if mode == "torch_decoupled":
+        m[:] = fused(s["one_minus_beta1"], grad - m, m)
+        v[:] = fused(s["one_minus_beta2"] * grad, grad, v * s["beta2"])
+        below = np.sqrt(v) / s["inverse_root_bias2"] + s["eps"]
+        param[:] = param * s["decay"] + s["step_size"] * m / below
+        return
     if mode == "l2":
         grad = fused(param, s["decay"], grad)
     m[:] = _blended(m, s["beta1"], grad, s["one_minus_beta1"], is_contracted)

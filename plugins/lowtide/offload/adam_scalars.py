@@ -1,6 +1,7 @@
-"""The scalars of one Adam update, rounded to float32 wherever DeepSpeed's CPUAdam rounds them.
+"""The scalars of one Adam update, rounded to float32 where the optimizer in charge rounds them.
 
-Source: the order of operations is that of DeepSpeed 0.19, deepspeed/ops/csrc/includes/cpu_adam.h.
+Source: the order of operations is that of DeepSpeed 0.19, deepspeed/ops/csrc/includes/cpu_adam.h,
+and of torch 2.13, aten/src/ATen/native/cpu/FusedAdamKernel.cpp.
 """
 
 from __future__ import annotations
@@ -55,18 +56,21 @@ class Powers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamStep:
-    """The scalars of one update, each a float32 value; make it with `adam_step`.
+    """The scalars of one update, each a float32 value; of `adam_step` or `torch_step`.
 
     Attributes:
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         one_minus_beta1: 1 - beta1 in float32.
         one_minus_beta2: 1 - beta2 in float32.
-        inverse_root_bias2: 1 / sqrt(1 - beta2**t); 1 without bias correction.
+        inverse_root_bias2: 1 / sqrt(1 - beta2**t); 1 without bias correction. Torch divides by
+            the root: there it is not inverted.
         eps: Added to the denominator.
         step_size: -lr / (1 - beta1**t); -lr without bias correction.
-        decay: -lr * weight_decay if decoupled, weight_decay if l2, else 0.
-        mode: "decoupled" (AdamW), "l2" (Adam), or "none" for a weight decay of 0.
+        decay: -lr * weight_decay if decoupled, weight_decay if l2, 1 - lr * weight_decay in
+            torch's order, else 0.
+        mode: "decoupled" (AdamW), "l2" (Adam), or "none" for a weight decay of 0, in the order of
+            CPUAdam; "torch_decoupled" is AdamW in the order of torch, with any decay.
     """
 
     beta1: float
@@ -131,6 +135,48 @@ def adam_step(
         decay=float({"none": np.float32(0), "decoupled": coupled, "l2": decay}[mode]),
         mode=mode,
     )
+
+
+def torch_step(
+    step: int, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> AdamStep:
+    """Make the scalars of one update in the order of torch's fused AdamW on a CPU.
+
+    Torch computes in double and rounds each scalar once. It keeps no running powers, so a resumed
+    run goes on with the bits of an uninterrupted one.
+
+    Args:
+        step: Number of this update, from 1.
+        lr: Learning rate at this step.
+        betas: Decay of both moments. From ``beta1 <= 0.5`` on torch blends the first moment in
+            another order, which no kernel of ours has.
+        eps: Added to the denominator.
+        weight_decay: Decoupled.
+
+    Raises:
+        OptimizerError: A beta or the step is out of range.
+    """
+    beta1, beta2 = float(betas[0]), float(betas[1])
+    if not 0.5 < beta1 < 1 or not 0 <= beta2 < 1:
+        raise OptimizerError(
+            f"betas: got {betas}, allowed is 0.5 < beta1 < 1 and 0 <= beta2 < 1 in torch's order"
+        )
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise OptimizerError(f"step: got {step!r}, allowed is an int from 1")
+    bias1, bias2 = 1 - math.pow(beta1, step), 1 - math.pow(beta2, step)
+    values = {
+        "beta1": beta1,
+        "beta2": beta2,
+        "one_minus_beta1": 1 - beta1,
+        "one_minus_beta2": 1 - beta2,
+        "inverse_root_bias2": math.sqrt(bias2),
+        "eps": eps,
+        "step_size": -(lr / bias1),
+        "decay": 1 - lr * weight_decay,
+    }
+    with np.errstate(all="ignore"):  # infinities are results like others
+        rounded = {name: float(np.float32(value)) for name, value in values.items()}
+    return AdamStep(**rounded, mode="torch_decoupled")
 
 
 def _betas(beta1: float, beta2: float) -> tuple[np.float32, np.float32]:

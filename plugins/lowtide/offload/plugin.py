@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from lowtide.core.device import Device, open_device
@@ -14,11 +15,29 @@ from lowtide.offload.one_update import Pace
 from lowtide.offload.picture import lane_chart
 from lowtide.offload.schedule import Plan
 from lowtide.offload.scheduler import Scheduler
-from lowtide.offload.updater import Updater
+from lowtide.offload.updater import Rule, Updater
 
 logger = logging.getLogger("lowtide")
 
 _AFTER_OTHERS = 100  # the last that touches the optimizer
+
+
+def _in_deepspeed(moment: Moment) -> Any:
+    from lowtide.offload.adapters.deepspeed import DeepSpeedAdapter
+
+    return DeepSpeedAdapter(moment.data["engine"])
+
+
+def _in_megatron(moment: Moment) -> Any:
+    from lowtide.offload.adapters.megatron import open_adapter
+
+    return open_adapter(moment.optimizer)
+
+
+_ADAPTERS: dict[str, Callable[[Moment], Any]] = {
+    "deepspeed": _in_deepspeed,
+    "megatron": _in_megatron,
+}
 
 
 class OffloadPlugin(Plugin):
@@ -63,7 +82,7 @@ class OffloadPlugin(Plugin):
         return None if self._updater is None else self._updater.scheduler.plan
 
     def drain(self) -> None:
-        """Bring the newest optimizer state to host memory. DeepSpeed's own readers do it too."""
+        """Bring the newest optimizer state to host memory. The host's own readers do it too."""
         if self._updater is not None:
             self._updater.drain()
 
@@ -71,10 +90,10 @@ class OffloadPlugin(Plugin):
 
     def attach(self, session: Session) -> None:
         """Subscribe; nothing is allocated before the optimizer exists."""
-        if session.host != "deepspeed":
+        if session.host not in _ADAPTERS:
             raise ConfigError(
-                f"lowtide.offload: works inside DeepSpeed's ZeRO optimizers, and the host is "
-                f'"{session.host}"; remove the key'
+                f"lowtide.offload: works inside DeepSpeed's ZeRO optimizers and Megatron-core's "
+                f'HybridDeviceOptimizer, and the host is "{session.host}"; remove the key'
             )
         self._session = session
         on = session.hooks.on
@@ -101,17 +120,18 @@ class OffloadPlugin(Plugin):
         }
 
     def _built(self, moment: Moment) -> None:
-        from lowtide.offload.adapters.deepspeed import DeepSpeedAdapter
-
         session, config = self._session, self.config
         if session is None:
             return
-        adapter = DeepSpeedAdapter(moment.data["engine"])
+        adapter = _ADAPTERS[session.host](moment)
+        if adapter is None:
+            logger.info("offload: this rank has no optimizer state")
+            return
         device = self._device = self._open(session)
 
-        def build(holder: Any, optimizer: Any) -> Updater:
+        def build(holder: Any, rule: Rule) -> Updater:
             return Updater(
-                holder.masters(), optimizer,
+                holder.masters(), rule,
                 device=device,
                 scheduler=Scheduler(
                     config, device, adapter.agree(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowtide.core.device import Device
 from lowtide.core.state import StateAuthority
-from lowtide.offload.adam import AdamStep, Powers, adam_step
+from lowtide.offload.adam import AdamStep
 from lowtide.offload.executor import Executor
 from lowtide.offload.one_update import Pace, Work
 from lowtide.offload.scheduler import Scheduler
@@ -31,10 +31,11 @@ class Master:
     """One flat master of the host, with what belongs to it.
 
     Attributes:
-        leaf: Float32, shape (numel,), on the host; the optimizer's state is keyed by it.
+        leaf: Float32, contiguous, on the host; the optimizer's state is keyed by it, has its shape.
         group: Number of its parameter group.
         gradients: Its gradients.
-        weights: Where its rounded parameters go, or None where the host rounds them by itself.
+        weights: Where its rounded parameters go, shape (numel,), or None where the host rounds them
+            by itself.
         may_move: Whether the leaf's data may be put into other memory. The host may hold views.
     """
 
@@ -45,12 +46,34 @@ class Master:
     may_move: bool = True
 
 
+class Rule(Protocol):
+    """The host's optimizer: its state and settings stay the ones in charge."""
+
+    def state_of(self, master: Master) -> MutableMapping[str, Any]:
+        """Return the optimizer's state of a master: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+
+    def first_step(self) -> Any:
+        """Return what the state's ``step`` is before the first update."""
+
+    def advance(
+        self, master: Master, tails: tuple[Tensor, Tensor, Tensor], gradient: Tensor
+    ) -> AdamStep:
+        """Count the step of a master, update its last elements, and return the step's scalars.
+
+        Args:
+            master: All of them in turn, in each update.
+            tails: What of master and moments fills no vector: float32, less than `ALIGNMENT`
+                elements, perhaps none; updated in place by the host's own kernel.
+            gradient: Theirs; float32, scaled.
+        """
+
+
 class Updater:
-    """Updates all masters of one rank, by plan, with the bits of DeepSpeed's CPU Adam.
+    """Updates all masters of one rank, by plan, with the bits of the host's own optimizer.
 
     Args:
         masters: In the host's order.
-        optimizer: DeepSpeed's CPU Adam: its ``param_groups`` and ``state`` stay the ones in charge.
+        rule: The host's optimizer.
         device: Where subgroups may be updated beside the host.
         scheduler: Makes the plans.
         authority: Told where the newest copies are.
@@ -61,7 +84,7 @@ class Updater:
     def __init__(
         self,
         masters: Sequence[Master],
-        optimizer: Any,
+        rule: Rule,
         *,
         device: Device,
         scheduler: Scheduler,
@@ -71,12 +94,11 @@ class Updater:
     ) -> None:
         self.masters = list(masters)
         self.scheduler = scheduler
-        self._optimizer = optimizer
+        self._rule = rule
         self._device = device
         self._authority = authority
         self._subgroup_params = subgroup_params
         self._pace = pace
-        self._powers = Powers(*optimizer.defaults["betas"])
         self._arena: dict[tuple[int, str], Tensor] = {}
         self._executor: Executor | None = None
         self._known: list[int] = []  # addresses of the state that the executor works on
@@ -113,6 +135,11 @@ class Updater:
         if self._executor is not None:
             self._executor.drain()
 
+    def replace_masters(self, masters: Sequence[Master]) -> None:
+        """Go on with masters that the host has made anew, as after loading a checkpoint."""
+        self.close()
+        self.masters = list(masters)
+
     def close(self) -> None:
         """Bring everything home, for good."""
         executor, self._executor = self._executor, None
@@ -122,33 +149,18 @@ class Updater:
     # -- state ------------------------------------------------------------------------------
 
     def _advance(self, master: Master, gradient: Tensor, factor: float) -> AdamStep:
-        """Count the step of a master, as DeepSpeed's optimizer does, and return its scalars.
+        """Count the step of a master and return its scalars.
 
-        The last elements, which fill no vector, are left to DeepSpeed's own kernel: how it rounds
-        them depends on the compiler that built it. The call, even with no element, also keeps that
-        kernel's running powers up to date, should it have to take over.
+        The last elements, which fill no vector, are left to the host's own kernel: how it rounds
+        them depends on the compiler that built it.
         """
-        group = self._optimizer.param_groups[master.group]
-        state = self._optimizer.state[master.leaf]
-        state["step"] += 1
-        betas, bias_correction = group["betas"], bool(group["bias_correction"])
         master_, exp_avg, exp_avg_sq = (_tail(each) for each in self._tensors_of(master))
-        self._optimizer.ds_opt_adam.adam_update(
-            self._optimizer.opt_id, state["step"], group["lr"], *betas, group["eps"],
-            group["weight_decay"], bias_correction,
-            master_, _tail(gradient).float() * factor, exp_avg, exp_avg_sq,
-        )  # fmt: skip
+        step = self._rule.advance(
+            master, (master_, exp_avg, exp_avg_sq), _tail(gradient).float() * factor
+        )
         if master.weights is not None and master_.numel():
             _tail(master.weights).copy_(master_)
-        return adam_step(
-            self._powers.advance(state["step"], *betas),
-            lr=group["lr"],
-            betas=betas,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            bias_correction=bias_correction,
-            adamw=self._optimizer.adam_w_mode,
-        )
+        return step
 
     def _ready_executor(self) -> Executor:
         """Return the executor for the state as it is: loading a checkpoint replaces tensors."""
@@ -164,8 +176,9 @@ class Updater:
         return self._executor
 
     def _adopt(self, number: int, master: Master) -> None:
-        state: MutableMapping[str, Any] = self._optimizer.state[master.leaf]
-        state.setdefault("step", 0)
+        state = self._rule.state_of(master)
+        if "step" not in state:
+            state["step"] = self._rule.first_step()
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
                 state[name] = self._memory(number, name, master.leaf, torch.zeros_like)
@@ -182,7 +195,7 @@ class Updater:
             return make(like.data)
         memory = self._arena.get((number, name))
         if memory is None:
-            memory = self._device.host_empty(like.numel(), like.dtype)
+            memory = self._device.host_empty(like.numel(), like.dtype).view(like.shape)
             self._arena[number, name] = memory
         return memory.zero_()
 
@@ -196,8 +209,10 @@ class Updater:
         return self._memory(number, name, tensor, torch.empty_like).copy_(tensor)
 
     def _tensors_of(self, master: Master) -> tuple[Tensor, Tensor, Tensor]:
-        state = self._optimizer.state[master.leaf]
-        return master.leaf.data, state["exp_avg"], state["exp_avg_sq"]
+        state = self._rule.state_of(master)
+        tensors = (master.leaf.data, state["exp_avg"], state["exp_avg_sq"])
+        master_, exp_avg, exp_avg_sq = (each.view(-1) for each in tensors)
+        return master_, exp_avg, exp_avg_sq
 
     def _cut(self) -> list[Subgroup]:
         found = []
@@ -226,5 +241,5 @@ class Updater:
 
 
 def _tail(flat: Tensor) -> Tensor:
-    """Return the last elements that fill no vector of DeepSpeed's kernel; contiguous, detached."""
+    """Return the last elements that fill no vector of the host's kernel; contiguous, detached."""
     return flat.detach()[flat.numel() // ALIGNMENT * ALIGNMENT :]

@@ -9,6 +9,7 @@ import torch
 
 from lowtide.core.errors import ConfigError, HostError
 from lowtide.offload.adapters import zero3, zero12
+from lowtide.offload.adapters.cpu_adam import CpuAdam
 from lowtide.offload.adapters.zero3 import Zero3
 from lowtide.offload.adapters.zero12 import Zero12
 from lowtide.offload.scheduler import Agree
@@ -38,9 +39,9 @@ class DeepSpeedAdapter:
         self._body = adapter.planned_class
         self.holder = (adapter.Zero3 if stage == 3 else adapter.Zero12)(self._optimizer)
 
-    def connect(self, build: Callable[[Zero3 | Zero12, Any], Updater]) -> Updater:
+    def connect(self, build: Callable[[Zero3 | Zero12, CpuAdam], Updater]) -> Updater:
         """Build the updater and put it in charge."""
-        updater = build(self.holder, self._optimizer.optimizer)
+        updater = build(self.holder, CpuAdam(self._optimizer.optimizer))
         self.holder.updater = updater
         setattr(self._optimizer, STATE, self.holder)
         base = self._base
