@@ -159,7 +159,7 @@ class Lanes:
         self.executor = Executor(device, subgroups, StateAuthority(), pace)
         step = adam_step((0.9, 0.95), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         self.works = [Work(torch.randn(n).bfloat16(), 1.0, step) for n in sizes]
-        self.pieces = self.executor.pieces(self.works)
+        self.pieces = self.executor.pieces()
 
     def time_s(self, plan: Plan) -> float:
         """Carry out a plan; return its seconds."""

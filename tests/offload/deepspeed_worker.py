@@ -17,11 +17,13 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
+    safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_grad,
 )
 
 import lowtide
+from lowtide.core.device import Lane
 from tests.helpers.ranks import leave_result
 
 RANDOM = {"device": "emulated", "plan": "random:7", "subgroup_params": 1024, "max_slots": 3}
@@ -70,6 +72,7 @@ class Case:
     optimizer: str = "AdamW"
     groups: bool = False  # two parameter groups, with betas of their own
     sometimes: bool = False  # a layer misses whole windows
+    freezes: bool = True
     steps: int = 40
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -103,6 +106,7 @@ def ds_config(case: Case, block: Any, others: dict[str, Any]) -> dict[str, Any]:
 def build(case: Case, block: Any, **others: Any) -> Any:
     torch.manual_seed(0)
     model = Net()
+    model.frozen.requires_grad_(not case.freezes)
     trained: Any = [p for p in model.parameters() if p.requires_grad]
     if case.groups:
         biases = [p for p in trained if p.ndim == 1]
@@ -299,6 +303,66 @@ def access() -> dict[str, Any]:
     return facts
 
 
+def fail_once(lane_name: str) -> None:
+    """Let the next operation of a lane fail, in this process."""
+    submit = Lane._submit
+
+    def wrapped(self: Lane, label: str, action: Any, *tensors: Any, nbytes: int = 0) -> Any:
+        if self.name.endswith(f"/{lane_name}") and "wait for" not in label:
+            Lane._submit = submit  # type: ignore[method-assign]
+
+            def action(_operation: Any) -> None:
+                raise RuntimeError("injected")
+
+        return submit(self, label, action, *tensors, nbytes=nbytes)
+
+    Lane._submit = wrapped  # type: ignore[method-assign]
+
+
+def trouble() -> dict[str, Any]:
+    """One rank alone does, or suffers, something; state is moved and read behind our back."""
+    facts: dict[str, Any] = {}
+    last_rank = dist.get_rank() == dist.get_world_size() - 1
+    block = {**AUTO, "fraction": 0.5}
+
+    def one_rank_reads(step: int, engine: Any) -> None:
+        if step == 2 and last_rank:
+            safe_get_local_grad(engine.module.second.weight)
+
+    def one_rank_fails(step: int, engine: Any) -> None:
+        if step == 2 and last_rank and hasattr(engine, "lowtide"):
+            fail_once("prefetch")
+
+    def states_move(step: int, engine: Any) -> None:
+        if step == 3:
+            engine.optimizer.zero_grad()
+
+    for name, look in [
+        ("reads", one_rank_reads), ("fails", one_rank_fails), ("moves", states_move)
+    ]:  # fmt: skip
+        case = Case(freezes=name != "moves")  # stock cannot move states beside frozen ones
+        for way in ("stock", "ours"):
+            engine = build(case, None if way == "stock" else block)
+            found = []
+            for step in range(10):
+                found += train(
+                    engine, case, 1, begin=step, look=lambda s, e=engine, f=look: f(s, e)
+                )
+                if name == "moves" and step == 3:
+                    engine.offload_states()
+                    engine.reload_states()
+                if step == 5:
+                    moments = engine.optimizer.state.values()
+                    found.append([each["exp_avg_sq"].double().sum().item() for each in moments])
+            facts[f"{name} {way}"] = found
+            if way == "ours":
+                facts[f"{name} lanes"] = sorted(
+                    {each["lane"] for each in engine.lowtide.offload.trace()}
+                )
+            engine.destroy()
+    return facts
+
+
 def switches() -> dict[str, Any]:
     """What a user may set, and what is refused."""
     facts: dict[str, Any] = {}
@@ -340,6 +404,8 @@ def main() -> None:
         leave_result(resume(Path(folder)))
     elif mode == "checkpoint":
         leave_result(with_checkpoint(Path(folder)))
+    elif mode == "trouble":
+        leave_result(trouble())
     elif mode == "access":
         leave_result(access())
     else:

@@ -77,6 +77,14 @@ def test_together_with_lazy_checkpoints(tmp_path: Path) -> None:
             assert facts[f"{stage} both read"] == facts[f"{stage} stock read"]
 
 
+def test_what_one_rank_does_alone_holds_nobody_up(tmp_path: Path) -> None:
+    for facts in results(tmp_path, "trouble"):
+        for name in ("reads", "fails", "moves"):
+            assert facts[f"{name} ours"] == facts[f"{name} stock"], name
+        assert "device" in facts["reads lanes"]
+        assert facts["fails lanes"] == ["host", "upload"] or facts["fails lanes"] == ["host"]
+
+
 def test_switches(tmp_path: Path) -> None:
     for facts in results(tmp_path, "switches"):
         stock = facts["stock"]

@@ -62,14 +62,13 @@ class Bench:
     def run(self, plan: Plan | None = None) -> Any:
         """Do one update."""
         works = self.works()
-        return self.executor.run(plan or host_only_plan(self.executor.pieces(works)), works)
+        return self.executor.run(plan or host_only_plan(self.executor.pieces()), works)
 
     def plan(
         self, *, residents: tuple[int, ...] = (), staged: tuple[int, ...] = (), slots: int = 1
     ) -> Plan:
         """Return a plan with these on the device, in this order."""
-        step = adam_step((0.9, 0.95), lr=0.01, betas=BETAS, eps=1e-8, weight_decay=0.1)
-        pieces = self.executor.pieces([Work(each, 1.0, step) for each in self.gradients[0]])
+        pieces = self.executor.pieces()
         device = (*staged, *residents)
         return build_plan(
             pieces, residents=residents, device_order=device,
@@ -122,7 +121,7 @@ def test_random_plans_give_the_bits_of_the_host(device: Device, dtype: torch.dty
     lanes = set()
     for seed in range(12):
         works = bench.works()
-        pieces = bench.executor.pieces(works)
+        pieces = bench.executor.pieces()
         memory = 1 << 20 if can_move(device) else 0
         trace = bench.executor.run(random_plan(pieces, seed, memory_bytes=memory), works)
         lanes |= {each.lane for each in trace.operations()}
@@ -359,3 +358,32 @@ def test_weights_elsewhere_get_there_without_lanes(monkeypatch: pytest.MonkeyPat
             trace = bench.run()
             assert {e.lane for e in trace.operations()} == {"host"}
         assert_same(bench.state(), expected(3))
+
+
+@pytest.mark.parametrize("nth", range(0, 12, 3))
+def test_an_upload_that_fails_when_the_host_updates_all(
+    emulated: Device, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    bench = Bench(emulated)
+    bench.run()
+    fail_at(monkeypatch, "upload", nth)
+    assert bench.run().is_degraded
+    assert_same(bench.state(), expected(2))
+    assert f"upload {nth}" in str(bench.executor.failure)
+    monkeypatch.undo()
+    bench.run()
+    assert_same(bench.state(), expected(3))
+
+
+def test_a_way_home_that_fails_once_is_taken_again(
+    emulated: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(emulated)
+    bench.run(bench.plan(residents=(1, 3)))
+    fail_at(monkeypatch, "flush", 1)
+    bench.executor.drain()
+    assert_same(bench.state(), expected(1))
+    monkeypatch.undo()
+    bench.run(bench.plan(residents=(1, 3)))
+    bench.executor.drain()
+    assert_same(bench.state(), expected(2))

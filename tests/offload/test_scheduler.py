@@ -30,16 +30,22 @@ def device() -> Iterator[Device]:
 
 
 class Ranks:
-    """The other ranks' numbers, and what they were asked."""
+    """The other ranks: what they say each time they are asked, and at which step that was."""
 
     def __init__(self, *others: list[float]) -> None:
         self.others = list(others)
-        self.calls: list[int] = []
+        self.said: list[list[float]] = []
 
     def __call__(self, numbers: list[float]) -> list[float]:
-        self.calls.append(len(numbers))
-        same = [each for each in self.others if len(each) == len(numbers)]
-        return [min(column) for column in zip(numbers, *same, strict=True)]
+        self.said.append(numbers)
+        return [min(column) for column in zip(numbers, *self.others, strict=True)]
+
+
+def other(
+    *, can: float = 1.0, wish: float = 0.0, memory: float = 1e12, rates: list[float] | None = None
+) -> list[float]:
+    """Return what another rank says."""
+    return [can, -wish, memory, memory, *(rates or [1e12] * 5)]
 
 
 def make(device: Device, ranks: Ranks | None = None, **settings: Any) -> Scheduler:
@@ -59,7 +65,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Rates]:
 
 def test_one_plan_is_kept_while_it_fits(device: Device, measured: list[Rates]) -> None:
     bench, scheduler = Bench(device), make(device)
-    plans = [scheduler.next_plan(bench.executor, bench.works()) for _ in range(9)]
+    plans = [scheduler.next_plan(bench.executor) for _ in range(9)]
     assert all(plan is plans[0] for plan in plans)
     assert plans[0].device_order
     assert scheduler.plans == 1
@@ -68,9 +74,9 @@ def test_one_plan_is_kept_while_it_fits(device: Device, measured: list[Rates]) -
 
 def test_ranks_use_the_slowest_rates_of_all(device: Device, measured: list[Rates]) -> None:
     slow = [1e8, 2e9, 1e7, 2e8, 5e9]
-    scheduler = make(device, Ranks(slow))
+    scheduler = make(device, Ranks(other(rates=slow)))
     bench = Bench(device)
-    scheduler.next_plan(bench.executor, bench.works())
+    scheduler.next_plan(bench.executor)
     assert scheduler.rates == RATES.replace(
         host_to_device_bytes_per_s=1e8, host_params_per_s=1e7, host_memory_bytes_per_s=5e9
     )
@@ -84,7 +90,7 @@ def test_a_prediction_that_does_not_hold_makes_a_new_plan(
     scheduler = make(device, ranks)
     for _ in range(6):
         works = bench.works()
-        scheduler.observe(bench.executor.run(scheduler.next_plan(bench.executor, works), works))
+        scheduler.observe(bench.executor.run(scheduler.next_plan(bench.executor), works))
     # These tiny updates take far longer than the rates say.
     assert scheduler.plans >= 2
     assert scheduler.rates is not None
@@ -92,14 +98,14 @@ def test_a_prediction_that_does_not_hold_makes_a_new_plan(
         scheduler.rates.device_params_per_s < RATES.device_params_per_s
     )
     assert measured
-    assert ranks.calls.count(2) == scheduler.plans, "all ranks take part in each plan"
+    assert len(ranks.said) == 3, "at steps 1, 3 and 6, whatever happens"
 
 
 def test_another_rank_that_wants_a_new_plan_gets_one(device: Device, measured: list[Rates]) -> None:
     bench = Bench(device)
-    scheduler = make(device, Ranks([-1.0, 1e9, 1e9, 1e7, 2e8, 1e12]))
+    scheduler = make(device, Ranks(other(wish=1.0, rates=[1e9, 1e9, 1e7, 2e8, 1e12])))
     for _ in range(4):
-        scheduler.next_plan(bench.executor, bench.works())
+        scheduler.next_plan(bench.executor)
     assert scheduler.plans == 2
     assert scheduler.rates is not None
     assert scheduler.rates.host_params_per_s == 1e7
@@ -117,12 +123,11 @@ def test_no_room_on_any_rank_means_the_host_on_all(
 
     monkeypatch.setattr(scheduler_module, "measure", measure)
     bench = Bench(device)
-    ranks = Ranks() if is_here else Ranks([0.0] * 5)
+    ranks = Ranks() if is_here else Ranks(other(can=0.0, rates=[0.0] * 5))
     scheduler = make(device, ranks)
-    plan = scheduler.next_plan(bench.executor, bench.works())
+    plan = scheduler.next_plan(bench.executor)
     assert plan.is_host_only
-    assert scheduler.rates is None
-    assert ranks.calls == [2, 5], "as many calls as on a rank with room"
+    assert [each[0] for each in ranks.said] == [0.0 if is_here else 1.0]
 
 
 def test_a_device_that_fails_while_measured_is_left_alone(
@@ -133,11 +138,11 @@ def test_a_device_that_fails_while_measured_is_left_alone(
 
     monkeypatch.setattr(scheduler_module, "measure", measure)
     bench, scheduler = Bench(device), make(device)
-    assert scheduler.next_plan(bench.executor, bench.works()).is_host_only
+    assert scheduler.next_plan(bench.executor).is_host_only
     monkeypatch.setattr(scheduler_module, "measure", lambda *_: RATES)
     monkeypatch.setattr(device, "free_bytes", lambda: 1 << 18)  # a reason to plan again
     for _ in range(4):
-        assert scheduler.next_plan(bench.executor, bench.works()).is_host_only
+        assert scheduler.next_plan(bench.executor).is_host_only
     assert "the host updates all: broken" in caplog.text
 
 
@@ -146,7 +151,7 @@ def test_residents_fit_into_what_forward_leaves_free(
 ) -> None:
     bench = Bench(device)
     monkeypatch.setattr(device, "least_free_bytes", lambda: 12 * 1100)
-    plan = make(device).next_plan(bench.executor, bench.works())
+    plan = make(device).next_plan(bench.executor)
     assert 0 < plan.resident_bytes <= 12 * 1100
     assert measured
 
@@ -155,18 +160,18 @@ def test_no_residents_where_they_are_not_allowed(device: Device, measured: list[
     bench = Bench(device)
     config = OffloadConfig(device="emulated")
     scheduler = Scheduler(config, device, Ranks(), allows_residents=False)
-    assert scheduler.next_plan(bench.executor, bench.works()).residents == ()
+    assert scheduler.next_plan(bench.executor).residents == ()
     random = OffloadConfig(device="emulated", plan="random:1")
     scheduler = Scheduler(random, device, Ranks(), allows_residents=False)
     for _ in range(8):
-        assert scheduler.next_plan(bench.executor, bench.works()).residents == ()
+        assert scheduler.next_plan(bench.executor).residents == ()
     assert measured
 
 
 def test_without_kernels_the_device_updates_nothing(device: Device) -> None:
     bench = Bench(device)
     scheduler = Scheduler(OffloadConfig(device="emulated"), device, Ranks(), may_update=False)
-    assert scheduler.next_plan(bench.executor, bench.works()).is_host_only
+    assert scheduler.next_plan(bench.executor).is_host_only
 
 
 def test_real_measurement_finds_the_emulated_rates() -> None:
@@ -176,7 +181,7 @@ def test_real_measurement_finds_the_emulated_rates() -> None:
     ) as device:  # fmt: skip
         bench = Bench(device)
         scheduler = make(device)
-        scheduler.next_plan(bench.executor, bench.works())
+        scheduler.next_plan(bench.executor)
         rates = scheduler.rates
         assert rates is not None
         # Small copies on a busy machine: slower than the link, never faster.
@@ -192,3 +197,61 @@ def test_correction_follows_the_ratio_of_predicted_and_measured() -> None:
     assert found.host_to_device_bytes_per_s == pytest.approx(2e9)
     assert found.device_to_host_bytes_per_s == RATES.device_to_host_bytes_per_s
     assert found.device_params_per_s == RATES.device_params_per_s
+
+
+@pytest.mark.parametrize("trouble", ["none", "failed", "no kernels", "full", "no subgroups"])
+def test_every_rank_confers_at_the_same_steps(
+    device: Device, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    def measure(*_: Any) -> Rates:
+        if trouble == "full":
+            raise DeviceOutOfMemoryError("full")
+        return RATES
+
+    monkeypatch.setattr(scheduler_module, "measure", measure)
+    bench, ranks = Bench(device), Ranks()
+    if trouble == "no subgroups":
+        bench.executor.subgroups = []
+    config = OffloadConfig(device="emulated", replan_every_n_steps=3)
+    scheduler = Scheduler(config, device, ranks, may_update=trouble != "no kernels")
+    steps = []
+    for step in range(1, 10):
+        if trouble == "failed" and step == 2:
+            bench.executor.failure = DeviceError("broken")
+        known = len(ranks.said)
+        plan = scheduler.next_plan(bench.executor)
+        if len(ranks.said) > known:
+            steps.append(step)
+        if trouble != "none" and step > 2:
+            assert plan.is_host_only
+    assert steps == [1, 3, 6, 9]
+
+
+def test_a_rank_that_has_failed_stops_the_devices_of_all(
+    device: Device, measured: list[Rates]
+) -> None:
+    bench, ranks = Bench(device), Ranks()
+    scheduler = make(device, ranks)
+    assert not scheduler.next_plan(bench.executor).is_host_only
+    ranks.others = [other(can=0.0, rates=[0.0] * 5)]
+    scheduler.next_plan(bench.executor)
+    assert scheduler.next_plan(bench.executor).is_host_only
+    ranks.others = []
+    plans = [scheduler.next_plan(bench.executor) for _ in range(3)]
+    assert plans[0].is_host_only
+    assert not plans[-1].is_host_only, "and goes on when all can again"
+    assert measured
+
+
+def test_memory_in_pieces_leads_to_smaller_plans(device: Device, measured: list[Rates]) -> None:
+    bench = Bench(device)
+    scheduler = make(device)
+    sizes = []
+    for _ in range(7):
+        plan = scheduler.next_plan(bench.executor)
+        sizes.append(scheduler._budget)
+        trace = bench.run(plan)
+        trace.is_degraded = True
+        scheduler.observe(trace)
+    assert sizes[-1] < 0.5 * sizes[0]
+    assert measured

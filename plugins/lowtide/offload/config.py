@@ -114,7 +114,7 @@ class OffloadConfig(PluginConfig):
             "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload"),
             "zero_optimization.zenflow": zero.get("zenflow"),
             "zero_optimization.offload_optimizer.ratio": offload.get("ratio", 1.0) != 1.0,
-            "zero_optimization.mics_shard_size": zero.get("mics_shard_size", -1) > 0,
+            "zero_optimization.mics_shard_size": (zero.get("mics_shard_size") or -1) > 0,
         }
         for key, is_set in rivals.items():
             if is_set:

@@ -99,21 +99,26 @@ class Executor:
 
     # -- for planning -------------------------------------------------------------------------
 
-    def pieces(self, works: Sequence[Work]) -> list[Piece]:
+    def pieces(self) -> list[Piece]:
         """Return what a planner needs to know about the subgroups."""
-        is_far = self._place.landings.is_far
         return [
             Piece(
                 numel=each.numel,
-                low_precision_bytes=(
-                    each.weights.element_size()
-                    if each.weights is not None and is_far(each.weights)
-                    else 0
+                low_precision_bytes=self._upload_bytes(each.weights),
+                gradient_upload_bytes=each.gradient_bytes,
+                # A GPU's kernel writes the rounded parameters itself, into its own memory.
+                is_movable=(
+                    self.device.kind != "cuda"
+                    or each.weights is None
+                    or self.device.owns(each.weights)
                 ),
-                gradient_upload_bytes=work.gradient.element_size(),
             )
-            for each, work in zip(self.subgroups, works, strict=True)
+            for each in self.subgroups
         ]
+
+    def _upload_bytes(self, weights: Tensor | None) -> int:
+        is_far = weights is not None and self._place.landings.is_far(weights)
+        return weights.element_size() if weights is not None and is_far else 0
 
     def resident_bytes(self) -> int:
         """Return the device memory of residents' state."""

@@ -53,6 +53,11 @@ class GroupGradients:
         self._overwritten: set[Hashable] = set()  # by a micro-batch that is not the last
         self._irregular: set[Hashable] = set()  # missed the last micro-batch before
 
+    @property
+    def nbytes_each(self) -> int:
+        """Bytes per parameter in the accumulation buffer."""
+        return self.accumulated.element_size()
+
     def overwrite(self, key: Hashable) -> None:
         """A micro-batch that is not the last one is about to overwrite a parameter's gradient.
 
@@ -60,10 +65,11 @@ class GroupGradients:
         parameter miss the window's last micro-batch. Parameters that ever did so (experts, layers
         that are dropped) get that value saved here; for all others that would be wasted traffic.
         """
-        if key not in self._spans or key in self._wide or key in self._fresh:
+        if key not in self._spans or key in self._wide:
             return
         if key in self._irregular:
             self._widen(key, self._get_wide())
+            self._fresh.discard(key)  # of an update that was left out
         else:
             self._overwritten.add(key)
 

@@ -96,6 +96,7 @@ class OneUpdate:
         self._begun: set[int] = set()  # updates on the device that may have changed something
         self._landed: list[DeviceEvent | None] = [None] * Landings.COUNT
         self._turn = 0
+        self._has_uploaded = False
 
     # -- device -----------------------------------------------------------------------------
 
@@ -191,6 +192,7 @@ class OneUpdate:
         self._landed[turn] = None
         try:
             if self._may_upload and place.device.kind != "cpu":
+                self._has_uploaded = True
                 self._landed[turn] = self._upload(subgroup.key, weights, rounded)
         except DeviceError:  # a lane has failed, or an emulated device is full
             pass
@@ -214,7 +216,7 @@ class OneUpdate:
         Raises:
             DeviceError: state was lost that was only on the device.
         """
-        if not self._order and not any(self._landed):
+        if not self._order and not self._has_uploaded:
             return None
         lanes = [self._lane(name) for name in _LANES]
         failure: DeviceError | None = None

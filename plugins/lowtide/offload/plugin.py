@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from lowtide.core.device import Device, open_device
 from lowtide.core.errors import ConfigError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
@@ -167,7 +169,11 @@ class OffloadPlugin(Plugin):
     def _open(self, session: Session) -> Device:
         config = self.config
         if config.device != "emulated":
-            device = open_device(config.device, telemetry=session.telemetry)
+            # The host has chosen this rank's GPU by now.
+            index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+            if config.device == "cpu":
+                index = 0
+            device = open_device(config.device, index=index, telemetry=session.telemetry)
             if config.device == "auto":
                 session.config.decide("offload.device", device.kind)
             return device
@@ -197,8 +203,10 @@ class OffloadPlugin(Plugin):
         self._ended = self.summary()
         self._updater = None  # lets go of the device's memory
         adapter, self._adapter = self._adapter, None
-        if adapter is not None:
-            adapter.close()
         device, self._device = self._device, None
-        if device is not None:
-            device.close()
+        try:
+            if adapter is not None:
+                adapter.close()
+        finally:
+            if device is not None:
+                device.close()

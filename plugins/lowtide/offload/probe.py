@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from lowtide.core.errors import DeviceOutOfMemoryError
-from lowtide.offload.adam import AdamStep
+from lowtide.offload.adam import adam_step
 from lowtide.offload.rates import HOST_UPDATE_BYTES, Rates
 from lowtide.offload.subgroup import ALIGNMENT
 
 if TYPE_CHECKING:
     from lowtide.offload.executor import Executor
-from lowtide.offload.one_update import Work
 
 SAMPLE_PARAMS = 1 << 22
 LEAST_PARAMS = 1 << 12
@@ -28,9 +27,10 @@ SLOWDOWN = 0.05  # beyond this, lanes disturb each other
 class _Samples:
     """Scratch memory on both sides, and one timed operation for each lane."""
 
-    def __init__(self, executor: Executor, works: Sequence[Work]) -> None:
+    def __init__(self, executor: Executor) -> None:
         self.executor, self.device = executor, executor.device
-        numel = min(SAMPLE_PARAMS, max((w.gradient.numel() for w in works), default=LEAST_PARAMS))
+        largest = max((each.numel for each in executor.subgroups), default=0)
+        numel = max(ALIGNMENT, min(SAMPLE_PARAMS, largest))
         while True:
             try:
                 self.there = [self.device.empty(numel, torch.float32) for _ in range(4)]
@@ -44,7 +44,7 @@ class _Samples:
         for tensor in self.here:
             tensor.zero_()
         # All zeros: nothing overflows however often it is repeated.
-        self.step: AdamStep = works[0].step
+        self.step = adam_step((0.9, 0.95), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
     def up(self) -> int:
         """Copy to the device; return bytes."""
@@ -76,13 +76,13 @@ class _Samples:
         return 4 * self.numel
 
 
-def measure(executor: Executor, works: Sequence[Work]) -> Rates:
+def measure(executor: Executor) -> Rates:
     """Measure the rates of one rank's lanes, each alone and then together; takes about a second.
 
     Raises:
         DeviceOutOfMemoryError: the device has no room for 64 KiB.
     """
-    samples = _Samples(executor, works)
+    samples = _Samples(executor)
     device = samples.device
     samples.device.synchronize()
     up, down = _rate(samples.up), _rate(samples.down)

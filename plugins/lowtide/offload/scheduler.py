@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lowtide.core.device import Device
 from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.executor import Executor
-from lowtide.offload.one_update import Work
 from lowtide.offload.plan import host_only_plan, make_plan, random_plan
 from lowtide.offload.probe import measure
 from lowtide.offload.rates import Rates
@@ -57,35 +56,49 @@ class Scheduler:
         self._step = 0
         self._pieces: list[Piece] = []
         self._misfits = 0
+        self._known_memory = 0.0  # of this rank when it was planned
         self._budget = 0.0
+        self._lasting = 0.0
+        self._share = 1.0  # of the memory that seems free: less where it turned out to be split up
+        self._all_can = False  # every rank's device can update
         self.rates: Rates | None = None
         self.plan: Plan | None = None
         self.plans = 0  # made so far
 
-    def next_plan(self, executor: Executor, works: Sequence[Work]) -> Plan:
-        """Return the plan of the coming update."""
+    def next_plan(self, executor: Executor) -> Plan:
+        """Return the plan of the coming update. Collective at steps that all ranks know."""
         self._step += 1
-        pieces = executor.pieces(works)
-        if executor.failure is not None or not self._may_update:
+        pieces = executor.pieces()
+        can = self._may_update and executor.failure is None
+        if self._config.random_seed is not None:
+            self.plan = self._random(executor, pieces) if can else host_only_plan(pieces)
+            return self.plan
+        is_new = pieces != self._pieces
+        self._pieces = pieces
+        # Never by what only this rank knows: the others would wait for it, or it for them.
+        is_due = self._step == 1 or self._step % self._config.replan_every_n_steps == 0
+        if is_due and self._config.device != "cpu":
+            is_new = self._confer(executor, can=can) or is_new
+        if not can or not self._all_can:
             self.plan = host_only_plan(pieces)
-        elif self._config.random_seed is not None:
-            seed = self._config.random_seed * 1_000_003 + self._step
-            self.plan = random_plan(
-                pieces, seed, memory_bytes=self._memory(executor),
-                max_slots=self._config.max_slots, keep_residents=self._keep_residents,
-            )  # fmt: skip
-        elif self.plan is None or pieces != self._pieces:
-            self._pieces = pieces
-            self._make_plan(executor, works)
-        elif self._step % self._config.replan_every_n_steps == 0:
-            self._reconsider(executor, works)
+        elif self.plan is None or is_new:
+            self._make_plan()
         if self.plan is None:
             raise AssertionError("unreachable: every branch makes a plan or keeps one")
         return self.plan
 
+    def _random(self, executor: Executor, pieces: list[Piece]) -> Plan:
+        seed = (self._config.random_seed or 0) * 1_000_003 + self._step
+        return random_plan(
+            pieces, seed, memory_bytes=self._memory(executor),
+            max_slots=self._config.max_slots, keep_residents=self._keep_residents,
+        )  # fmt: skip
+
     def observe(self, trace: StepTrace) -> None:
         """Correct the rates by what an update took; at most once per plan and few steps."""
         plan, rates = self.plan, self.rates
+        if trace.is_degraded:
+            self._misfits, self._share = PATIENCE, 0.8 * self._share
         if plan is None or rates is None or plan.makespan_s is None or trace.is_degraded:
             return
         if abs(trace.makespan_s - plan.makespan_s) > MISFIT * plan.makespan_s:
@@ -98,27 +111,50 @@ class Scheduler:
 
     # -- plans --------------------------------------------------------------------------------
 
-    def _make_plan(self, executor: Executor, works: Sequence[Work]) -> None:
-        """Measure where that has not been done, and plan. Collective."""
+    def _confer(self, executor: Executor, *, can: bool) -> bool:
+        """Tell the other ranks how it stands here; return whether to plan anew. Collective.
+
+        Every rank makes this one call, whatever has happened to it: a rank that can do nothing
+        says so, and then all of them leave their devices alone.
+        """
         memory, lasting = self._memory(executor), self._lasting_memory(executor)
-        self._budget, lasting = self._agree([memory, lasting])
-        self._misfits = 0
-        self.plans += 1
+        has_moved = abs(memory - self._known_memory) > MISFIT * self._known_memory
+        wish = self.plan is None or self._misfits >= PATIENCE or has_moved
+        here, self._misfits = memory, 0
+        if not executor.subgroups:  # nothing to do here holds nobody back
+            own, memory, lasting = [math.inf] * _COUNT, math.inf, math.inf
+        elif can:
+            own = self._measured(executor)
+        else:
+            own = [0.0] * _COUNT
+        can_here = can and min(own) > 0.0
+        all_can, wishes, memory, lasting, *numbers = self._agree(
+            [float(can_here or not executor.subgroups), -float(wish), memory, lasting, *own]
+        )
+        could, self._all_can = self._all_can, all_can > 0.0
+        if not self._all_can or (could and wishes >= 0.0) or self.rates is None:
+            return False
+        self.rates = _with_numbers(self.rates, numbers)
+        self._known_memory, self._budget, self._lasting = here, memory, lasting
+        return True
+
+    def _measured(self, executor: Executor) -> list[float]:
+        """Return this rank's rates as numbers, measured at the first time; zeros: it cannot."""
         if self.rates is None:
             try:
-                measured = measure(executor, works)
-                numbers = self._agree(_numbers(measured))
+                self.rates = measure(executor)
+            except DeviceOutOfMemoryError as error:  # perhaps there is more another time
+                logger.warning("offload: the host updates all, no room to measure: %s", error)
             except DeviceError as error:
-                why = "no room to measure" if isinstance(error, DeviceOutOfMemoryError) else error
-                logger.warning("offload: the host updates all: %s", why)
-                if not isinstance(error, DeviceOutOfMemoryError):
-                    self._may_update = False
-                measured, numbers = None, self._agree([0.0] * (len(_FIELDS) + 1))
-            if measured is None or min(numbers) <= 0.0:  # on this rank or on another
-                self.plan = host_only_plan(self._pieces)
-                return
-            self.rates = _with_numbers(measured, numbers)
+                logger.warning("offload: the host updates all: %s", error)
+                self._may_update = False
+        return [0.0] * _COUNT if self.rates is None else _numbers(self.rates)
+
+    def _make_plan(self) -> None:
+        """Plan with the rates and the memory that all ranks agreed on."""
+        self.plans += 1
         self.plan = self._planned(self._keep_residents)
+        lasting = self._lasting
         if self.plan.resident_bytes > lasting:  # there is less room in forward than in the update
             kept: list[int] = []
             for index in self.plan.residents:
@@ -128,33 +164,19 @@ class Scheduler:
             self.plan = self._planned(kept)
 
     def _planned(self, keep_residents: bool | list[int]) -> Plan:
-        if self.rates is None:
-            raise AssertionError("unreachable: rates are measured before")
+        if self.rates is None:  # nothing to update on this rank
+            return host_only_plan(self._pieces)
         return make_plan(
             self._pieces, self.rates, memory_bytes=self._budget, fraction=self._config.fraction,
             keep_residents=keep_residents, max_slots=self._config.max_slots,
         )  # fmt: skip
-
-    def _reconsider(self, executor: Executor, works: Sequence[Work]) -> None:
-        """Plan again where prediction and measurement, or the memory, have parted. Collective."""
-        memory = self._memory(executor)
-        has_moved = abs(memory - self._budget) > MISFIT * self._budget
-        wish = float(self._misfits >= PATIENCE or has_moved)
-        # A rank without rates holds nobody back: its numbers are never the smallest.
-        own = [math.inf] * (len(_FIELDS) + 1) if self.rates is None else _numbers(self.rates)
-        wishes, *numbers = self._agree([-wish, *own])
-        self._misfits = 0
-        if wishes < 0.0:
-            if self.rates is not None:
-                self.rates = _with_numbers(self.rates, numbers)
-            self._make_plan(executor, works)
 
     def _memory(self, executor: Executor) -> float:
         """Return the device memory that an update may use, in bytes."""
         chosen = self._config.device_memory_bytes
         free = self._device.free_bytes() + executor.resident_bytes()
         limit = chosen if isinstance(chosen, int) else math.inf
-        return min(limit, max(0.0, free - self._safety()))
+        return min(limit, max(0.0, free - self._safety())) * self._share
 
     def _lasting_memory(self, executor: Executor) -> float:
         """Return the device memory that residents may keep through forward and backward."""
@@ -181,6 +203,7 @@ _FIELDS = (
     "host_params_per_s",
     "device_params_per_s",
 )
+_COUNT = len(_FIELDS) + 1  # numbers that stand for a rank's rates
 _OF_LANES = {
     "host_to_device_bytes_per_s": ("prefetch", "upload"),
     "device_to_host_bytes_per_s": ("flush",),

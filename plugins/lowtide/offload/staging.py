@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from lowtide.core.device import Device, DeviceEvent
+from lowtide.core.errors import DeviceError
 from lowtide.offload.subgroup import Subgroup
+
+logger = logging.getLogger("lowtide")
 
 
 @dataclass
@@ -136,13 +140,22 @@ class Place:
     def bring_home(self, indices: Iterable[int]) -> list[int]:
         """Copy residents whose newest state is on the device to the host; return which."""
         away = [i for i in indices if self.residents[i].is_newest]
-        lane = self.device.lane("flush")
-        for index in away:
-            subgroup = self.subgroups[index]
-            for host, there in zip(subgroup.state(), self.residents[index].state, strict=True):
-                lane.copy(host, there, label=subgroup.key)
-        if away:
-            lane.synchronize()
+        if not away:
+            return away
+        try:
+            self._copy_home(away)
+        except DeviceError as error:  # the device's copies are whole: once more
+            logger.warning("offload: bringing state home failed, trying again: %s", error)
+            self.device.lane("flush").clear()
+            self._copy_home(away)
         for index in away:
             self.residents[index].is_newest = False
         return away
+
+    def _copy_home(self, indices: Sequence[int]) -> None:
+        lane = self.device.lane("flush")
+        for index in indices:
+            subgroup = self.subgroups[index]
+            for host, there in zip(subgroup.state(), self.residents[index].state, strict=True):
+                lane.copy(host, there, label=subgroup.key)
+        lane.synchronize()

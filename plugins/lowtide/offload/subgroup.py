@@ -24,6 +24,7 @@ class Subgroup:
         exp_avg_sq: Second moment, as `master`.
         weights: Where the rounded parameters go; shape (numel,), on the host or the device. None
             where the host rounds them by itself.
+        gradient_bytes: Bytes per parameter of its gradient, as a rule: 2 or 4.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Subgroup:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     weights: Tensor | None
+    gradient_bytes: int = 2
 
     @property
     def numel(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,9 +19,15 @@ from lowtide.offload.scheduler import Scheduler
 from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
 from lowtide.offload.trace import StepTrace
 
+logger = logging.getLogger("lowtide")
+
 
 class Gradients(Protocol):
     """Where a master's gradients come from."""
+
+    @property
+    def nbytes_each(self) -> int:
+        """Bytes per parameter, as a rule."""
 
     def source(self, scale: float) -> tuple[Tensor, float]:
         """Return (flat gradient, what is left to multiply it by) for the coming update."""
@@ -115,8 +122,10 @@ class Updater:
         Args:
             scale: What gradients are multiplied by first, as float32.
         """
-        sources = [master.gradients.source(scale) for master in self.masters]
         executor = self._ready_executor()
+        # Plans may fail, on their collective or a device; so nothing has been changed before.
+        plan = self.scheduler.next_plan(executor)
+        sources = [master.gradients.source(scale) for master in self.masters]
         steps = [
             self._advance(master, *source)
             for master, source in zip(self.masters, sources, strict=True)
@@ -125,7 +134,6 @@ class Updater:
         for subgroup in executor.subgroups:
             gradient, factor = sources[subgroup.flat]
             works.append(Work(subgroup.part_of(gradient), factor, steps[subgroup.flat]))
-        plan = self.scheduler.next_plan(executor, works)
         trace = executor.run(plan, works)
         self.scheduler.observe(trace)
         self.steps += 1
@@ -142,9 +150,9 @@ class Updater:
 
     def close(self) -> None:
         """Bring everything home, for good."""
-        executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.close()
+        if self._executor is not None:
+            self._executor.close()
+        self._executor = None  # only now: it may hold the only copy of something
 
     # -- state ------------------------------------------------------------------------------
 
@@ -167,7 +175,10 @@ class Updater:
         for number, master in enumerate(self.masters):
             self._adopt(number, master)
         known = [
-            tensor.data_ptr() for master in self.masters for tensor in self._tensors_of(master)
+            tensor.data_ptr()
+            for master in self.masters
+            for tensor in (*self._tensors_of(master), master.weights)
+            if tensor is not None
         ]
         if self._executor is None or known != self._known:
             self.close()
@@ -195,7 +206,12 @@ class Updater:
             return make(like.data)
         memory = self._arena.get((number, name))
         if memory is None:
-            memory = self._device.host_empty(like.numel(), like.dtype).view(like.shape)
+            try:
+                memory = self._device.host_empty(like.numel(), like.dtype)
+            except RuntimeError as error:  # pinned memory is limited; other memory is only slower
+                logger.warning("offload: no pinned memory for optimizer state: %s", error)
+                memory = torch.empty(like.numel(), dtype=like.dtype)
+            memory = memory.view(like.shape)
             self._arena[number, name] = memory
         return memory.zero_()
 
@@ -235,6 +251,7 @@ class Updater:
                         exp_avg=exp_avg,
                         exp_avg_sq=exp_avg_sq,
                         weights=None if weights is None else weights.narrow(0, begin, count),
+                        gradient_bytes=master.gradients.nbytes_each,
                     )
                 )
         return found

@@ -69,12 +69,14 @@ class DeepSpeedAdapter:
         optimizer = self._optimizer
         if STATE not in optimizer.__dict__:
             return
-        if self.holder.updater is not None:
-            self.holder.updater.close()
-            self.holder.updater = None
-        self.holder.give_back()
-        optimizer.__class__ = self._base
-        delattr(optimizer, STATE)
+        try:
+            if self.holder.updater is not None:
+                self.holder.updater.close()
+                self.holder.updater = None
+            self.holder.give_back()
+        finally:
+            optimizer.__class__ = self._base
+            delattr(optimizer, STATE)
 
 
 def _refuse(optimizer: Any, adapter: Any) -> None:
@@ -87,10 +89,12 @@ def _refuse(optimizer: Any, adapter: Any) -> None:
             f"and the plugin reproduces DeepSpeedCPUAdam; use optimizer.type Adam or AdamW "
             f'without "torch_adam"'
         )
+    if type(optimizer).__name__ != adapter.CLASS:
+        raise ConfigError(
+            f"lowtide.offload: DeepSpeed made a {type(optimizer).__name__}, and the plugin knows "
+            f"{adapter.CLASS}; change the settings that asked for it or remove lowtide.offload"
+        )
     found = {
-        f"{type(optimizer).__name__} in place of {adapter.CLASS}": (
-            type(optimizer).__name__ != adapter.CLASS
-        ),
         "16-bit optimizer states": not base.fp32_optimizer_states,
         "torch.autocast's gradient scaler": bool(optimizer.torch_autocast_gradscaler),
         "ZenFlow": bool(optimizer.zenflow),

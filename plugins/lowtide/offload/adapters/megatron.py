@@ -108,6 +108,11 @@ class ParameterGradient:
     def __init__(self, leaf: Tensor) -> None:
         self._leaf = leaf
 
+    @property
+    def nbytes_each(self) -> int:
+        """Bytes per parameter."""
+        return 4
+
     def source(self, _scale: float) -> tuple[Tensor, float]:
         """Return the flat gradient; nothing is left to multiply it by."""
         gradient = self._leaf.grad

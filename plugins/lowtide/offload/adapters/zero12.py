@@ -35,6 +35,11 @@ class FlatGradients:
     def __init__(self, leaf: Tensor) -> None:
         self._leaf = leaf
 
+    @property
+    def nbytes_each(self) -> int:
+        """Bytes per parameter."""
+        return 4
+
     def source(self, _scale: float) -> tuple[Tensor, float]:
         """Return the flat gradient; nothing is left to multiply it by."""
         gradient = self._leaf.grad
@@ -73,6 +78,9 @@ class Zero12:
 
     def note(self, gradients: list[Tensor], total_norm: Any) -> None:
         """Unscale a group's gradients, unless that was done with the first group's."""
+        first = self.leaves()[0].grad
+        if first is not None and any(e.data_ptr() == first.data_ptr() for e in gradients):
+            self._is_unscaled.clear()  # a new update; the last one may have been broken off
         self._norm = total_norm
         todo = [each for each in gradients if each.data_ptr() not in self._is_unscaled]
         if todo:
@@ -84,11 +92,9 @@ class Zero12:
         if self.updater is None:
             raise HostError("offload: no updater is connected")
         if group == 0:
-            gradients = [each.grad for each in self.leaves() if each.grad is not None]
-            self.note(gradients, self._norm)
+            later = [each.grad for each in self.leaves()[1:] if each.grad is not None]
+            self.note(later, self._norm)
             self.updater.update(1.0)
-        if group == len(self.leaves()) - 1:
-            self._is_unscaled.clear()
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
 

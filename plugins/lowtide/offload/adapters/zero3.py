@@ -27,6 +27,8 @@ _READERS = (
     "refresh_fp32_params",
     "_get_fp32_opt_state_partition",
     "load_hp_checkpoint_state",
+    "offload_states",
+    "reload_states",
 )
 # Entry points that read or write float32 gradients.
 _GRADIENT_READERS = (
@@ -112,6 +114,18 @@ class Zero3:
 
     # -- what the subclass calls --------------------------------------------------------------
 
+    def _follow(self) -> None:
+        """Look where DeepSpeed keeps gradients and weights now: `reload_states` moves them."""
+        optimizer, begin = self._optimizer, 0
+        flat = optimizer.grad_partitions_flat_buffer
+        for index, (gradients, leaf) in enumerate(zip(self._gradients, self.leaves(), strict=True)):
+            if gradients.accumulated.data_ptr() != flat.data_ptr() + begin * flat.element_size():
+                gradients.accumulated = flat.narrow(0, begin, leaf.numel())
+            begin += leaf.numel()
+            if self.updater is not None:
+                weights = optimizer.fp16_partitioned_groups_flat[index]
+                self.updater.masters[index].weights = weights.data
+
     def arrive(self, parameter: Any, gradient: Tensor) -> None:
         """The window's gradient of a parameter is complete: note its norm, as stock does."""
         optimizer = self._optimizer
@@ -122,14 +136,19 @@ class Zero3:
     def overwrite(self, parameters: list[Any]) -> None:
         """A micro-batch that is not the last begins to accumulate these parameters."""
         optimizer = self._optimizer
-        if optimizer.micro_step_id != 0 or optimizer.is_gradient_accumulation_boundary():
+        if optimizer.is_gradient_accumulation_boundary():
             return
+        self._follow()
         for parameter in parameters:
             place = optimizer.grad_position[optimizer.get_param_id(parameter)]
             self._gradients[place[0]].overwrite(parameter.ds_id)
 
     def widen(self) -> None:
         """Make the float32 gradients what stock would hold."""
+        self._follow()
+        stream: Any = getattr(self._optimizer, "reduce_and_partition_stream", None)
+        if hasattr(stream, "synchronize"):  # gradients may still be on their way to the host
+            stream.synchronize()
         for gradients in self._gradients:
             gradients.widen()
 
@@ -153,6 +172,7 @@ class Zero3:
         if self.updater is None or self.scale is None:
             raise HostError("offload: DeepSpeed updates before it has unscaled its gradients")
         if index == self._last:
+            self._follow()
             self.updater.update(self.scale)
             self._has_updated = True
 
@@ -193,7 +213,7 @@ def planned_class(base: Any) -> dict[str, Any]:
         self._lowtide_offload.overwrite(params_to_release)
         return base.partition_grads(self, params_to_release, grad_partitions)
 
-    body = {
+    body: dict[str, Any] = {
         "unscale_and_clip_grads": unscale_and_clip_grads,
         "_optimizer_step": _optimizer_step,
         "_reassign_or_swap_out_partitioned_parameters": (
@@ -202,6 +222,13 @@ def planned_class(base: Any) -> dict[str, Any]:
         "_offload_grad_partition_at_boundary": _offload_grad_partition_at_boundary,
         "partition_grads": partition_grads,
     }
+    stock_state = base.state
+
+    def get_state(self: Any) -> Any:
+        self._lowtide_offload.drain()
+        return stock_state.fget(self)
+
+    body["state"] = property(get_state, stock_state.fset)
     body |= {name: _after(base, name, "drain") for name in _READERS}
     body |= {name: _after(base, name, "widen") for name in _GRADIENT_READERS}
     return body
