@@ -88,7 +88,7 @@ class CheckpointConfig(PluginConfig):
     rank's state, at most an eighth of the memory that is free on the node."""
 
     pinned_buffer_bytes: int | Auto = "auto"
-    """Pinned host memory of each rank, beside `host_buffer_bytes`, that tensors on a GPU go through;
+    """Pinned host memory of each rank, beside `host_buffer_bytes`: the way for tensors on a GPU,
     allocated at the first save of such tensors. The largest power of two in it is used. Auto: a
     quarter of `host_buffer_bytes`, 16 to 256 MiB."""
 

@@ -26,7 +26,6 @@ from lowtide.checkpoint.stable import StableMemory
 from lowtide.checkpoint.staging import Stager
 from lowtide.checkpoint.store.finding import Finder
 from lowtide.checkpoint.writer.base import facts_text
-from lowtide.core.device import Device
 from lowtide.core.device.homes import Homes
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
@@ -43,7 +42,6 @@ class CheckpointPlugin(Plugin):
         client_state: Called for the ``client_state`` of the checkpoints that Lowtide saves by
             itself (``"every_n_steps"``).
         last_error: Why the newest failure failed, or None.
-        devices: Whose tensors are lazy besides those on GPUs; set before the optimizer is built.
     """
 
     name = "checkpoint"
@@ -53,7 +51,6 @@ class CheckpointPlugin(Plugin):
     def __init__(self, config: CheckpointConfig) -> None:
         super().__init__(config)
         self.client_state: Callable[[], dict[str, Any]] = dict
-        self.devices: tuple[Device, ...] = ()
         self._session: Session | None = None
         self._saver: Saver | None = None
         self._finder: Finder | None = None
@@ -224,7 +221,7 @@ class CheckpointPlugin(Plugin):
         self._stable.look_at(self._model, self._optimizer)
         board = open_board()
         sizes = choose_buffers(self.config, self._stable.expected_bytes(), session.config.decide)
-        stager = Stager(Homes(self.devices, session.telemetry), pinned_bytes=sizes.pinned_bytes)
+        stager = Stager(Homes(telemetry=session.telemetry), pinned_bytes=sizes.pinned_bytes)
         self._saver = Saver(self.config, board, buffer_bytes=sizes.host_bytes, stager=stager)
         wanted = None if self._adapter is None else self._adapter.wanted
         self._finder = Finder(board, self.config.verify, self._saver.peers, wanted)
