@@ -298,8 +298,7 @@ class Saver:
                 raise saving.error
             for part in saving.parts:
                 what = f"checkpoint {saving.tag}, {part.name}"
-                if part.feed is not None:  # training may take its time before the disk's counts
-                    part.feed.wait_over()
+                part.wait_fed()  # training may take its time; from then on the disk's counts
                 results += wait_durable(part.ticket, what=what, stall_s=self.config.stall_timeout_s)
             make_part_folder(saving.part(), is_owner=False)  # a rank may have no file at all
             saving.settle()

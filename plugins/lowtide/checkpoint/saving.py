@@ -100,6 +100,17 @@ class _Part:
         waiting: Feed | Ticket = self.ticket if self.feed is None else self.feed
         return waiting.wait_captured(timeout_s)
 
+    def wait_fed(self) -> None:
+        """Wait until nobody reads device memory for it any more.
+
+        Raises:
+            CheckpointError: device memory cannot be copied.
+        """
+        if self.feed is not None:
+            self.feed.wait_over()
+            if self.feed.error is not None:
+                raise self.feed.error
+
     def cancel(self) -> None:
         """See `Ticket.cancel`."""
         self.ticket.cancel()
@@ -222,9 +233,7 @@ class Saving:
         for part in self.parts:
             is_captured = part.wait_captured(max(0.0, end_s - time.monotonic()))
             if part.feed is not None and part.feed.error is not None:
-                self.give_up(
-                    CheckpointError(f"checkpoint {self.tag}: {part.name}: {part.feed.error}")
-                )
+                self.give_up(part.feed.error)
                 break
             if not is_captured:
                 self.give_up(
@@ -254,6 +263,9 @@ class Saving:
         Every update waits for `wait_captured`, so whoever comes here first comes before the update.
         """
         with self._settling:
+            if self.error is not None:
+                for part in self.parts:  # or the model's tensors would live as long as its history
+                    part.watched = []
             if self._stage is not Stage.REQUESTED or self.error is not None:
                 return
             if all(part.ticket.is_captured for part in self.parts):

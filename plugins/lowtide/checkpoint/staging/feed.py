@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ class Feed:
         self.state = State.LANE
         self.is_cancelled = False
         self.error: CheckpointError | None = None  # why it was given up here
+        self.path: Path | None = None
         self.total_bytes = 0  # of the file, as far as it is known
         self.events: dict[Device, DeviceEvent] = {}  # the training stream at the save
         self.joined: set[Device] = set()  # whose lanes wait for these events
@@ -74,7 +76,7 @@ class Feed:
     def give(self, plan: FilePlan, *, is_partial: bool) -> None:
         """Keep a plan for `adopt`; under the stager's lock."""
         self._given = (plan, is_partial)
-        self.total_bytes = plan.size_bytes
+        self.path, self.total_bytes = plan.path, plan.size_bytes
 
     @property
     def has_news(self) -> bool:

@@ -295,8 +295,8 @@ class Stager:
     def _fail(self, feed: Feed, error: BaseException) -> None:
         """Give a file up; `Saving` says so for the checkpoint."""
         feed.error = CheckpointError(
-            f"tensors on a device cannot be copied: {str(error) or type(error).__name__}; training "
-            f"goes on, save again once the cause is removed"
+            f"{feed.path}: tensors on a device cannot be copied: "
+            f"{str(error) or type(error).__name__}; save again once the cause is removed"
         )
         feed.ticket.cancel()
 
