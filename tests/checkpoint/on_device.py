@@ -17,13 +17,20 @@ from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Saving
 from lowtide.checkpoint.staging import Stager
 from lowtide.checkpoint.staging.movers import LANE
+from lowtide.checkpoint.staging.ring import Ring
 from lowtide.core.device import Device, DeviceEvent, Lane
 from lowtide.core.device.homes import Homes
 from tests.checkpoint.ranks import DETAILS, make_boards, make_config
 
 EVER_S = 30.0
 PAGE = 4096
+ARENA = {"memory_bytes": 48 * MIB}
 RINGS = {"ring smaller than a tensor": 8 * MIB, "ring larger than all": 64 * MIB}
+
+
+def ring_of(saver: Saver) -> Ring | None:
+    """Return the pinned memory of a saver, once it has been allocated."""
+    return saver.stager._by_lane.ring
 
 
 def place(device: Device, value: torch.Tensor) -> torch.Tensor:
