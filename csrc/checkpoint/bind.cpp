@@ -216,6 +216,7 @@ py::dict state_dict(Ticket &ticket) {
     result["staged_bytes"] = state.staged_bytes;
     result["direct_bytes"] = state.direct_bytes;
     result["is_captured"] = state.is_captured;
+    result["captured_chunks"] = state.captured_chunks;
     result["is_released"] = state.is_released;
     result["is_settled"] = state.is_durable || state.failure;
     result["is_durable"] = state.is_durable;

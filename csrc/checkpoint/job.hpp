@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,8 @@ struct File {
     bool is_partial = false;              // the rest is not known yet
     std::size_t chunks = 0;               // those whose content is known
     std::size_t taken = 0;
+    std::size_t captured_chunks = 0;       // from the first on, without a gap
+    std::set<std::size_t> captured_behind; // the gap
     std::size_t folded = 0;
     std::size_t written = 0;
     std::size_t in_flight = 0; // chunks that exist
@@ -95,6 +98,7 @@ struct Job {
 // A job's numbers at one moment.
 struct JobState {
     std::uint64_t total_bytes, captured_bytes, written_bytes, staged_bytes, direct_bytes;
+    std::size_t captured_chunks; // of the first file
     bool is_captured, is_released, is_durable;
     std::optional<Failure> failure;
     std::optional<double> capture_end_s, durable_end_s;

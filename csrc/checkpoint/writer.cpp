@@ -220,6 +220,7 @@ JobState Writer::state(const Job &job) {
     state.written_bytes = job.written_bytes;
     state.staged_bytes = job.staged_bytes;
     state.direct_bytes = job.direct_bytes;
+    state.captured_chunks = job.files.empty() ? 0 : job.files.front()->captured_chunks;
     state.is_captured = job.captured_at.has_value();
     state.is_released = job.is_released();
     state.is_durable = job.durable_at.has_value();

@@ -131,6 +131,10 @@ void Writer::count_captured(Job &job, const Chunk &chunk) {
     if (!job.is_dropped) {
         (chunk.slab == SlabRing::none ? job.direct_bytes : job.staged_bytes) += chunk.payload;
         job.captured_bytes += chunk.payload;
+        chunk.file->captured_behind.insert(chunk.index);
+        while (chunk.file->captured_behind.erase(chunk.file->captured_chunks) != 0) {
+            ++chunk.file->captured_chunks;
+        }
         job.progress_at = Clock::now();
         if (job.captured_bytes == job.total_bytes && !job.is_partial) {
             job.captured_at = job.progress_at;

@@ -80,6 +80,20 @@ def test_what_is_told_is_captured_before_the_rest_comes(way: Way, tmp_path: Path
     assert writer.close(timeout_s=EVER_S)
 
 
+def test_captured_chunks_are_counted_from_the_beginning(way: Way, tmp_path: Path) -> None:
+    writer = way.open()
+    draft = Draft(tmp_path / "file").entry(0, np.random.default_rng(0).bytes(5 * PAGE + 100))
+    ticket = writer.submit([draft.plan()], is_partial=True)
+    deadline_s = time.monotonic() + EVER_S
+    while ticket.captured_chunks() < 5 and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    assert ticket.captured_chunks() == 5
+    ticket.extend(draft.plan())
+    draft.check(*finish(ticket))
+    assert ticket.captured_chunks() == 6
+    assert writer.close(timeout_s=EVER_S)
+
+
 def test_memory_of_every_part_is_kept_until_all_is_captured(way: Way, tmp_path: Path) -> None:
     class Owner:
         pass

@@ -87,6 +87,11 @@ class CheckpointConfig(PluginConfig):
     """Host memory of each rank that holds bytes on their way to storage. Auto: the size of the
     rank's state, at most an eighth of the memory that is free on the node."""
 
+    pinned_buffer_bytes: int | Auto = "auto"
+    """Pinned host memory of each rank, beside `host_buffer_bytes`: the way for tensors on a GPU,
+    allocated at the first save of such tensors. The largest power of two in it is used. Auto: a
+    quarter of `host_buffer_bytes`, 16 to 256 MiB."""
+
     lazy: bool = True
     """Copy parameters and optimizer state during the next forward and backward. False copies
     everything before `save_checkpoint` returns."""
@@ -129,6 +134,12 @@ class CheckpointConfig(PluginConfig):
             raise ValueError(
                 f'"host_buffer_bytes" is {self.host_buffer_bytes}, at least {16 * MIB} (16 MiB) '
                 f"are needed"
+            )
+        least = 2 * CHUNK_BYTES
+        if isinstance(self.pinned_buffer_bytes, int) and self.pinned_buffer_bytes < least:
+            raise ValueError(
+                f'"pinned_buffer_bytes" is {self.pinned_buffer_bytes}, at least {least} '
+                f"({least // MIB} MiB) are needed"
             )
         if any(tier.compact for tier in self.tiers[:-1]) or (
             len(self.tiers) == 1 and self.tiers[0].compact

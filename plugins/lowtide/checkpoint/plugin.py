@@ -21,10 +21,12 @@ from lowtide.checkpoint.routing import PATIENT_S
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
 from lowtide.checkpoint.scrub import Scrub
-from lowtide.checkpoint.sizing import choose_buffer_bytes
+from lowtide.checkpoint.sizing import choose_buffers
 from lowtide.checkpoint.stable import StableMemory
+from lowtide.checkpoint.staging import Stager
 from lowtide.checkpoint.store.finding import Finder
 from lowtide.checkpoint.writer.base import facts_text
+from lowtide.core.device.homes import Homes
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 
@@ -218,7 +220,9 @@ class CheckpointPlugin(Plugin):
             self._adapter.after_engine(moment.data.get("engine"))
         self._stable.look_at(self._model, self._optimizer)
         board = open_board()
-        self._saver = Saver(self.config, board, buffer_bytes=self._buffer_bytes())
+        sizes = choose_buffers(self.config, self._stable.expected_bytes(), session.config.decide)
+        stager = Stager(Homes(telemetry=session.telemetry), pinned_bytes=sizes.pinned_bytes)
+        self._saver = Saver(self.config, board, buffer_bytes=sizes.host_bytes, stager=stager)
         wanted = None if self._adapter is None else self._adapter.wanted
         self._finder = Finder(board, self.config.verify, self._saver.peers, wanted)
         if self.config.every_n_steps is not None:
@@ -240,13 +244,6 @@ class CheckpointPlugin(Plugin):
         )
         if session.rank == 0:
             logger.info("checkpoint: %s", facts_text(self._saver.writer.facts()))
-
-    def _buffer_bytes(self) -> int:
-        chosen = self.config.host_buffer_bytes
-        if not isinstance(chosen, int):
-            chosen = choose_buffer_bytes(self._stable.expected_bytes())
-            self._the_session().config.decide("checkpoint.host_buffer_bytes", chosen)
-        return chosen
 
     def _before_save(self, moment: Moment) -> None:
         tag = moment.data["tag"]

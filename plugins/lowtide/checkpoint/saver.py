@@ -26,16 +26,17 @@ import torch
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
-from lowtide.checkpoint.files.torch_file import Layout, lay_out
+from lowtide.checkpoint.files.torch_file import Layout
 from lowtide.checkpoint.nodes.epochs import prune_copies
 from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.nodes.placement import Nodes, find_nodes
 from lowtide.checkpoint.routing import Router
-from lowtide.checkpoint.saving import CANCEL_S, Level, Saving, Stage, levels_of
+from lowtide.checkpoint.saving import Level, Saving, Stage, levels_of
+from lowtide.checkpoint.staging import Stager
 from lowtide.checkpoint.store.commit import Committer, Limits, wait_durable
 from lowtide.checkpoint.store.folders import make_part_folder, remove, remove_scratch, remove_trash
 from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
-from lowtide.checkpoint.submit import submit
+from lowtide.checkpoint.submit import submit, write_file
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.checkpoint.writer.plan import FileResult
 from lowtide.core.errors import CheckpointError
@@ -54,6 +55,7 @@ class Saver:
         board: Where the ranks of this run agree.
         buffer_bytes: Host memory for bytes on their way.
         nodes: Who is on which node; found out where a level needs it. That is collective.
+        stager: Brings what is on a GPU; closed with the saver.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Saver:
         *,
         buffer_bytes: int,
         nodes: Nodes | None = None,
+        stager: Stager | None = None,
     ) -> None:
         self.config = config
         self.board = board
@@ -79,6 +82,7 @@ class Saver:
             io=config.io,
             bytes_per_s=config.tiers[0].bytes_per_s if config.tiers else None,
         )
+        self.stager = Stager() if stager is None else stager
         self.history: deque[Saving] = deque()
         self.current: Saving | None = None
         self.last_error: CheckpointError | None = None
@@ -132,12 +136,12 @@ class Saver:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             saving.give_up(CheckpointError(f"{path.parent}: cannot be made ({error.strerror})"))
-        layout = Layout(state, path, is_stable=is_stable)
+        layout = Layout(state, path, is_stable=is_stable, homes=self.stager.homes)
         if saving.error is not None:
             saving.eager_bytes += layout.finish().eager_bytes
             return
-        ticket, laid_out = submit(self.writer, layout)
-        saving.add(name, ticket, laid_out.lazy)
+        ticket, laid_out, feed = submit(self.writer, layout, self.stager)
+        saving.add(name, ticket, laid_out.lazy, feed)
         saving.eager_bytes += laid_out.eager_bytes
 
     def end(self, *, save_latest: bool = True) -> Saving:
@@ -166,16 +170,7 @@ class Saver:
 
     def save_file(self, state: Any, path: Path) -> None:
         """Write one torch file and return when it is on storage under its name."""
-        scratch = path.with_name(f".{path.name}.part")
-        laid_out = lay_out(state, scratch, is_stable=lambda _tensor: True)
-        ticket = self.writer.submit([laid_out.plan])
-        try:
-            wait_durable(ticket, what=str(path), stall_s=self.config.stall_timeout_s)
-            scratch.replace(path)
-        finally:
-            ticket.cancel()
-            ticket.wait_captured(CANCEL_S)
-            scratch.unlink(missing_ok=True)
+        write_file(self.writer, state, path, stall_s=self.config.stall_timeout_s)
 
     def wait_captured(self) -> float:
         """Make sure that no memory of the model is needed any more; called before every update.
@@ -255,6 +250,7 @@ class Saver:
         self._drain.close()
         if self.peers is not None:
             self.peers.close()
+        self.stager.close(timeout_s=1.0)
         self.writer.close(timeout_s=1.0)
         return not late
 
@@ -302,6 +298,7 @@ class Saver:
                 raise saving.error
             for part in saving.parts:
                 what = f"checkpoint {saving.tag}, {part.name}"
+                part.wait_fed()  # training may take its time; from then on the disk's counts
                 results += wait_durable(part.ticket, what=what, stall_s=self.config.stall_timeout_s)
             make_part_folder(saving.part(), is_owner=False)  # a rank may have no file at all
             saving.settle()

@@ -15,6 +15,7 @@ import torch
 from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
 from lowtide.checkpoint.nodes.placement import Nodes
+from lowtide.checkpoint.staging.feed import Feed
 from lowtide.checkpoint.store.folders import part_folder
 from lowtide.checkpoint.writer import Ticket
 from lowtide.core.errors import CheckpointError
@@ -86,6 +87,35 @@ class _Part:
     name: str
     ticket: Ticket
     watched: list[tuple[torch.Tensor, int]]  # tensors read later, with their version at request
+    feed: Feed | None  # brings what is on a device, if anything is
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file; the ticket does not know yet what has not come from a device."""
+        known = 0 if self.feed is None else self.feed.total_bytes
+        return max(known, self.ticket.progress().total_bytes)
+
+    def wait_captured(self, timeout_s: float) -> bool:
+        """See `Ticket.wait_captured`."""
+        waiting: Feed | Ticket = self.ticket if self.feed is None else self.feed
+        return waiting.wait_captured(timeout_s)
+
+    def wait_fed(self) -> None:
+        """Wait until nobody reads device memory for it any more.
+
+        Raises:
+            CheckpointError: device memory cannot be copied.
+        """
+        if self.feed is not None:
+            self.feed.wait_over()
+            if self.feed.error is not None:
+                raise self.feed.error
+
+    def cancel(self) -> None:
+        """See `Ticket.cancel`."""
+        self.ticket.cancel()
+        if self.feed is not None:
+            self.feed.cancel()
 
 
 class Saving:
@@ -141,7 +171,7 @@ class Saving:
     @property
     def total_bytes(self) -> int:
         """Bytes of this rank's files."""
-        return sum(part.ticket.progress().total_bytes for part in self.parts)
+        return sum(part.total_bytes for part in self.parts)
 
     def final(self, level: Level | None = None) -> Path:
         """Return the folder it has once it is complete."""
@@ -151,10 +181,12 @@ class Saving:
         """Return the folder it is written in."""
         return part_folder(self.final(level), self.attempt)
 
-    def add(self, name: str, ticket: Ticket, lazy: Sequence[torch.Tensor]) -> None:
+    def add(
+        self, name: str, ticket: Ticket, lazy: Sequence[torch.Tensor], feed: Feed | None = None
+    ) -> None:
         """Add a file that is being written."""
         watched = [(tensor, tensor._version) for tensor in lazy]
-        self.parts.append(_Part(name, ticket, watched))
+        self.parts.append(_Part(name, ticket, watched, feed))
 
     def advance(self, stage: Stage) -> None:
         """Note that it has reached `stage`; a failed one stays failed."""
@@ -170,7 +202,7 @@ class Saving:
         with self._changed:
             self.error = self.error or error
         for part in self.parts:
-            part.ticket.cancel()
+            part.cancel()
 
     def fail(self, error: CheckpointError) -> None:
         """End it. What is committed stays so on its first level."""
@@ -199,7 +231,11 @@ class Saving:
         """
         end_s = time.monotonic() + timeout_s
         for part in self.parts:
-            if not part.ticket.wait_captured(max(0.0, end_s - time.monotonic())):
+            is_captured = part.wait_captured(max(0.0, end_s - time.monotonic()))
+            if part.feed is not None and part.feed.error is not None:
+                self.give_up(part.feed.error)
+                break
+            if not is_captured:
                 self.give_up(
                     CheckpointError(
                         f"checkpoint {self.tag}: {part.name} was not copied within {timeout_s:g} "
@@ -219,7 +255,7 @@ class Saving:
         """Wait for what is being copied just now, after it was given up."""
         end_s = time.monotonic() + CANCEL_S
         for part in self.parts:
-            part.ticket.wait_captured(max(0.0, end_s - time.monotonic()))
+            part.wait_captured(max(0.0, end_s - time.monotonic()))
 
     def settle(self) -> None:
         """Note that everything is captured, if it is, and make sure that nothing is torn.
@@ -227,6 +263,9 @@ class Saving:
         Every update waits for `wait_captured`, so whoever comes here first comes before the update.
         """
         with self._settling:
+            if self.error is not None:
+                for part in self.parts:  # or the model's tensors would live as long as its history
+                    part.watched = []
             if self._stage is not Stage.REQUESTED or self.error is not None:
                 return
             if all(part.ticket.is_captured for part in self.parts):
@@ -258,7 +297,7 @@ class Saving:
             "stage": self.stage.value,
             "path": str(self.final()),
             "levels": [str(level.folder) for level in self.levels],
-            "bytes": sum(each.total_bytes for each in progress),
+            "bytes": self.total_bytes,
             "captured_bytes": sum(each.captured_bytes for each in progress),
             "written_bytes": sum(each.written_bytes for each in progress),
             "blocked_s": self.blocked_s,

@@ -27,8 +27,11 @@ from typing import Any
 import torch
 
 from lowtide.checkpoint.files import opcodes
-from lowtide.checkpoint.files.archive import Archive, Record
-from lowtide.checkpoint.writer.plan import FilePlan
+from lowtide.checkpoint.files.archive import PAGE_BYTES, Archive, Record
+from lowtide.checkpoint.writer.plan import DeviceBytes, FilePlan
+from lowtide.core.device import Device
+from lowtide.core.device.homes import Homes
+from lowtide.core.errors import DeviceError
 
 _PROTOCOL = b"\x80\x02"
 _FIRST_BATCH_BYTES = 32 << 20  # of tensors; in a smaller file it gains nothing
@@ -72,14 +75,21 @@ class Layout:
         path: The file that the plan names.
         is_stable: Whether a tensor's memory stays as it is until the plan has been captured. What
             is not stable is copied here and now.
+        homes: Where tensors live. What is stable on a device is then named in the plan
+            (`FilePlan.elsewhere`); without it, that is copied here and now too.
     """
 
     def __init__(
-        self, state: Any, path: Path, *, is_stable: Callable[[torch.Tensor], bool]
+        self,
+        state: Any,
+        path: Path,
+        *,
+        is_stable: Callable[[torch.Tensor], bool],
+        homes: Homes | None = None,
     ) -> None:
         self._state = state
         self._archive = Archive(path)
-        self._pickler = _StatePickler(is_stable)
+        self._pickler = _StatePickler(is_stable, homes)
         self._batches = self._pickler.batches(state)
         self._put = 0  # records that the archive has
 
@@ -93,7 +103,7 @@ class Layout:
                 if next(self._batches, None) is None:
                     return
                 self._put_records()
-                plan = self._archive.plan()
+                plan = self._plan()
             yield plan
 
     def finish(self) -> TorchFile:
@@ -109,8 +119,13 @@ class Layout:
             pickled = pickler.dump_bytes(self._state)
             self._put_records()
             self._archive.close(pickled)
-            plan = self._archive.plan()
+            plan = self._plan()
         return TorchFile(plan=plan, lazy=pickler.lazy, eager_bytes=pickler.eager_bytes)
+
+    def _plan(self) -> FilePlan:
+        plan = self._archive.plan()
+        plan.elsewhere = dict(self._pickler.elsewhere)
+        return plan
 
     def _put_records(self) -> None:
         self._archive.add_records(self._pickler.records[self._put :])
@@ -178,6 +193,10 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + (steps + 1) * item
 
 
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 def _mark(name: str) -> None:
     """Stand in the stream for a tensor, until its opcodes are put there. Never called."""
 
@@ -188,10 +207,11 @@ class _StatePickler(pickle.Pickler):
     Tensors are written as marks first, which are then replaced by their opcodes.
     """
 
-    def __init__(self, is_stable: Callable[[torch.Tensor], bool]) -> None:
+    def __init__(self, is_stable: Callable[[torch.Tensor], bool], homes: Homes | None) -> None:
         self._buffer = io.BytesIO()
         super().__init__(self._buffer, protocol=2)
         self._is_stable = is_stable
+        self._homes = homes
         self._ranges: dict[tuple[int, torch.dtype], list[_Range]] = {}
         self._of_tensor: dict[int, _Range] = {}
         self._whole: dict[int, bytes] = {}  # storages that are kept as they are
@@ -200,6 +220,7 @@ class _StatePickler(pickle.Pickler):
         self._marked: list[bytes] = []
         self.records: list[Record] = []
         self.lazy: list[torch.Tensor] = []
+        self.elsewhere: dict[int, DeviceBytes] = {}
         self.eager_bytes = 0
         self.recorded_bytes = 0
 
@@ -317,12 +338,28 @@ class _StatePickler(pickle.Pickler):
         kept.number = len(self.records)
         size = kept.end - kept.begin
         self.recorded_bytes += size
-        kept.is_lazy = self._is_stable(tensor) and tensor.is_cpu  # the others are in one storage
+        is_stable = self._is_stable(tensor)  # so are the others: they are in one storage
+        device = self._device_of(tensor) if is_stable else None
+        kept.is_lazy = device is not None or (is_stable and tensor.is_cpu)
         if kept.is_lazy:
             self.lazy += kept.tensors
+        if device is not None:
+            memory = _bytes_of(storage)[kept.begin : kept.end]
+            self.elsewhere[kept.number] = DeviceBytes(device, memory)
+            # It will lie in a slot, as it does in its chunk of the file; page by page if large.
+            self.records.append(Record(storage, PAGE_BYTES, size))
+        elif kept.is_lazy:
             self.records.append(Record(storage, storage.data_ptr() + kept.begin, size))
         else:
             self._copy(storage, kept.begin, size)
+
+    def _device_of(self, tensor: torch.Tensor) -> Device | None:
+        if self._homes is None:
+            return None
+        try:
+            return self._homes.of(tensor)
+        except DeviceError:  # torch can read it all the same
+            return None
 
     def _pushing(self, kept: _Range) -> bytes:
         """Return the opcodes that push a range."""
@@ -350,7 +387,6 @@ class _StatePickler(pickle.Pickler):
     def _copy(self, storage: Any, begin: int, size: int) -> None:
         copy = torch.empty(size, dtype=torch.uint8)
         if size:
-            view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            copy.copy_(view[begin : begin + size])
+            copy.copy_(_bytes_of(storage)[begin : begin + size])
         self.eager_bytes += size
         self.records.append(Record(copy, copy.data_ptr(), size))

@@ -96,6 +96,13 @@ class Ticket(ABC):
     def progress(self) -> Progress:
         """Return how far the job is."""
 
+    @abstractmethod
+    def captured_chunks(self) -> int:
+        """Return how many chunks from the beginning of the first file nobody reads any more.
+
+        It stands still once the job has failed; then `wait_captured` tells about all of them.
+        """
+
     @property
     @abstractmethod
     def is_captured(self) -> bool:

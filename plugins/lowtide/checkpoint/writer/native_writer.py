@@ -67,6 +67,10 @@ class NativeTicket(Ticket):
         state = self.state()
         return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
 
+    def captured_chunks(self) -> int:
+        """See `Ticket.captured_chunks`."""
+        return int(self.state()["captured_chunks"])
+
     @property
     def is_captured(self) -> bool:
         """See `Ticket.is_captured`."""

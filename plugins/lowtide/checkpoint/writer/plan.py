@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from lowtide.core.device import Device
+
 LITERAL = -1  # in `FilePlan.entries`: the piece is fixed text, not part of a checksummed entry
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """Bytes of an entry that are not in host memory: `memory` is uint8, on `device`."""
+
+    device: Device
+    memory: torch.Tensor
 
 
 @dataclass(kw_only=True)
@@ -33,6 +44,8 @@ class FilePlan:
         patches: uint64, shape (patches, 2); position in `literals` of four bytes that take the
             little-endian CRC-32 of an entry, and the number of that entry.
         owners: What keeps the live memory alive; dropped once the file is captured.
+        elsewhere: Entries that are not in host memory. Their addresses mean nothing, and no writer
+            takes such a plan: it goes through `lowtide.checkpoint.staging`.
     """
 
     path: Path
@@ -44,6 +57,7 @@ class FilePlan:
     literals: NDArray[np.uint8]
     patches: NDArray[np.uint64]
     owners: list[Any] = field(default_factory=list, repr=False)
+    elsewhere: dict[int, DeviceBytes] = field(default_factory=dict, repr=False)
 
 
 class Source:

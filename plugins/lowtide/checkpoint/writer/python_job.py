@@ -362,6 +362,10 @@ class Job(Ticket):
             durable_end_s=self._durable_at,
         )
 
+    def captured_chunks(self) -> int:
+        """See `Ticket.captured_chunks`; one thread captures, in order."""
+        return len(self.files[0].chunk_crcs) if self.files else 0
+
     @property
     def is_captured(self) -> bool:
         """See `Ticket.is_captured`."""
