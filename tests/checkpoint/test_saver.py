@@ -97,15 +97,20 @@ def test_change_between_save_and_update_is_found_and_the_checkpoint_not_used(
     tmp_path: Path,
 ) -> None:
     with savers(2) as all_savers:
-        states = [state_of(rank, 3) for rank in range(2)]
-        savings = save(all_savers, tmp_path, 3, states=states)
-        if savings[1].stage is Stage.REQUESTED:  # else it was too fast to be torn
+        for step in range(1, 31):
+            states = [state_of(rank, step) for rank in range(2)]
+            savings = save(all_savers, tmp_path, step, states=states)
             states[1]["weights"].add_(1.0)
             wait_all(all_savers)
+            if savings[0].stage is Stage.COMMITTED:  # it had been captured before the change
+                assert_holds(tmp_path / f"step{step}", step)
+                continue
             assert {saving.stage for saving in savings} == {Stage.FAILED}
             assert "were changed between save_checkpoint and the update" in str(savings[0].error)
-            assert not (tmp_path / "step3").exists()
+            assert not (tmp_path / f"step{step}").exists()
             assert hidden(tmp_path) == []
+            return
+    pytest.fail("captured before the change, thirty times")
 
 
 def test_two_checkpoints_in_flight(tmp_path: Path) -> None:
