@@ -45,6 +45,12 @@ def test_plans_of_the_matrix_use_host_and_device(matrix: list[Any]) -> None:
     assert seen >= {"host", "prefetch", "device", "flush", "upload"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 4])
+def test_other_numbers_of_ranks(tmp_path: Path, nproc: int) -> None:
+    assert_equal_to_stock(results(tmp_path, "matrix", "short", "16", nproc=nproc))
+
+
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_every_setting_over_many_steps(tmp_path: Path, nproc: int) -> None:

@@ -1,8 +1,8 @@
 """What DeepSpeed's compiled CPUAdam computes here, found out by asking it.
 
 The op is compiled on the user's machine, so its vector width and what its compiler contracts are
-not known before (see `lowtide.offload.adam` about the tail). An adapter measures once, before it
-lets `update` stand in for the op.
+not known before (see `lowtide.offload.adam` about the tail). Tests and benchmarks ask here what to
+compare with; the adapters need not know, they leave the tail to the op itself.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowtide.core.errors import HostError
+
 logger = logging.getLogger("lowtide")
 
 
@@ -119,6 +121,32 @@ class GroupGradients:
         self._scale = scale
         self._fresh.clear()
         return source
+
+
+class LeafGradients:
+    """Gradients that the host keeps in float32 at the leaf, and has unscaled and clipped itself.
+
+    Args:
+        leaf: Master; its ``grad`` is read at each update.
+        missing: What to say where there is none: why, and what to do.
+    """
+
+    nbytes_each = 4
+
+    def __init__(self, leaf: Tensor, missing: str) -> None:
+        self._leaf = leaf
+        self._missing = missing
+
+    def source(self, _scale: float) -> tuple[Tensor, float]:
+        """Return the flat gradient; nothing is left to multiply it by.
+
+        Raises:
+            HostError: the leaf has no gradient.
+        """
+        gradient = self._leaf.grad
+        if gradient is None:
+            raise HostError(f"offload: {self._missing}")
+        return gradient.view(-1), 1.0
 
 
 def as_float32(value: float | Tensor) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowtide.core.errors import ConfigError, HostError
 from lowtide.offload.adapters.torch_adamw import TorchAdamW
+from lowtide.offload.gradients import LeafGradients
 from lowtide.offload.scheduler import Agree
 from lowtide.offload.updater import Master, Updater
 
@@ -102,29 +103,6 @@ class MegatronAdapter:
         delattr(self._hybrid, HOLDER)
 
 
-class ParameterGradient:
-    """The float32 copy of a gradient that Megatron brings to the host; unscaled and clipped."""
-
-    def __init__(self, leaf: Tensor) -> None:
-        self._leaf = leaf
-
-    @property
-    def nbytes_each(self) -> int:
-        """Bytes per parameter."""
-        return 4
-
-    def source(self, _scale: float) -> tuple[Tensor, float]:
-        """Return the flat gradient; nothing is left to multiply it by."""
-        gradient = self._leaf.grad
-        if gradient is None:
-            raise HostError(
-                f"offload: a parameter of shape {tuple(self._leaf.shape)} has never had a gradient;"
-                f" Megatron would leave it out, the planned update cannot: freeze the parameter "
-                f"before the optimizer is built, or remove lowtide.offload"
-            )
-        return gradient.view(-1), 1.0
-
-
 class Hybrid:
     """What the methods of one `HybridDeviceOptimizer` need."""
 
@@ -144,7 +122,7 @@ class Hybrid:
         """Return the parameters whose state is on the host, in Megatron's order."""
         there = self._hybrid.cpu_copys_map_gpu_param
         return [
-            Master(leaf, group, ParameterGradient(leaf), there[leaf].detach().view(-1))
+            Master(leaf, group, _gradients(leaf), there[leaf].detach().view(-1))
             for leaf, (_, group) in self._owners()
         ]
 
@@ -281,3 +259,12 @@ def _refuse_parameter(leaf: Tensor, weights: Tensor) -> None:
         )
     if not (leaf.is_contiguous() and weights.is_contiguous()):
         raise ConfigError(f"{found}not contiguous; make it so before the optimizer is built")
+
+
+def _gradients(leaf: Tensor) -> LeafGradients:
+    return LeafGradients(
+        leaf,
+        f"a parameter of shape {tuple(leaf.shape)} has never had a gradient; Megatron would leave "
+        f"it out, the planned update cannot: freeze the parameter before the optimizer is built, "
+        f"or remove lowtide.offload",
+    )

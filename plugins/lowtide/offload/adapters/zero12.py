@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowtide.core.errors import HostError
+from lowtide.offload.gradients import LeafGradients
 from lowtide.offload.updater import Master, Updater
 
 CLASS = "DeepSpeedZeroOptimizer"
@@ -29,23 +30,7 @@ METHODS = (
 )
 
 
-class FlatGradients:
-    """Float32 gradients that the host keeps and unscales by itself."""
-
-    def __init__(self, leaf: Tensor) -> None:
-        self._leaf = leaf
-
-    @property
-    def nbytes_each(self) -> int:
-        """Bytes per parameter."""
-        return 4
-
-    def source(self, _scale: float) -> tuple[Tensor, float]:
-        """Return the flat gradient; nothing is left to multiply it by."""
-        gradient = self._leaf.grad
-        if gradient is None:
-            raise HostError("offload: DeepSpeed updates a partition that has no gradient")
-        return gradient, 1.0
+_MISSING = "DeepSpeed updates a partition that has no gradient; report this with its configuration"
 
 
 class Zero12:
@@ -63,7 +48,7 @@ class Zero12:
     def masters(self) -> list[Master]:
         """Return the partitions of this rank, one per parameter group."""
         return [
-            Master(leaf, group, FlatGradients(leaf), weights=None, may_move=False)
+            Master(leaf, group, LeafGradients(leaf, _MISSING), weights=None, may_move=False)
             for group, leaf in enumerate(self.leaves())
         ]
 
