@@ -1,0 +1,214 @@
+"""A decoder layer whose full-width tensors are spread over ranks and whose latents are whole.
+
+Four messages forward and four backward: queries, keys and values (3r), attention output (r), gate
+and up (2r), down (r). The residual stream stays spread over its width from layer to layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowtide.tensor_parallel.functions import reduce, shared
+from lowtide.tensor_parallel.group import TensorGroup
+from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
+from lowtide.tensor_parallel.recompute import run_segment
+
+
+class Bottleneck(nn.Module):
+    """Both halves of the projections that share an input."""
+
+    def __init__(self, down: DownProjection, up: UpProjection) -> None:
+        super().__init__()
+        self.down = down
+        self.up = up
+
+
+@dataclass(frozen=True)
+class AttentionSetting:
+    """What attention does between the projections.
+
+    Attributes:
+        head_width: Of one head.
+        scale: Multiplies the scores; None is ``head_width ** -0.5``.
+        is_causal: Without a mask, a token sees itself and what is before it.
+    """
+
+    head_width: int
+    scale: float | None = None
+    is_causal: bool = True
+
+
+@dataclass
+class LayerInputs:
+    """What a model hands to its layers, in this plugin's terms.
+
+    Attributes:
+        hidden: ``[B, T, n]``, this rank's part of the residual stream.
+        cos: Rotary cosines, ``[T, K]`` or ``[B, T, K]``, halves repeated; None: no rotation.
+        sin: Rotary sines.
+        mask: Boolean or additive, broadcast to ``[B, H, T, S]``, or None.
+        cache: Object with ``update(k, v, layer_index) -> (k, v)``, or None.
+        layer_index: For the cache.
+    """
+
+    hidden: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
+    cache: Any = None
+    layer_index: int = 0
+
+
+class HeadNorms(Sharded):
+    """RMSNorm over each head of queries and keys (Qwen3); the gains are the same on all ranks.
+
+    Args:
+        group: The ranks.
+        gains: ``[K]`` of the queries and of the keys.
+        parts: Where they come from.
+        epsilon: Added to the mean square.
+    """
+
+    query_gain: Tensor
+    key_gain: Tensor
+
+    def __init__(
+        self,
+        group: TensorGroup,
+        gains: tuple[Tensor, Tensor],
+        parts: tuple[Part, Part],
+        epsilon: float,
+    ) -> None:
+        super().__init__(group)
+        self.epsilon = epsilon
+        self.own("query_gain", gains[0], parts[0])
+        self.own("key_gain", gains[1], parts[1])
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise ``[..., K]``. One small message backward: each rank has heads of its own."""
+        of_q, of_k = shared(self.group, self.query_gain, self.key_gain)
+        width = (q.shape[-1],)
+        return F.rms_norm(q, width, of_q, self.epsilon), F.rms_norm(k, width, of_k, self.epsilon)
+
+
+class DecoderLayer(nn.Module):
+    """One block on one rank.
+
+    Args:
+        group: The ranks.
+        attention_in: q, k and v.
+        attention_out: The output projection.
+        mlp_in: gate and up.
+        mlp_out: down.
+        attention: Settings.
+        mlp_activation: On the gate; None multiplies gate and up as they are.
+        head_norms: Gains of the query and key norms and their epsilon, or None.
+        tier: Of activation checkpointing, one of `recompute.TIERS`.
+        bind: Turns the arguments of a call into `LayerInputs`; None: `forward` is called with one.
+    """
+
+    def __init__(
+        self,
+        group: TensorGroup,
+        *,
+        attention_in: Bottleneck,
+        attention_out: Bottleneck,
+        mlp_in: Bottleneck,
+        mlp_out: Bottleneck,
+        attention: AttentionSetting,
+        mlp_activation: Activation | None = F.silu,
+        head_norms: HeadNorms | None = None,
+        tier: str = "none",
+        bind: Callable[[tuple[Any, ...], dict[str, Any]], LayerInputs] | None = None,
+        layer_index: int = 0,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.attention_in = attention_in
+        self.attention_out = attention_out
+        self.mlp_in = mlp_in
+        self.mlp_out = mlp_out
+        self.head_norms = head_norms
+        self.attention = attention
+        self.mlp_activation = mlp_activation
+        self.tier = tier
+        self.bind = bind
+        self.layer_index = layer_index
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return this rank's part of the residual stream after the block, ``[B, T, n]``."""
+        inputs: LayerInputs = args[0] if self.bind is None else self.bind(args, kwargs)
+        group, x = self.group, inputs.hidden
+        tier = "none" if inputs.cache is not None else self.tier
+        partial, squares = self.attention_in.down(x)
+        total, squares = reduce(partial, squares, group)
+
+        def attend(total: Tensor, squares: Tensor) -> Tensor:
+            return self._attend(total, squares, inputs)
+
+        partial = run_segment(attend, total, squares, tier=tier, group=group)
+        total, _ = reduce(partial, None, group)
+        x, partial, squares = run_segment(self._middle, total, x, tier=tier, group=group)
+        total, squares = reduce(partial, squares, group)
+        partial = run_segment(self._multiply, total, squares, tier=tier, group=group)
+        total, _ = reduce(partial, None, group)
+        # The sum stands outside: its backward reads nothing, so x is not kept for it.
+        return x + run_segment(self._leave, total, tier=tier, group=group)
+
+    def _attend(self, total: Tensor, squares: Tensor, inputs: LayerInputs) -> Tensor:
+        q, k, v = (self._heads(each) for each in self.attention_in.up(total, squares))
+        if self.head_norms is not None:
+            q, k = self.head_norms(q, k)
+        if inputs.cos is not None and inputs.sin is not None:
+            q, k = rotate(q, inputs.cos, inputs.sin), rotate(k, inputs.cos, inputs.sin)
+        if inputs.cache is not None:
+            k, v = inputs.cache.update(k, v, self.layer_index)
+        context = F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=inputs.mask,
+            is_causal=self.attention.is_causal and inputs.mask is None and q.shape[-2] > 1,
+            scale=self.attention.scale,
+            enable_gqa=q.shape[-3] != k.shape[-3],
+        )  # fmt: skip
+        partial, _ = self.attention_out.down(context.transpose(-3, -2).flatten(-2))
+        return partial
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.attention.head_width)).transpose(-3, -2)
+
+    def _middle(self, total: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (out,) = self.attention_out.up(total, None)
+        x = x + out
+        partial, squares = self.mlp_in.down(x)
+        return x, partial, squares
+
+    def _multiply(self, total: Tensor, squares: Tensor) -> Tensor:
+        gate, value = self.mlp_in.up(total, squares)
+        if self.mlp_activation is not None:
+            gate = self.mlp_activation(gate)
+        partial, _ = self.mlp_out.down(gate * value)
+        return partial
+
+    def _leave(self, total: Tensor) -> Tensor:
+        (out,) = self.mlp_out.up(total, None)
+        return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (k, k + K/2) of a head by its position's angle (rotary embedding).
+
+    Args:
+        x: ``[B, H, T, K]``.
+        cos: ``[T, K]`` or ``[B, T, K]``.
+        sin: As `cos`.
+    """
+    if cos.ndim == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)

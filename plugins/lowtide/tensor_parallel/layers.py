@@ -1,0 +1,262 @@
+"""The two halves of a bottleneck layer as modules: what one rank holds of A and of B.
+
+Projections that share an input are one module, so that their A is one product and one message
+(paper: linear-layer grouping); names, shapes and order of the parts are in `Part`, which is also
+what exports and imports of whole weights go by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowtide.tensor_parallel.functions import partial_down, recover, up
+from lowtide.tensor_parallel.group import TensorGroup
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a parameter's rows or columns come from in the unsharded model.
+
+    Attributes:
+        name: The whole tensor's name in the unsharded model's state dict.
+        rows: Rows of this parameter that it takes (on one rank).
+        blocks: Lengths of its blocks along the sharded dimension in the whole tensor; each block
+            is divided among the ranks by itself (fused k and v: two blocks).
+        dim: The sharded dimension, or None: the tensor is whole on every rank.
+        padded: Length to which the sharded dimension is filled up with zeros before it is divided.
+    """
+
+    name: str
+    rows: slice
+    blocks: tuple[int, ...]
+    dim: int | None
+    padded: int | None = None
+
+    def cut(self, whole: Tensor, group: TensorGroup) -> Tensor:
+        """Return this rank's part of the whole tensor."""
+        if self.dim is None:
+            return whole
+        if self.padded is not None:
+            missing = self.padded - whole.shape[self.dim]
+            shape = list(whole.shape)
+            shape[self.dim] = missing
+            whole = torch.cat((whole, whole.new_zeros(shape)), self.dim)
+        pieces = whole.split(self._lengths(), self.dim)
+        mine = []
+        for piece in pieces:
+            at = group.slice_of(piece.shape[self.dim])
+            mine.append(piece.narrow(self.dim, at.start, at.stop - at.start))
+        return torch.cat(mine, self.dim)
+
+    def join(self, by_rank: Sequence[Tensor]) -> Tensor:
+        """Return the whole tensor from the parts of all ranks."""
+        if self.dim is None:
+            return by_rank[0]
+        lengths = [length // len(by_rank) for length in self._lengths()]
+        split = [each.split(lengths, self.dim) for each in by_rank]
+        blocks = [torch.cat([each[b] for each in split], self.dim) for b in range(len(lengths))]
+        return torch.cat(blocks, self.dim).narrow(self.dim, 0, sum(self.blocks))
+
+    def _lengths(self) -> list[int]:
+        return list(self.blocks) if self.padded is None else [self.padded]
+
+
+class Sharded(nn.Module):
+    """A module whose parameters are parts of an unsharded model's tensors.
+
+    Attributes:
+        parts: For each of its own parameters, where its rows come from.
+    """
+
+    def __init__(self, group: TensorGroup) -> None:
+        super().__init__()
+        self.group = group
+        self.parts: dict[str, tuple[Part, ...]] = {}
+
+    def own(self, name: str, value: Tensor | None, *parts: Part) -> None:
+        """Make `value` a parameter; hosts learn from it whether it differs between ranks."""
+        if value is None:
+            self.register_parameter(name, None)
+            return
+        parameter = nn.Parameter(value.contiguous())
+        # The name DeepSpeed and Megatron look for: without it a gradient norm would count this
+        # parameter on the first rank alone.
+        parameter.tensor_model_parallel = any(  # type: ignore[attr-defined]
+            part.dim is not None for part in parts
+        )
+        self.register_parameter(name, parameter)
+        self.parts[name] = parts
+
+
+@dataclass(frozen=True)
+class NormSetting:
+    """A norm over a width that is spread over ranks.
+
+    Attributes:
+        width: The whole width.
+        epsilon: Added to the mean square.
+    """
+
+    width: int
+    epsilon: float
+
+
+class DownProjection(Sharded):
+    """The A of projections that share an input, with the norm before it.
+
+    Args:
+        group: The ranks.
+        weight: ``[R, n]``, this rank's columns.
+        weight_parts: One for each projection.
+        gain: ``[n]``, this rank's part of the norm's gain; None without a norm.
+        gain_part: Where it comes from.
+    """
+
+    weight: Tensor
+    gain: Tensor | None
+
+    def __init__(
+        self,
+        group: TensorGroup,
+        weight: Tensor,
+        weight_parts: Sequence[Part],
+        gain: Tensor | None = None,
+        gain_part: Part | None = None,
+    ) -> None:
+        super().__init__(group)
+        self.own("weight", weight, *weight_parts)
+        self.own("gain", gain, *([gain_part] if gain_part is not None else []))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's term of the latents and of the statistic.
+
+        Args:
+            x: ``[..., n]``.
+
+        Returns:
+            ``[..., R]`` and ``[...]`` (None without a norm), to be given to `functions.reduce`.
+        """
+        return partial_down(x, self.weight, self.gain, self.group)
+
+
+class UpProjection(Sharded):
+    """The latents' way out: norm, bias, activation, and the B of projections that share an input.
+
+    Args:
+        group: The ranks.
+        weight: ``[rows, r]``, this rank's rows of all B, one after another.
+        weight_parts: One for each projection.
+        sizes: Local rows of each projection.
+        latent_bias: ``[R]``, the same on all ranks, or None.
+        latent_bias_parts: Where it comes from.
+        bias: ``[rows]``, or None.
+        bias_parts: Where it comes from.
+        norm: The norm before A, or None.
+        activation: On the latents; None for a plain low-rank layer.
+    """
+
+    weight: Tensor
+    latent_bias: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        group: TensorGroup,
+        weight: Tensor,
+        weight_parts: Sequence[Part],
+        sizes: Sequence[int],
+        *,
+        latent_bias: Tensor | None = None,
+        latent_bias_parts: Sequence[Part] = (),
+        bias: Tensor | None = None,
+        bias_parts: Sequence[Part] = (),
+        norm: NormSetting | None = None,
+        activation: Activation | None = None,
+    ) -> None:
+        super().__init__(group)
+        self.sizes = tuple(sizes)
+        self.norm = norm
+        self.activation = activation
+        self.own("weight", weight, *weight_parts)
+        self.own("latent_bias", latent_bias, *latent_bias_parts)
+        self.own("bias", bias, *bias_parts)
+
+    def forward(self, total: Tensor, squares: Tensor | None) -> tuple[Tensor, ...]:
+        """Return this rank's part of each projection.
+
+        Args:
+            total: ``[..., R]``, reduced.
+            squares: ``[...]``, reduced; None without a norm.
+        """
+        dtype = self.weight.dtype
+        if self.norm is not None and squares is not None:
+            latent = recover(total, squares, self.norm.width, self.norm.epsilon, dtype)
+        else:
+            latent = total.to(dtype)
+        if self.latent_bias is not None:
+            latent = latent + self.latent_bias
+        if self.activation is not None:
+            latent = self.activation(latent)
+        outputs = up(latent, self.weight, self.sizes, self.group)
+        if self.bias is None:
+            return outputs
+        return tuple(
+            each + bias for each, bias in zip(outputs, self.bias.split(self.sizes), strict=True)
+        )
+
+
+class ParallelEmbedding(Sharded):
+    """Token embedding of which each rank holds a slice of the width: no message either way.
+
+    Args:
+        group: The ranks.
+        weight: ``[V, n]``.
+        part: Where it comes from.
+        padding: Token id whose vector gets no gradient, or None.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, group: TensorGroup, weight: Tensor, part: Part, padding: int | None = None
+    ) -> None:
+        super().__init__(group)
+        self.padding = padding
+        self.own("weight", weight, part)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return ``[..., n]``."""
+        check_same_data(tokens, self.group)
+        return F.embedding(tokens, self.weight, self.padding)
+
+
+def check_same_data(tokens: Tensor, group: TensorGroup) -> None:
+    """Refuse different batches on the ranks of one group.
+
+    Raises:
+        ModelError: on every rank of the group.
+    """
+    from lowtide.core.errors import ModelError
+
+    if group.size == 1 or not group.check_data:
+        return
+    shape = [tokens.ndim, *tokens.shape, *[0] * (7 - tokens.ndim)]
+    flat = tokens.flatten().to(torch.int64)
+    # A position-dependent sum: the same tokens in another order differ too. int64 wraps around.
+    weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 6364136223846793005 + 1
+    mixed = (flat * weights) >> 1
+    print_ = torch.tensor(shape, device=flat.device)
+    values = torch.cat((print_, (mixed.sum() >> 2).unsqueeze(0)))
+    if group.differs(values):
+        raise ModelError(
+            f"lowtide.tensor_parallel: the {group.size} ranks of one tensor-parallel group got "
+            f"different batches (this rank: shape {tuple(tokens.shape)}); all of them must read "
+            f"the same tokens: let the sampler go by the data-parallel rank, not by the global rank"
+        )

@@ -1,0 +1,86 @@
+"""Activation checkpointing whose segments end where a collective begins.
+
+What a segment reads is a reduced latent, which is kept; so its second run needs no message of the
+reduction, and the product whose sum was kept is not computed again either (`set_recomputing`).
+``sharded_latents`` keeps of each latent only this rank's tokens, and gathers them for the second
+run: 1/p of the memory for half of an all-reduce's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lowtide.tensor_parallel.functions import set_recomputing
+from lowtide.tensor_parallel.group import TensorGroup
+
+TIERS = ("none", "latents", "sharded_latents")
+
+
+class _TokenShard:
+    """This rank's tokens of a latent that all ranks had."""
+
+    def __init__(self, latent: Tensor, group: TensorGroup) -> None:
+        self.shape = latent.shape
+        self.group = group
+        rows = latent.reshape(-1, latent.shape[-1])
+        part = -(-rows.shape[0] // group.size)
+        mine = rows[group.rank * part : (group.rank + 1) * part]
+        self.rows = rows.new_zeros((part, rows.shape[1]))
+        self.rows[: mine.shape[0]] = mine
+
+    def gather(self) -> Tensor:
+        """Return the whole latent. All ranks come here in the same order."""
+        rows = self.group.gather_rows(self.rows, phase="recompute")
+        count = 1
+        for length in self.shape[:-1]:
+            count *= length
+        return rows[:count].view(self.shape)
+
+
+def run_segment(
+    segment: Callable[..., Any],
+    latent: Tensor,
+    *others: Tensor | None,
+    tier: str,
+    group: TensorGroup,
+) -> Any:
+    """Call ``segment(latent, *others)``, keeping for backward what `tier` says.
+
+    Args:
+        segment: Reads a reduced latent and ends with `partial_down` or with an output.
+        latent: ``[..., R]``, reduced.
+        *others: Further inputs, all of which are kept.
+        tier: One of `TIERS`.
+        group: The ranks.
+    """
+    if tier == "none" or not torch.is_grad_enabled():
+        return segment(latent, *others)
+
+    def twice(*inputs: Any) -> Any:
+        # Gradients are recorded in the second run alone.
+        set_recomputing(torch.is_grad_enabled())
+        try:
+            return segment(*inputs)
+        finally:
+            set_recomputing(False)
+
+    # Reentrant: the second run is an ordinary forward and backward, whose hooks ZeRO 3 needs to
+    # gather parameters. Its inputs must require gradients for that, which latents do.
+    if tier == "latents" or group.size == 1:
+        return checkpoint(twice, latent, *others, use_reentrant=True)
+
+    def pack(tensor: Tensor) -> Any:
+        is_latent = tensor.data_ptr() == latent.data_ptr() and tensor.shape == latent.shape
+        return _TokenShard(tensor, group) if is_latent else tensor
+
+    def unpack(kept: Any) -> Tensor:
+        return kept.gather() if isinstance(kept, _TokenShard) else kept
+
+    with saved_tensors_hooks(pack, unpack):
+        return checkpoint(twice, latent, *others, use_reentrant=True)

@@ -1,0 +1,63 @@
+"""A per-token sum in full precision inside a message of lower precision.
+
+The norm over a hidden dimension that is spread over p ranks needs ``S = sum_i s_i`` for each token,
+``s_i`` being rank i's sum of squares. It travels with the latents, in the same all-reduce. In a
+16-bit message it must not be rounded to 16 bits (one outlier channel would spoil the gradients), so
+rank i writes ``s_i`` as three bfloat16 numbers, high to low, into three columns of its own; the
+others write zero there. Sums with zero are exact, so every rank reads all ``s_i`` to the last of
+their 24 bits and adds them in the same order (brief: BOOST's online RMSNorm sends it separately).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PIECES = 3  # of 8 bits each: the 24 of a float32's significand
+
+
+def message_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what latents of `dtype` are sent as.
+
+    A float16 message would overflow: what is sent is not divided by the norm yet.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what a sum over elements of `dtype` is kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def columns(dtype: torch.dtype, size: int) -> int:
+    """Return how many columns the statistic takes in a message for `size` ranks."""
+    if size == 1:
+        return 0
+    return PIECES * size if message_dtype(dtype) == torch.bfloat16 else 1
+
+
+def write(room: Tensor, local: Tensor, rank: int) -> None:
+    """Write this rank's sums into the message.
+
+    Args:
+        room: ``[T, columns]``, the message's last columns.
+        local: ``[T]``, float32 or float64.
+        rank: Whose columns.
+    """
+    if room.dtype != torch.bfloat16:
+        room[:, 0] = local
+        return
+    room.zero_()
+    rest = local
+    for piece in range(PIECES):
+        column = room[:, rank * PIECES + piece]
+        column.copy_(rest)
+        rest = rest - column.to(rest.dtype)
+
+
+def read(room: Tensor) -> Tensor:
+    """Return ``[T]``, the sum over the ranks, from the reduced columns."""
+    if room.dtype != torch.bfloat16:
+        return room[:, 0].clone()
+    # Pieces of one rank first, then ranks in order: the same order, and bits, everywhere.
+    return room.to(torch.float32).unflatten(-1, (-1, PIECES)).sum(-1).sum(-1)
