@@ -7,7 +7,7 @@ and up (2r), down (r). The residual stream stays spread over its width from laye
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowtide.tensor_parallel.functions import reduce, shared
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
+from lowtide.tensor_parallel.patterns import LayerInputs
 from lowtide.tensor_parallel.recompute import run_segment
 
 
@@ -42,27 +43,6 @@ class AttentionSetting:
     head_width: int
     scale: float | None = None
     is_causal: bool = True
-
-
-@dataclass
-class LayerInputs:
-    """What a model hands to its layers, in this plugin's terms.
-
-    Attributes:
-        hidden: ``[B, T, n]``, this rank's part of the residual stream.
-        cos: Rotary cosines, ``[T, K]`` or ``[B, T, K]``, halves repeated; None: no rotation.
-        sin: Rotary sines.
-        mask: Boolean or additive, broadcast to ``[B, H, T, S]``, or None.
-        cache: Object with ``update(k, v, layer_index) -> (k, v)``, or None.
-        layer_index: For the cache.
-    """
-
-    hidden: Tensor
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    mask: Tensor | None = None
-    cache: Any = None
-    layer_index: int = 0
 
 
 class HeadNorms(Sharded):
@@ -110,7 +90,8 @@ class DecoderLayer(nn.Module):
         mlp_activation: On the gate; None multiplies gate and up as they are.
         head_norms: Gains of the query and key norms and their epsilon, or None.
         tier: Of activation checkpointing, one of `recompute.TIERS`.
-        bind: Turns the arguments of a call into `LayerInputs`; None: `forward` is called with one.
+        bind: Turns the arguments of a call into `LayerInputs`.
+        layer_index: For the cache of keys and values.
     """
 
     def __init__(
@@ -122,10 +103,10 @@ class DecoderLayer(nn.Module):
         mlp_in: Bottleneck,
         mlp_out: Bottleneck,
         attention: AttentionSetting,
-        mlp_activation: Activation | None = F.silu,
+        mlp_activation: Activation | None,
+        bind: Callable[[tuple[Any, ...], dict[str, Any]], LayerInputs],
         head_norms: HeadNorms | None = None,
         tier: str = "none",
-        bind: Callable[[tuple[Any, ...], dict[str, Any]], LayerInputs] | None = None,
         layer_index: int = 0,
     ) -> None:
         super().__init__()
@@ -143,9 +124,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return this rank's part of the residual stream after the block, ``[B, T, n]``."""
-        inputs: LayerInputs = args[0] if self.bind is None else self.bind(args, kwargs)
-        group, x = self.group, inputs.hidden
-        tier = "none" if inputs.cache is not None else self.tier
+        inputs = self.bind(args, kwargs)
+        group, x, tier = self.group, inputs.hidden, self.tier
+        if self.training and torch.is_grad_enabled():
+            inputs = replace(inputs, cache=None)  # models fill one by habit; nobody will read it
         partial, squares = self.attention_in.down(x)
         total, squares = reduce(partial, squares, group)
 
@@ -169,10 +151,11 @@ class DecoderLayer(nn.Module):
             q, k = rotate(q, inputs.cos, inputs.sin), rotate(k, inputs.cos, inputs.sin)
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.layer_index)
+        is_first = inputs.attention_mask is None and q.shape[-2] > 1
         context = F.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=inputs.mask,
-            is_causal=self.attention.is_causal and inputs.mask is None and q.shape[-2] > 1,
+            attn_mask=inputs.attention_mask,
+            is_causal=self.attention.is_causal and is_first,
             scale=self.attention.scale,
             enable_gqa=q.shape[-3] != k.shape[-3],
         )  # fmt: skip

@@ -191,6 +191,7 @@ class VocabularyHead(Sharded):
         self.is_spread = False
         if isinstance(weight, nn.Parameter):
             self.weight = weight
+            self.parts["weight"] = (part,)  # a second name of the same tensor
         else:
             self.own("weight", weight, part)
         self.own("bias", bias, *([bias_part] if bias_part is not None else []))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.functions import partial_down, recover, up
 from lowtide.tensor_parallel.group import TensorGroup
 
@@ -160,6 +161,8 @@ class UpProjection(Sharded):
         bias_parts: Where it comes from.
         norm: The norm before A, or None.
         activation: On the latents; None for a plain low-rank layer.
+        outputs: For each projection, the local lengths of what it holds, where it holds several
+            things (fused k and v); None: one each.
     """
 
     weight: Tensor
@@ -179,9 +182,11 @@ class UpProjection(Sharded):
         bias_parts: Sequence[Part] = (),
         norm: NormSetting | None = None,
         activation: Activation | None = None,
+        outputs: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(group)
         self.sizes = tuple(sizes)
+        self.outputs = None if outputs is None else tuple(map(tuple, outputs))
         self.norm = norm
         self.activation = activation
         self.own("weight", weight, *weight_parts)
@@ -189,7 +194,7 @@ class UpProjection(Sharded):
         self.own("bias", bias, *bias_parts)
 
     def forward(self, total: Tensor, squares: Tensor | None) -> tuple[Tensor, ...]:
-        """Return this rank's part of each projection.
+        """Return this rank's part of each output.
 
         Args:
             total: ``[..., R]``, reduced.
@@ -204,11 +209,16 @@ class UpProjection(Sharded):
             latent = latent + self.latent_bias
         if self.activation is not None:
             latent = self.activation(latent)
-        outputs = up(latent, self.weight, self.sizes, self.group)
-        if self.bias is None:
-            return outputs
+        members = up(latent, self.weight, self.sizes, self.group)
+        if self.bias is not None:
+            biases = self.bias.split(self.sizes)
+            members = tuple(each + bias for each, bias in zip(members, biases, strict=True))
+        if self.outputs is None:
+            return members
         return tuple(
-            each + bias for each, bias in zip(outputs, self.bias.split(self.sizes), strict=True)
+            part
+            for member, lengths in zip(members, self.outputs, strict=True)
+            for part in (member.split(lengths, -1) if len(lengths) > 1 else (member,))
         )
 
 
@@ -243,8 +253,6 @@ def check_same_data(tokens: Tensor, group: TensorGroup) -> None:
     Raises:
         ModelError: on every rank of the group.
     """
-    from lowtide.core.errors import ModelError
-
     if group.size == 1 or not group.check_data:
         return
     shape = [tokens.ndim, *tokens.shape, *[0] * (7 - tokens.ndim)]

@@ -1,0 +1,213 @@
+"""From an unsharded low-rank model to one rank's share of it, in place.
+
+The model keeps its own class and forward; its decoder layers, embedding, last norm and head are
+replaced. What each parameter is made of is written down in `layers.Part`, by the names of the
+unsharded model's state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.build import Builder
+from lowtide.tensor_parallel.ends import VocabularyHead
+from lowtide.tensor_parallel.group import TensorGroup
+from lowtide.tensor_parallel.layers import Part, Sharded
+from lowtide.tensor_parallel.loss import IGNORED, vocabulary_cross_entropy
+from lowtide.tensor_parallel.patterns import ModelPattern, ModelShape, find_pattern
+
+
+@dataclass
+class Shards:
+    """A sharded model and what it was made of.
+
+    Attributes:
+        model: The user's model, changed in place.
+        group: The ranks.
+        pattern: Its family.
+        shape: Its sizes, unsharded.
+        renamed: For each parameter that is no more, the names of those that hold its values now.
+    """
+
+    model: nn.Module
+    group: TensorGroup
+    pattern: ModelPattern
+    shape: ModelShape
+    renamed: dict[str, str]
+
+
+def shard(model: nn.Module, group: TensorGroup, *, tier: str = "none") -> Shards:
+    """Replace the parts of a low-rank `model` by this rank's share of them, in place.
+
+    Args:
+        model: All projections are `BottleneckLinear` (see `factorise`), the same on all ranks.
+        group: The ranks.
+        tier: Of activation checkpointing, one of `recompute.TIERS`.
+
+    Raises:
+        ModelError: something does not divide by the number of ranks, or cannot be sharded. Nothing
+            was changed then, and no message was sent.
+    """
+    pattern = find_pattern(model)
+    shape = pattern.shape(model)
+    _check_division(pattern, shape, group.size)
+    builder = Builder(model, pattern, shape, group, tier)
+    layers = model.get_submodule(pattern.layers)
+    built = [builder.layer(index) for index in range(shape.layers)]
+    embedding, norm, head = builder.ends()
+    for index, layer in enumerate(built):
+        layers[index] = layer  # type: ignore[operator]
+    _replace(model, pattern.embedding, embedding)
+    _replace(model, pattern.final_norm, norm)
+    _replace(model, pattern.head, head)
+    _spread_loss(model, pattern, shape, head, group)
+    renamed = {part.name: name for name, parts in sharded_parameters(model) for part in parts}
+    return Shards(model, group, pattern, shape, renamed)
+
+
+def sharded_parameters(model: nn.Module) -> Iterable[tuple[str, tuple[Part, ...]]]:
+    """Yield each sharded parameter's name and the whole tensors it is made of."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, Sharded):
+            for name, parts in module.parts.items():
+                yield f"{prefix}.{name}" if prefix else name, parts
+
+
+def _check_division(pattern: ModelPattern, shape: ModelShape, size: int) -> None:
+    for what, length in (
+        ("width", shape.width),
+        ("query heads", shape.heads),
+        ("key/value heads", shape.kv_heads),
+        ("feed-forward width", shape.mlp_width),
+    ):
+        if length % size:
+            allowed = [p for p in range(1, length + 1) if length % p == 0][:12]
+            raise ModelError(
+                f"{pattern.name} model: {length} {what} cannot be divided among {size} ranks; "
+                f"lowtide.tensor_parallel.degree may be one of {allowed} as far as this goes"
+            )
+    if shape.norm != "rms":
+        raise ModelError(
+            f"{pattern.name} model: its norms are LayerNorm, and only RMSNorm can be spread over "
+            f"ranks; use a model with RMSNorm"
+        )
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _spread_loss(
+    model: nn.Module,
+    pattern: ModelPattern,
+    shape: ModelShape,
+    head: VocabularyHead,
+    group: TensorGroup,
+) -> None:
+    alone = TensorGroup()
+
+    def loss(
+        logits: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Stand in for the loss of a Hugging Face model: labels are shifted here."""
+        if shift_labels is None:
+            if labels is None:
+                raise ModelError("a loss was asked for without labels; pass labels to the model")
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return vocabulary_cross_entropy(
+            logits,
+            shift_labels,
+            shape.vocabulary,
+            group if head.is_spread else alone,
+            ignored=ignore_index,
+            denominator=num_items_in_batch,
+        )
+
+    if pattern.set_loss(model, loss) is None:
+        return  # the model's users compute their loss themselves, from whole logits
+
+    def choose(module: nn.Module, args: Any, kwargs: Any) -> None:
+        head.is_spread = module.training and pattern.computes_loss(args, kwargs)
+
+    model.register_forward_pre_hook(choose, with_kwargs=True)
+
+
+def unsharded_state_dict(
+    model: nn.Module,
+    group: TensorGroup,
+    *,
+    fetch: Callable[[Tensor], Tensor] = Tensor.detach,
+    on_rank: int | None = None,
+) -> dict[str, Tensor]:
+    """Return the state dict that the unsharded low-rank model would have. All ranks call it.
+
+    Args:
+        model: Sharded by `shard`.
+        group: The ranks.
+        fetch: Returns a parameter's values, where the host keeps them elsewhere (ZeRO 3).
+        on_rank: The only rank of the group that gets it, the others get an empty dict; None: all.
+
+    Returns:
+        Tensors in host memory, by the unsharded names.
+    """
+    result: dict[str, Tensor] = {}
+    handled: set[str] = set()
+    wanted = on_rank is None or group.rank == on_rank
+    for name, parts in sharded_parameters(model):
+        handled.add(name)
+        local = fetch(model.get_parameter(name))
+        by_rank = group.gather_rows(local.unsqueeze(0), phase="export").cpu()
+        for part in parts if wanted else ():
+            taken = [each[part.rows] for each in by_rank]
+            result[part.name] = part.join(taken).clone()
+    if not wanted:
+        return result
+    for name, value in model.state_dict().items():
+        if name not in handled and name not in result and not _is_of_sharded(model, name):
+            result[name] = value.detach().cpu().clone()
+    return result
+
+
+def load_unsharded_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], group: TensorGroup
+) -> None:
+    """Fill a sharded model from an unsharded model's state dict, whatever ranks wrote it.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape.
+    """
+    with torch.no_grad():
+        for name, parts in sharded_parameters(model):
+            parameter = model.get_parameter(name)
+            for part in parts:
+                if part.name not in state:
+                    raise ModelError(
+                        f"{part.name}: is not in the state dict that was to be loaded; it must be "
+                        f"that of the unsharded low-rank model (unsharded_state_dict)"
+                    )
+                target = parameter[part.rows]
+                mine = part.cut(state[part.name], group)
+                if mine.shape != target.shape:
+                    raise ModelError(
+                        f"{part.name}: has shape {tuple(state[part.name].shape)}, of which this "
+                        f"rank's part is {tuple(mine.shape)} and not {tuple(target.shape)}"
+                    )
+                target.copy_(mine)
+
+
+def _is_of_sharded(model: nn.Module, name: str) -> bool:
+    path = name.rpartition(".")[0]
+    return isinstance(model.get_submodule(path), Sharded)
