@@ -58,6 +58,10 @@ class OptimizerError(LowtideError, ValueError):
     """An optimizer update cannot take a tensor or a setting."""
 
 
+class ModelError(LowtideError, ValueError):
+    """A model cannot be converted or sharded the way it was asked for."""
+
+
 class CodecError(LowtideError, ValueError):
     """A codec cannot take an input, an output buffer or a parameter."""
 
