@@ -1,0 +1,1 @@
+"""Model families and hosts: where other people's code keeps its parts."""

@@ -1,0 +1,167 @@
+"""Patterns of Hugging Face decoders: Llama, Mistral, Qwen 2 and Qwen 3 (transformers 5).
+
+Nothing here imports transformers: a model that arrives has imported it already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.patterns import (
+    LayerInputs,
+    LayerPattern,
+    ModelPattern,
+    ModelShape,
+    Projection,
+    Undo,
+)
+from lowtide.tensor_parallel.recognise import activation_name
+
+_DENSE_MASKS = ("sdpa", "eager", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFacePattern(ModelPattern):
+    """A decoder whose modules are named as in Llama.
+
+    A sliding window needs nothing here: it is part of the dense mask that the model gives its
+    layers. Scaled rotary embeddings need nothing either, since cosines and sines come from the
+    model.
+    """
+
+    def shape(self, model: nn.Module) -> ModelShape:
+        """Return the sizes of `model`.
+
+        Raises:
+            ModelError: Attention dropout, ``pretraining_tp`` above 1, an attention implementation
+                without dense masks, or an unknown activation.
+        """
+        config: Any = model.config
+        self._refuse(model, config)
+        layers = model.get_submodule(self.layers)
+        first = layers.get_submodule("0")
+        embedding: Any = model.get_submodule(self.embedding)
+        head: Any = model.get_submodule(self.head)
+        path = str(self.layer.mlp_activation)
+        head_width = getattr(config, "head_dim", None)
+        head_width = head_width or config.hidden_size // config.num_attention_heads
+        return ModelShape(
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_width=head_width,
+            mlp_width=config.intermediate_size,
+            vocabulary=embedding.num_embeddings,  # what resize_token_embeddings left
+            norm="rms",
+            epsilon=config.rms_norm_eps,
+            mlp_activation=activation_name(first.get_submodule(path), f"{self.layers}.0.{path}"),
+            is_tied=head.weight is embedding.weight,
+            attention_scale=head_width**-0.5,
+        )
+
+    def _refuse(self, model: nn.Module, config: Any) -> None:
+        where = type(model).__name__
+        dropout = getattr(config, "attention_dropout", 0.0)
+        if dropout:
+            raise ModelError(
+                f"{where}: config.attention_dropout is {dropout}, allowed is 0: the ranks share "
+                f"no random numbers for attention; set it to 0"
+            )
+        slices = getattr(config, "pretraining_tp", 1)
+        if slices not in (None, 1):
+            raise ModelError(
+                f"{where}: config.pretraining_tp is {slices}, allowed is 1; set it to 1, the "
+                f"function stays the same"
+            )
+        kind = getattr(config, "_attn_implementation", None)
+        if kind not in _DENSE_MASKS:
+            raise ModelError(
+                f'{where}: attn_implementation is "{kind}", whose masks are not dense tensors; '
+                f'load the model with attn_implementation="sdpa"'
+            )
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LayerInputs:
+        """Return the arguments of a decoder layer's forward by name.
+
+        Raises:
+            ModelError: There are no position embeddings, or the mask is not a dense tensor.
+        """
+        given = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | dict(kwargs)
+        mask, positions = given.get("attention_mask"), given.get("position_embeddings")
+        if positions is None:
+            raise ModelError(
+                f"{self.name}: a decoder layer was called without position_embeddings (cos, sin); "
+                f"transformers 5 always passes them"
+            )
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
+            raise ModelError(
+                f"{self.name}: a decoder layer got an attention mask of type "
+                f"{type(mask).__name__}, allowed are None and tensors of shape (B, 1, T, S); load "
+                f'the model with attn_implementation="sdpa"'
+            )
+        cos, sin = positions
+        return LayerInputs(
+            hidden=given["hidden_states"],
+            cos=cos,
+            sin=sin,
+            attention_mask=mask,
+            cache=given.get("past_key_values"),
+        )
+
+    def set_loss(self, model: Any, function: Callable[..., Tensor]) -> Undo | None:
+        """Have `model` call ``function(logits=, labels=, vocab_size=, **kwargs)``.
+
+        Labels are not shifted yet: position t of the logits belongs to label t + 1.
+        """
+        before = model.__dict__.get("_loss_function")
+        model.loss_function = function
+
+        def undo() -> None:
+            del model._loss_function
+            if before is not None:
+                model.loss_function = before
+
+        return undo
+
+
+_LAYER = LayerPattern(
+    attention_norm="input_layernorm",
+    attention_inputs=(
+        Projection("self_attn.q_proj", ("q",)),
+        Projection("self_attn.k_proj", ("k",)),
+        Projection("self_attn.v_proj", ("v",)),
+    ),
+    attention_output=Projection("self_attn.o_proj", ("o",)),
+    mlp_norm="post_attention_layernorm",
+    mlp_inputs=(
+        Projection("mlp.gate_proj", ("gate",)),
+        Projection("mlp.up_proj", ("up",)),
+    ),
+    mlp_output=Projection("mlp.down_proj", ("down",)),
+    mlp_activation="mlp.act_fn",
+)
+
+LLAMA = HuggingFacePattern(
+    name="llama",
+    classes=("LlamaForCausalLM",),
+    embedding="model.embed_tokens",
+    layers="model.layers",
+    final_norm="model.norm",
+    head="lm_head",
+    layer=_LAYER,
+)
+MISTRAL = replace(LLAMA, name="mistral", classes=("MistralForCausalLM",))
+QWEN2 = replace(LLAMA, name="qwen2", classes=("Qwen2ForCausalLM",))
+QWEN3 = replace(
+    LLAMA,
+    name="qwen3",
+    classes=("Qwen3ForCausalLM",),
+    layer=replace(_LAYER, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
+)
+PATTERNS: tuple[ModelPattern, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
