@@ -1,0 +1,1 @@
+"""Bottleneck-aware tensor parallelism: low-rank models whose ranks exchange latents only."""
