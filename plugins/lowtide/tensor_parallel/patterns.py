@@ -207,6 +207,14 @@ class ModelPattern(ABC):
             ModelError: They hold something that no `LayerInputs` can express.
         """
 
+    def computes_loss(self, _args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether a call of the model with these arguments will ask for the loss.
+
+        Then, in training, its head gives each rank's part of the logits to the function of
+        `set_loss`, and whole logits otherwise.
+        """
+        return kwargs.get("labels") is not None
+
     def set_loss(
         self,
         model: nn.Module,  # noqa: ARG002 -- what a subclass needs
