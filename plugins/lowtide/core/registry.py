@@ -116,5 +116,6 @@ def _spelled(target: str | type) -> str:
 # Plugins switched on by the JSON block. Built-in ones are listed here as lazy targets, so that
 # their names are known (error messages, schema) without importing any of them.
 plugins: Registry[Any] = Registry("plugin", "lowtide.plugins")
+plugins.register("tensor_parallel", "lowtide.tensor_parallel.plugin:TensorParallelPlugin")
 plugins.register("offload", "lowtide.offload.plugin:OffloadPlugin")
 plugins.register("checkpoint", "lowtide.checkpoint.plugin:CheckpointPlugin")

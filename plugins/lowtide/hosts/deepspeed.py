@@ -153,10 +153,12 @@ def _initialize(
             model=call.arguments.get("model"),
             optimizer=call.arguments.get("optimizer"),
             model_parameters=call.arguments.get("model_parameters"),
+            mpu=call.arguments.get("mpu"),
         )
         _put_back(call.arguments, "model", moment.model)
         _put_back(call.arguments, "optimizer", moment.optimizer)
         _put_back(call.arguments, "model_parameters", moment.data["model_parameters"])
+        _put_back(call.arguments, "mpu", moment.data["mpu"])
         result = stock(*call.args, **call.kwargs)
         attach(result[0], session)
     except BaseException:

@@ -1,0 +1,141 @@
+"""Makes DeepSpeed train a model that is spread over ranks (DeepSpeed 0.19.8).
+
+DeepSpeed learns the groups from an mpu object: then data loaders, gradient averaging, norms,
+clipping and the names of checkpoint files go by them. What each parameter is of the whole model
+stands in `universal_checkpoint_info`, so that DeepSpeed's own universal checkpoints can change
+the degree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowtide.core.errors import ConfigError, ModelError
+from lowtide.core.lifecycle import Moment
+from lowtide.tensor_parallel.adapters.mpu import ModelParallelUnit
+from lowtide.tensor_parallel.layers import Part
+from lowtide.tensor_parallel.layout import Layout, build_layout
+from lowtide.tensor_parallel.shard import Shards, sharded_parameters
+
+
+def layout(moment: Moment, degree: int) -> Layout:
+    """Return the groups: those of the user's mpu, or new ones.
+
+    Raises:
+        ConfigError: the user's mpu has another degree, or the degree does not divide.
+        ModelError: the model is a pipeline module.
+    """
+    import deepspeed
+
+    if isinstance(moment.model, deepspeed.PipelineModule):
+        raise ModelError(
+            "lowtide.tensor_parallel: the model is a DeepSpeed PipelineModule, whose layers no "
+            "pattern describes; shard the model with lowtide.tensor_parallel.shard before its "
+            "layers become stages"
+        )
+    if not dist.is_initialized():
+        deepspeed.init_distributed()
+    mpu = moment.data.get("mpu")
+    if mpu is None:
+        return build_layout(degree)
+    tensor, data = mpu.get_model_parallel_group(), mpu.get_data_parallel_group()
+    size = mpu.get_model_parallel_world_size()
+    if size != degree:
+        raise ConfigError(
+            f"lowtide.tensor_parallel.degree: got {degree}, but the mpu given to initialize has "
+            f"{size} model-parallel ranks; make them equal"
+        )
+    ranks = tuple(dist.get_process_group_ranks(tensor))
+    return Layout(tensor, data, ranks, tuple(dist.get_process_group_ranks(data)))
+
+
+def prepare(moment: Moment, shards: Shards, groups: Layout) -> None:
+    """Tell DeepSpeed the groups, and what each parameter is part of."""
+    if moment.data.get("mpu") is None:
+        moment.data["mpu"] = ModelParallelUnit(groups)
+    info = universal_checkpoint_info(shards.model, shards.group.size)
+    shards.model.universal_checkpoint_info = info  # type: ignore[assignment]
+
+
+def universal_checkpoint_info(model: nn.Module, degree: int) -> dict[str, Any]:
+    """Describe the parameters for ``ds_to_universal.py``: what is copied, joined, and how.
+
+    Each parameter also gets the description that a universal checkpoint is read back by.
+
+    Args:
+        model: Sharded.
+        degree: Number of ranks.
+
+    Returns:
+        Plain data, saved with every checkpoint.
+    """
+    from deepspeed.checkpoint import constants
+
+    version = constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE
+    lists: dict[str, list[Any]] = {
+        constants.TP_REPLICATED_PARAMETER_PATTERNS: [],
+        constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: [],
+        constants.VOCABULARY_PARAMETER_PATTERNS: [],
+        constants.PARAMETER_WITH_SUB_PARAMS: [],
+    }
+    widths: dict[str, list[list[int]]] = {}
+    info: dict[str, Any] = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: version}
+    seen: set[int] = set()
+    for name, parts in sharded_parameters(model):
+        parameter = model.get_parameter(name)
+        if id(parameter) in seen:  # a tied head: saved once, as the embedding
+            continue
+        seen.add(id(parameter))
+        pattern = f"^{re.escape(name)}$"
+        first = parts[0]
+        if first.padded is not None:  # DeepSpeed cuts the padding off and puts its own on
+            lists[constants.VOCABULARY_PARAMETER_PATTERNS].append(pattern)
+            info[constants.ORIGINAL_VOCAB_SIZE] = first.blocks[0]
+            continue
+        meta: dict[str, Any] = {
+            "partition_dim": first.dim,
+            "replicated": first.dim is None,
+            "logical_shape": tuple(_whole_shape(parameter, parts, degree)),
+            constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: version,
+        }
+        blocks = [block for part in parts for block in part.blocks]
+        if first.dim is None:
+            lists[constants.TP_REPLICATED_PARAMETER_PATTERNS].append(pattern)
+        elif first.dim == 1:
+            lists[constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS].append(pattern)
+        elif len(blocks) > 1:
+            shape = (tuple(blocks), *parameter.shape[1:])
+            lists[constants.PARAMETER_WITH_SUB_PARAMS].append(
+                {"patterns": [pattern], "shape": shape, "partition_dim": 0}
+            )
+            widths[pattern] = [[block // degree] * degree for block in blocks]
+            meta["sub_param_sizes"] = tuple(blocks)
+            meta["sub_param_shard_widths"] = widths[pattern]
+        setattr(parameter, constants.DS_AUTOTP_UC_META, meta)
+    return {**info, **lists, constants.SUB_PARAM_SHARD_WIDTHS: widths}
+
+
+def _whole_shape(parameter: Tensor, parts: tuple[Part, ...], degree: int) -> list[int]:
+    shape = list(parameter.shape)
+    if parts[0].dim is not None:
+        shape[parts[0].dim] *= degree
+    return shape
+
+
+def fetcher(engine: Any) -> Callable[[Tensor], Tensor]:
+    """Return what reads a parameter's values, wherever ZeRO keeps them."""
+    if int(engine.zero_optimization_stage()) < 3:
+        return Tensor.detach
+    from deepspeed import zero
+
+    def fetch(parameter: Tensor) -> Tensor:
+        with zero.GatheredParameters([parameter]), torch.no_grad():
+            return parameter.detach().clone()
+
+    return fetch

@@ -1,0 +1,94 @@
+"""Parameters that a user's optimizer or parameter groups hold, found again after conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lowtide.core.errors import ModelError
+
+
+class Successors:
+    """Which parameters of the converted model hold what a parameter of the old one held.
+
+    Made before the conversion; `follow` is called after it.
+
+    Args:
+        model: The model before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {
+            id(parameter): name for name, parameter in model.named_parameters()
+        }  # a tied parameter by its first name
+        self._old = list(model.parameters())  # alive, so that no id is used twice
+        self._new: dict[str, tuple[str, nn.Parameter]] = {}
+        self._renamed: list[Mapping[str, Sequence[str]]] = []
+
+    def follow(self, model: nn.Module, *renamed: Mapping[str, Sequence[str]]) -> None:
+        """Take note of the converted model.
+
+        Args:
+            model: The model after.
+            *renamed: One step each: old names to the names that replaced them.
+        """
+        self._renamed = list(renamed)
+        self._new = {
+            name: (name, parameter)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+
+    def of(self, parameter: nn.Parameter) -> list[tuple[str, nn.Parameter]]:
+        """Return names and parameters that hold `parameter`'s values now.
+
+        Raises:
+            ModelError: it was no parameter of the model.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise ModelError(
+                f"a parameter of shape {tuple(parameter.shape)} in model_parameters or in the "
+                f"optimizer is not one of the model's; pass parameters of the model itself"
+            )
+        names: list[str] = [name]
+        for step in self._renamed:
+            names = [new for each in names for new in step.get(each, (each,))]
+        return [self._new[each] for each in names]
+
+    def groups(self, given: Iterable[Any]) -> list[Any]:
+        """Return ``model_parameters``, or an optimizer's groups, with the new parameters.
+
+        Args:
+            given: Parameters, or dicts with a list of them under ``"params"``.
+
+        Raises:
+            ModelError: parameters that are one now were in groups of different settings.
+        """
+        owner: dict[int, int] = {}
+        result: list[Any] = []
+        for number, entry in enumerate(given):
+            if not isinstance(entry, Mapping):
+                result += self._mapped([entry], 0, owner)
+                continue
+            listed = entry["params"]
+            listed = [listed] if isinstance(listed, nn.Parameter) else list(listed)
+            result.append({**entry, "params": self._mapped(listed, number, owner)})
+        return result
+
+    def _mapped(
+        self, parameters: Iterable[nn.Parameter], number: int, owner: dict[int, int]
+    ) -> list[nn.Parameter]:
+        mapped: list[nn.Parameter] = []
+        for parameter in parameters:
+            for name, new in self.of(parameter):
+                before = owner.setdefault(id(new), number)
+                if before != number:
+                    raise ModelError(
+                        f"{name} joins projections that were in parameter groups {before} and "
+                        f"{number}; projections that read the same input must be in one group"
+                    )
+                if not any(new is each for each in mapped):
+                    mapped.append(new)
+        return mapped
