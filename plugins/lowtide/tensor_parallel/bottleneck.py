@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from lowtide.core.errors import ConfigError, ModelError, listed, near
+from lowtide.tensor_parallel.crossing import LatentGate, Place, cross
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -76,6 +77,8 @@ class BottleneckLinear(nn.Module):
     Attributes:
         down: A and a: ``down.weight`` (R, I), ``down.bias`` (R,).
         up: B and c: ``up.weight`` (O, R), ``up.bias`` (O,).
+        crossing: Gate of the latent that comes from the decoder layer before, or None.
+        place: In the chain of crossings, or None: its latent neither comes nor goes.
 
     Raises:
         ModelError: A width is below 1, or the rank exceeds the input width.
@@ -108,6 +111,8 @@ class BottleneckLinear(nn.Module):
             )
         activation_function(activation)  # an unknown name fails here
         self.activation = activation
+        self.crossing: LatentGate | None = None
+        self.place: Place | None = None
         place = {"device": device or torch.get_default_device(), "dtype": dtype}
         # Without nn.Linear's own initialisation, which would draw from the global generator.
         self.down: nn.Linear = skip_init(nn.Linear, in_features, rank, bias=latent_bias, **place)
@@ -143,7 +148,10 @@ class BottleneckLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer along the last dimension: (..., I) becomes (..., O)."""
-        return self.up(activation_function(self.activation)(self.down(x)))
+        latent = activation_function(self.activation)(self.down(x))
+        if self.place is not None:
+            latent = cross(self.place, self.crossing, latent)
+        return self.up(latent)
 
     def extra_repr(self) -> str:
         """Return sizes and activation for `repr`."""

@@ -14,6 +14,7 @@ from lowtide.tensor_parallel.decoder import AttentionSetting, Bottleneck, Decode
 from lowtide.tensor_parallel.ends import GatherNorm, TiedEmbedding, VocabularyHead
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import (
+    CrossingGates,
     DownProjection,
     NormSetting,
     ParallelEmbedding,
@@ -172,7 +173,32 @@ class Builder:
             norm=self.norm if has_norm else None,
             activation=None if activation is None else ACTIVATIONS[activation],
             outputs=lengths if any(len(each) > 1 for each in lengths) else None,
+            gates=self._gates(paths, projections, sources),
+            passes_on=sources[0].place is not None and not sources[0].place.is_last,
         )
+
+    def _gates(
+        self,
+        paths: Sequence[str],
+        projections: Sequence[Projection],
+        sources: Sequence[BottleneckLinear],
+    ) -> CrossingGates | None:
+        gates = [each.crossing for each in sources]
+        kinds = [None if each is None else each.kind for each in gates]
+        kind = self._common(f"{paths[0]}: crossing of", projections, kinds)
+        if kind is None or gates[0] is None:
+            return None
+        parts: dict[str, list[Part]] = {}
+        for name, parameter in gates[0].named_parameters():
+            rows = parameter.shape[0]
+            parts[name] = [
+                Part(f"{path}.crossing.{name}", slice(i * rows, (i + 1) * rows), (rows,), None)
+                for i, path in enumerate(paths)
+            ]
+        values = {n: torch.cat([self._cut(part) for part in each]) for n, each in parts.items()}
+        result = CrossingGates(self.group, kind, len(gates), values, parts)
+        self._freeze_as_before(result)
+        return result
 
     def _head_norms(self, layer: str) -> HeadNorms | None:
         names = self.pattern.layer

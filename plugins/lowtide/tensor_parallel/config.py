@@ -125,6 +125,11 @@ class TensorParallelConfig(PluginConfig):
     """None drops the function on the gate and multiplies gate and up as they are, which goes with
     an `activation` on the latent."""
 
+    crossing: Literal["identity", "scalar", "linear", "low_rank"] | None = None
+    """Gate through which each projection also reads the latent that the same projection of the
+    decoder layer before had (LaX); null for none. All but identity are trained and start at zero:
+    a factor, a matrix of the rank's size, a matrix of a quarter of the rank."""
+
     activation_checkpointing: Literal["none", "latents", "sharded_latents"] = "none"
     """Latents: keep only the latents and recompute the rest in backward, without communication.
     Sharded_latents: keep one share of each latent per rank and gather it in backward."""
@@ -142,6 +147,12 @@ class TensorParallelConfig(PluginConfig):
             raise ValueError(
                 '"energy" measures the weights but "init": "random" replaces them; give "rank" or '
                 '"rank_ratio", or set "init" to "svd"'
+            )
+        if self.crossing in ("identity", "scalar") and any(e is not None for e in energies):
+            raise ValueError(
+                f'"energy" gives decoder layers different ranks, and a "{self.crossing}" crossing '
+                f'needs equal ones; give "rank" or "rank_ratio", or set "crossing" to "linear" or '
+                f'"low_rank"'
             )
         return self
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowtide.tensor_parallel.crossing import ARGUMENT, Latents
 from lowtide.tensor_parallel.functions import reduce, shared
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
@@ -124,27 +125,67 @@ class DecoderLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return this rank's part of the residual stream after the block, ``[B, T, n]``."""
-        inputs = self.bind(args, kwargs)
-        group, x, tier = self.group, inputs.hidden, self.tier
+        latents: Latents | None = kwargs.pop(ARGUMENT, None)
+        previous: tuple[Tensor, ...] = ()
+        if latents is not None and self.reads_latents:
+            previous = latents.take(self.layer_index - 1)
+        x, own = self.run(self.bind(args, kwargs), previous)
+        if latents is not None and own:
+            latents.put(self.layer_index, own)
+        return x
+
+    def run(
+        self, inputs: LayerInputs, previous: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the block.
+
+        Args:
+            inputs: ``hidden`` is this rank's part, ``[B, T, n]``.
+            previous: The latents that the block before passed on: of q, k and v together, of the
+                attention output, of gate and up together, of down. Empty if none cross.
+
+        Returns:
+            This rank's part of the residual stream, and the latents for the block after, if any.
+        """
+        group, x = self.group, inputs.hidden
         if self.training and torch.is_grad_enabled():
             inputs = replace(inputs, cache=None)  # models fill one by habit; nobody will read it
+        of_qkv, of_o, of_mlp, of_down = previous or (None,) * 4
+
+        def attend(total: Tensor, before: Tensor | None, squares: Tensor) -> tuple[Tensor, ...]:
+            return self._attend(total, squares, before, inputs)
+
         partial, squares = self.attention_in.down(x)
         total, squares = reduce(partial, squares, group)
-
-        def attend(total: Tensor, squares: Tensor) -> Tensor:
-            return self._attend(total, squares, inputs)
-
-        partial = run_segment(attend, total, squares, tier=tier, group=group)
+        partial, *own_qkv = self._segment(attend, total, of_qkv, squares)
         total, _ = reduce(partial, None, group)
-        x, partial, squares = run_segment(self._middle, total, x, tier=tier, group=group)
+        x, partial, squares, *own_o = self._segment(self._middle, total, of_o, x)
         total, squares = reduce(partial, squares, group)
-        partial = run_segment(self._multiply, total, squares, tier=tier, group=group)
+        partial, *own_mlp = self._segment(self._multiply, total, of_mlp, squares)
         total, _ = reduce(partial, None, group)
+        out, *own_down = self._segment(self._leave, total, of_down)
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
-        return x + run_segment(self._leave, total, tier=tier, group=group)
+        return x + out, (*own_qkv, *own_o, *own_mlp, *own_down)
 
-    def _attend(self, total: Tensor, squares: Tensor, inputs: LayerInputs) -> Tensor:
-        q, k, v = (self._heads(each) for each in self.attention_in.up(total, squares))
+    @property
+    def reads_latents(self) -> bool:
+        """Whether latents of the block before cross into this one."""
+        return self.attention_in.up.gates is not None
+
+    def _segment(
+        self, segment: Callable[..., Any], total: Tensor, previous: Tensor | None, *others: Any
+    ) -> Any:
+        """Run what stands between two messages; it also reads latents that cross in."""
+        latents = (total,) if previous is None else (total, previous)
+        return run_segment(
+            segment, total, previous, *others, latents=latents, tier=self.tier, group=self.group
+        )
+
+    def _attend(
+        self, total: Tensor, squares: Tensor, before: Tensor | None, inputs: LayerInputs
+    ) -> tuple[Tensor, ...]:
+        q, k, v, *own = self.attention_in.up(total, squares, before)
+        q, k, v = (self._heads(each) for each in (q, k, v))
         if self.head_norms is not None:
             q, k = self.head_norms(q, k)
         if inputs.cos is not None and inputs.sin is not None:
@@ -160,27 +201,29 @@ class DecoderLayer(nn.Module):
             enable_gqa=q.shape[-3] != k.shape[-3],
         )  # fmt: skip
         partial, _ = self.attention_out.down(context.transpose(-3, -2).flatten(-2))
-        return partial
+        return (partial, *own)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.attention.head_width)).transpose(-3, -2)
 
-    def _middle(self, total: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (out,) = self.attention_out.up(total, None)
+    def _middle(self, total: Tensor, before: Tensor | None, x: Tensor) -> tuple[Tensor, ...]:
+        out, *own = self.attention_out.up(total, None, before)
         x = x + out
         partial, squares = self.mlp_in.down(x)
-        return x, partial, squares
+        return (x, partial, squares, *own)
 
-    def _multiply(self, total: Tensor, squares: Tensor) -> Tensor:
-        gate, value = self.mlp_in.up(total, squares)
+    def _multiply(
+        self, total: Tensor, before: Tensor | None, squares: Tensor
+    ) -> tuple[Tensor, ...]:
+        gate, value, *own = self.mlp_in.up(total, squares, before)
         if self.mlp_activation is not None:
             gate = self.mlp_activation(gate)
         partial, _ = self.mlp_out.down(gate * value)
-        return partial
+        return (partial, *own)
 
-    def _leave(self, total: Tensor) -> Tensor:
-        (out,) = self.mlp_out.up(total, None)
-        return out
+    def _leave(self, total: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.mlp_out.up(total, None, before)
+        return outputs
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

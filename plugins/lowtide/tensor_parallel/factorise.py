@@ -15,6 +15,7 @@ from torch import nn
 
 from lowtide.core.errors import ConfigError
 from lowtide.tensor_parallel.bottleneck import BottleneckLinear
+from lowtide.tensor_parallel.chains import add_crossings, check_chains
 from lowtide.tensor_parallel.config import PATH, TensorParallelConfig
 from lowtide.tensor_parallel.factors import Factors, random_factors
 from lowtide.tensor_parallel.patterns import ModelPattern, ModelShape, find_pattern
@@ -105,8 +106,8 @@ def factorise(
     Raises:
         ModelError: No pattern matches, the model differs between ranks, or see `collect_groups`
             and `approximate`.
-        ConfigError: See `collect_groups`; or ``mlp_activation`` is ``none`` and the pattern does
-            not name the activation.
+        ConfigError: See `collect_groups` and `check_chains`; or ``mlp_activation`` is ``none``
+            and the pattern does not name the activation.
 
     Source: BOOST (arXiv 2512.12131), Sec. 2; CoLA (arXiv 2502.10940) for random factors.
     """
@@ -120,6 +121,7 @@ def factorise(
             f'{PATH}.mlp_activation: is "none", but pattern "{pattern.name}" does not say where '
             f"the activation of the feed-forward block is; name it in its LayerPattern"
         )
+    check_chains(groups, settings)
     if group is not None:
         check_same_model(model, group)
     ranks: list[dict[str, int]] = [{} for _ in range(shape.layers)]
@@ -134,6 +136,8 @@ def factorise(
                 ProjectionReport(path=member.path, rank=factors.rank, relative_error=error)
             )
         ranks[each.layer][each.kind] = reports[-1].rank
+    for path, added in add_crossings(model, pattern, settings).items():
+        _adopt(renamed, f"{path}.down.weight", added)
     if drops_activation:
         _drop_activation(model, pattern)
         shape = replace(shape, mlp_activation=None)
@@ -198,6 +202,12 @@ def _replace(
         f"{member.path}.{old}": tuple(f"{member.path}.{each}" for each in now)
         for old, now in names.items()
     }
+
+
+def _adopt(renamed: dict[str, tuple[str, ...]], sibling: str, added: Sequence[str]) -> None:
+    """Count new parameters to what became of the one that is called `sibling` now."""
+    old = next((name for name, names in renamed.items() if sibling in names), sibling)
+    renamed[old] = (*renamed.get(old, (sibling,)), *added)
 
 
 def _drop_activation(model: nn.Module, pattern: ModelPattern) -> None:

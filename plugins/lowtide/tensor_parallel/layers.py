@@ -7,7 +7,7 @@ what exports and imports of whole weights go by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.crossing import gated
 from lowtide.tensor_parallel.functions import partial_down, recover, up
 from lowtide.tensor_parallel.group import TensorGroup
 
@@ -147,6 +148,40 @@ class DownProjection(Sharded):
         return partial_down(x, self.weight, self.gain, self.group)
 
 
+class CrossingGates(Sharded):
+    """Gates of the latents that come from the decoder layer before; the same on all ranks.
+
+    A latent is whole on every rank, and so is its gradient: nothing is sent for a crossing, and
+    the gates' gradients are complete and alike everywhere.
+
+    Args:
+        group: The ranks.
+        kind: One of `crossing.GATES`.
+        members: Number of projections that share an input.
+        parameters: By the names of `crossing.gate_shapes`, joined over the projections.
+        parts: Where they come from.
+    """
+
+    def __init__(
+        self,
+        group: TensorGroup,
+        kind: str,
+        members: int,
+        parameters: Mapping[str, Tensor],
+        parts: Mapping[str, Sequence[Part]],
+    ) -> None:
+        super().__init__(group)
+        self.kind = kind
+        self.members = members
+        for name, value in parameters.items():
+            self.own(name, value, *parts[name])
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Return ``[..., R]`` from the latents ``[..., S]`` of the layer before."""
+        parameters = dict(self.named_parameters(recurse=False))
+        return gated(self.kind, parameters, latent, self.members)
+
+
 class UpProjection(Sharded):
     """The latents' way out: norm, bias, activation, and the B of projections that share an input.
 
@@ -163,6 +198,8 @@ class UpProjection(Sharded):
         activation: On the latents; None for a plain low-rank layer.
         outputs: For each projection, the local lengths of what it holds, where it holds several
             things (fused k and v); None: one each.
+        gates: Of the latents of the decoder layer before, or None.
+        passes_on: Whether the decoder layer after reads the latents.
     """
 
     weight: Tensor
@@ -183,8 +220,12 @@ class UpProjection(Sharded):
         norm: NormSetting | None = None,
         activation: Activation | None = None,
         outputs: Sequence[Sequence[int]] | None = None,
+        gates: CrossingGates | None = None,
+        passes_on: bool = False,
     ) -> None:
         super().__init__(group)
+        self.gates = gates
+        self.passes_on = passes_on
         self.sizes = tuple(sizes)
         self.outputs = None if outputs is None else tuple(map(tuple, outputs))
         self.norm = norm
@@ -193,12 +234,15 @@ class UpProjection(Sharded):
         self.own("latent_bias", latent_bias, *latent_bias_parts)
         self.own("bias", bias, *bias_parts)
 
-    def forward(self, total: Tensor, squares: Tensor | None) -> tuple[Tensor, ...]:
-        """Return this rank's part of each output.
+    def forward(
+        self, total: Tensor, squares: Tensor | None, previous: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return this rank's part of each output, and then its latents if it `passes_on`.
 
         Args:
             total: ``[..., R]``, reduced.
             squares: ``[...]``, reduced; None without a norm.
+            previous: ``[..., S]``, the latents that cross in; None without gates.
         """
         dtype = self.weight.dtype
         if self.norm is not None and squares is not None:
@@ -209,17 +253,20 @@ class UpProjection(Sharded):
             latent = latent + self.latent_bias
         if self.activation is not None:
             latent = self.activation(latent)
+        own = (latent,) if self.passes_on else ()
+        if self.gates is not None:
+            latent = latent + self.gates(previous)
         members = up(latent, self.weight, self.sizes, self.group)
         if self.bias is not None:
             biases = self.bias.split(self.sizes)
             members = tuple(each + bias for each, bias in zip(members, biases, strict=True))
-        if self.outputs is None:
-            return members
-        return tuple(
-            part
-            for member, lengths in zip(members, self.outputs, strict=True)
-            for part in (member.split(lengths, -1) if len(lengths) > 1 else (member,))
-        )
+        if self.outputs is not None:
+            members = tuple(
+                part
+                for member, lengths in zip(members, self.outputs, strict=True)
+                for part in (member.split(lengths, -1) if len(lengths) > 1 else (member,))
+            )
+        return members + own
 
 
 class ParallelEmbedding(Sharded):

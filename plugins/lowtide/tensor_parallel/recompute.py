@@ -4,11 +4,15 @@ What a segment reads is a reduced latent, which is kept; so its second run needs
 reduction, and the product whose sum was kept is not computed again either (`set_recomputing`).
 ``sharded_latents`` keeps of each latent only this rank's tokens, and gathers them for the second
 run: 1/p of the memory for half of an all-reduce's bytes.
+
+Latents that cross from the block before (`crossing`) are read in the segments too. They come out of
+an activation in the block before, so they are kept besides what that block keeps: for each token
+and block 2d/p + 14r elements in place of 2d/p + 7r, or 2d/p + 14r/p in place of 2d/p + 7r/p.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,22 +49,22 @@ class _TokenShard:
 
 def run_segment(
     segment: Callable[..., Any],
-    latent: Tensor,
-    *others: Tensor | None,
+    *inputs: Tensor | None,
+    latents: Sequence[Tensor],
     tier: str,
     group: TensorGroup,
 ) -> Any:
-    """Call ``segment(latent, *others)``, keeping for backward what `tier` says.
+    """Call ``segment(*inputs)``, keeping for backward what `tier` says.
 
     Args:
         segment: Reads a reduced latent and ends with `partial_down` or with an output.
-        latent: ``[..., R]``, reduced.
-        *others: Further inputs, all of which are kept.
+        *inputs: All are kept.
+        latents: Those inputs that are the same on all ranks, ``[..., R]``.
         tier: One of `TIERS`.
         group: The ranks.
     """
     if tier == "none" or not torch.is_grad_enabled():
-        return segment(latent, *others)
+        return segment(*inputs)
 
     def twice(*inputs: Any) -> Any:
         # Gradients are recorded in the second run alone.
@@ -73,14 +77,16 @@ def run_segment(
     # Reentrant: the second run is an ordinary forward and backward, whose hooks ZeRO 3 needs to
     # gather parameters. Its inputs must require gradients for that, which latents do.
     if tier == "latents" or group.size == 1:
-        return checkpoint(twice, latent, *others, use_reentrant=True)
+        return checkpoint(twice, *inputs, use_reentrant=True)
+
+    shapes = {latent.data_ptr(): latent.shape for latent in latents}
 
     def pack(tensor: Tensor) -> Any:
-        is_latent = tensor.data_ptr() == latent.data_ptr() and tensor.shape == latent.shape
+        is_latent = shapes.get(tensor.data_ptr()) == tensor.shape
         return _TokenShard(tensor, group) if is_latent else tensor
 
     def unpack(kept: Any) -> Tensor:
         return kept.gather() if isinstance(kept, _TokenShard) else kept
 
     with saved_tensors_hooks(pack, unpack):
-        return checkpoint(twice, latent, *others, use_reentrant=True)
+        return checkpoint(twice, *inputs, use_reentrant=True)
