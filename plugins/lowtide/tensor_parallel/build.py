@@ -78,6 +78,20 @@ class Builder:
         layer.train(self.model.training)
         return layer
 
+    def latent_widths(self, index: int) -> tuple[int, ...]:
+        """Return how wide the latents are that decoder layer `index` passes on."""
+        names = self.pattern.layer
+        groups = (
+            names.attention_inputs,
+            (names.attention_output,),
+            names.mlp_inputs,
+            (names.mlp_output,),
+        )
+        path = f"{self.pattern.layers}.{index}"
+        return tuple(
+            sum(self._source(f"{path}.{each.path}").rank for each in group) for group in groups
+        )
+
     def ends(self) -> tuple[Sharded, GatherNorm, VocabularyHead]:
         """Return embedding, last norm and head."""
         pattern, shape, group = self.pattern, self.shape, self.group

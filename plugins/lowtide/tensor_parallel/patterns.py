@@ -207,6 +207,25 @@ class ModelPattern(ABC):
             ModelError: They hold something that no `LayerInputs` can express.
         """
 
+    def inputs_of_layers(self, model: nn.Module) -> Callable[[Tensor], LayerInputs]:
+        """Return what makes a decoder layer's inputs from the residual stream alone.
+
+        For stages of a pipeline, which have no model around them: positions count from 0, every
+        token sees itself and those before it, and the residual stream enters the first layer as
+        it leaves the embedding.
+
+        Args:
+            model: Unsharded; what is returned must not hold it.
+
+        Raises:
+            ModelError: The pattern or the model cannot do that.
+        """
+        raise ModelError(
+            f'pattern "{self.name}" ({type(model).__name__}): does not say how to run its decoder '
+            f"layers alone, which stages of a pipeline need; override "
+            f"ModelPattern.inputs_of_layers"
+        )
+
     def computes_loss(self, _args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call of the model with these arguments will ask for the loss.
 

@@ -36,6 +36,7 @@ class TensorParallelPlugin(Plugin):
         self._engine: Any = None
         self._shards: Shards | None = None
         self._factorisation: Factorisation | None = None
+        self._is_pipeline = False
         self._counted: dict[str, int] = {}
 
     # -- for scripts ------------------------------------------------------------------------
@@ -60,6 +61,12 @@ class TensorParallelPlugin(Plugin):
         """
         if self._shards is None:
             raise ModelError("lowtide.tensor_parallel: no model has been converted")
+        if self._is_pipeline:
+            from lowtide.tensor_parallel.adapters import pipeline
+
+            return pipeline.whole_state_dict(
+                self._shards.model, self._shards.group, on_rank=on_rank
+            )
         fetch: Callable[[Tensor], Tensor] = Tensor.detach
         if self._engine is not None:
             from lowtide.tensor_parallel.adapters.deepspeed import fetcher
@@ -104,6 +111,13 @@ class TensorParallelPlugin(Plugin):
         session = self._session
         if session is None:
             return
+        if session.host == "deepspeed":
+            from lowtide.tensor_parallel.adapters import pipeline
+
+            if pipeline.is_pipeline(moment.model):
+                self._shards, self._factorisation = pipeline.adopt(moment.model, self.config)
+                self._is_pipeline = True
+                return
         layout = self._layout(moment)
         group = TensorGroup(layout.tensor_group if len(layout.tensor_ranks) > 1 else None)
         group.check_data = self.config.check_data
@@ -162,6 +176,10 @@ class TensorParallelPlugin(Plugin):
 
     def _built(self, moment: Moment) -> None:
         self._engine = moment.data.get("engine")
+        if self._is_pipeline:
+            from lowtide.tensor_parallel.adapters import pipeline
+
+            pipeline.prepare_engine(self._engine)
 
     def _updated(self, _moment: Moment) -> None:
         session, shards = self._session, self._shards

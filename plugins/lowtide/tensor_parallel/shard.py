@@ -57,7 +57,7 @@ def shard(model: nn.Module, group: TensorGroup, *, tier: str = "none") -> Shards
     """
     pattern = find_pattern(model)
     shape = pattern.shape(model)
-    _check_division(pattern, shape, group.size)
+    check_division(pattern, shape, group.size)
     builder = Builder(model, pattern, shape, group, tier)
     layers = model.get_submodule(pattern.layers)
     built = [builder.layer(index) for index in range(shape.layers)]
@@ -80,7 +80,12 @@ def sharded_parameters(model: nn.Module) -> Iterable[tuple[str, tuple[Part, ...]
                 yield f"{prefix}.{name}" if prefix else name, parts
 
 
-def _check_division(pattern: ModelPattern, shape: ModelShape, size: int) -> None:
+def check_division(pattern: ModelPattern, shape: ModelShape, size: int) -> None:
+    """Refuse a model whose sizes do not divide among `size` ranks.
+
+    Raises:
+        ModelError: One does not, or the norms cannot be spread.
+    """
     for what, length in (
         ("width", shape.width),
         ("query heads", shape.heads),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowtide.core.errors import ConfigError, ModelError
+from lowtide.core.errors import ConfigError
 from lowtide.core.lifecycle import Moment
 from lowtide.tensor_parallel.adapters.mpu import ModelParallelUnit
 from lowtide.tensor_parallel.layers import Part
@@ -29,16 +29,9 @@ def layout(moment: Moment, degree: int) -> Layout:
 
     Raises:
         ConfigError: the user's mpu has another degree, or the degree does not divide.
-        ModelError: the model is a pipeline module.
     """
     import deepspeed
 
-    if isinstance(moment.model, deepspeed.PipelineModule):
-        raise ModelError(
-            "lowtide.tensor_parallel: the model is a DeepSpeed PipelineModule, whose layers no "
-            "pattern describes; shard the model with lowtide.tensor_parallel.shard before its "
-            "layers become stages"
-        )
     if not dist.is_initialized():
         deepspeed.init_distributed()
     mpu = moment.data.get("mpu")

@@ -5,10 +5,12 @@ Nothing here imports transformers: a model that arrives has imported it already.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
@@ -114,6 +116,13 @@ class HuggingFacePattern(ModelPattern):
             cache=given.get("past_key_values"),
         )
 
+    def inputs_of_layers(self, model: nn.Module) -> Callable[[Tensor], LayerInputs]:
+        """Return what makes a decoder layer's inputs, with the model's own rotary embedding."""
+        parent = self.layers.rpartition(".")[0]
+        rotary = copy.deepcopy(model.get_submodule(f"{parent}.rotary_emb"))
+        config: Any = model.config
+        return _StageInputs(rotary, getattr(config, "sliding_window", None))
+
     def set_loss(self, model: Any, function: Callable[..., Tensor]) -> Undo | None:
         """Have `model` call ``function(logits=, labels=, vocab_size=, **kwargs)``.
 
@@ -128,6 +137,33 @@ class HuggingFacePattern(ModelPattern):
                 model.loss_function = before
 
         return undo
+
+
+class _StageInputs:
+    """Inputs of decoder layers that stand alone; the rotary tables are computed once per length."""
+
+    def __init__(self, rotary: nn.Module, window: int | None) -> None:
+        self._rotary = rotary
+        self._window = window
+        self._key: Any = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, hidden: Tensor) -> LayerInputs:
+        length = hidden.shape[-2]
+        if self._window is not None and length > self._window:
+            raise ModelError(
+                f"lowtide.tensor_parallel: got {length} tokens, but the model attends to a sliding "
+                f"window of {self._window}, which a pipeline has no mask for; allowed are "
+                f"sequences of at most {self._window} tokens"
+            )
+        key = (length, hidden.dtype, hidden.device)
+        if self._tables is None or key != self._key:
+            positions = torch.arange(length, device=hidden.device).unsqueeze(0)
+            with torch.no_grad():
+                cos, sin = self._rotary.to(hidden.device)(hidden, positions)
+            self._key, self._tables = key, (cos, sin)
+        cos, sin = self._tables
+        return LayerInputs(hidden=hidden, cos=cos, sin=sin)
 
 
 _LAYER = LayerPattern(
