@@ -158,7 +158,7 @@ class Reference:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def _layer(self, x: Tensor, at: str) -> Tensor:
-        variant, get = self.variant, self.tensors.get
+        variant = self.variant
         normed = _rms(x, self.tensors[f"{at}input_layernorm.weight"])
         q, k, v = (
             self._linear(f"{at}self_attention.linear_{each}", normed)
@@ -180,7 +180,6 @@ class Reference:
         if variant["spec"].get("keep_mlp_activation", True):
             gate = gate * gate.sigmoid()
         product = gate * self._linear(f"{at}mlp.linear_up", normed)
-        assert get(f"{at}mlp.linear_down.up.weight") is not None
         return x + self._linear(f"{at}mlp.linear_down", product)
 
     def _linear(self, at: str, x: Tensor) -> Tensor:
@@ -201,9 +200,10 @@ def _rms(x: Tensor, gain: Tensor) -> Tensor:
 
 def _turned(x: Tensor) -> Tensor:
     """Rotary embedding: complex numbers of elements half a head apart, times e^(i angle)."""
-    frequency = 10000.0 ** (-torch.arange(0, HEAD, 2, dtype=torch.float64) / HEAD)
-    # Megatron-core forms the angles in float32.
-    angles = torch.outer(torch.arange(SEQUENCE).float(), frequency.float()).double()
+    # In float32, as Megatron-core does it.
+    frequency = 10000.0 ** (-torch.arange(0, HEAD, 2) / HEAD)
+    angles = torch.outer(torch.arange(SEQUENCE).float(), frequency)
+    turns = torch.complex(angles.cos(), angles.sin()).to(torch.complex128)
     low, high = x.chunk(2, -1)
-    turned = torch.complex(low, high) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.complex(low, high) * turns
     return torch.cat((turned.real, turned.imag), -1)

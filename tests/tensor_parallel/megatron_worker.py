@@ -1,4 +1,8 @@
-"""Run on 1, 2 or 4 ranks by test_megatron_layer.py; facts left as JSON, tensors as files."""
+"""Run on 4 ranks by test_megatron_layer.py; facts left as JSON, tensors as files.
+
+One start for all degrees: with fewer than 4 tensor-parallel ranks, the others hold replicas that
+train on the same batches.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ from lowtide.tensor_parallel.adapters.megatron import bottleneck_layer_spec, tra
 from tests.helpers.ranks import REPOSITORY, leave_result
 from tests.tensor_parallel import megatron_reference as reference
 
-STEPS, MORE_STEPS, MICRO_BATCHES = 5, 2, 2
+STEPS, MORE_STEPS, MICRO_BATCHES = 5, 3, 2
 TRAINED = "cola"
 
 
@@ -136,10 +140,11 @@ def gradients(folder: Path, name: str) -> dict[str, Any]:
         facts[kind] = loss.item()
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    torch.save(
-        {name: (p.detach(), p.grad) for name, p in model.named_parameters()},
-        folder / f"{name}.{size}.{rank}.pt",
-    )
+    if parallel_state.get_data_parallel_rank() == 0:
+        torch.save(
+            {name: (p.detach(), p.grad) for name, p in model.named_parameters()},
+            folder / f"{name}.{size}.{rank}.pt",
+        )
     counted = traffic(model).as_dict()["messages"]
     hidden = torch.randn(
         reference.SEQUENCE, reference.BATCH, reference.WIDTH,
@@ -240,6 +245,7 @@ def refusals() -> dict[str, str]:
 
 
 def run_tensor_parallel(folder: Path, size: int) -> dict[str, Any]:
+    parallel_state.initialize_model_parallel(size)
     facts: dict[str, Any] = {name: gradients(folder, name) for name in reference.VARIANTS}
     run = Run()
     facts["train"] = run.train(0, STEPS)
@@ -254,6 +260,7 @@ def run_tensor_parallel(folder: Path, size: int) -> dict[str, Any]:
         facts["more"] = resumed(checkpoint)
     if size == 1:
         facts["refusals"] = refusals()
+    parallel_state.destroy_model_parallel()
     return facts
 
 
@@ -265,19 +272,15 @@ def resumed(checkpoint: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    folder, size = Path(sys.argv[1]), int(sys.argv[2])
+    folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     # Megatron-core's checkpoints wait for a device that is not there.
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     with example.without_gpu():
-        parallel_state.initialize_model_parallel(size)
-        facts = run_tensor_parallel(folder, size)
-        if size == 4:
-            parallel_state.destroy_model_parallel()
-            parallel_state.initialize_model_parallel(2, 2)
-            facts["pipeline"] = {"train": Run().train(0, STEPS)}
-            facts["pipeline"]["more"] = resumed(folder / "checkpoint")
-            facts["pipeline"]["is_last"] = parallel_state.is_pipeline_last_stage()
+        # Two first: they write the checkpoint.
+        facts = {str(size): run_tensor_parallel(folder, size) for size in (2, 1, 4)}
+        parallel_state.initialize_model_parallel(2, 2)
+        facts["pipeline"] = resumed(folder / "checkpoint")
     leave_result(facts)
     dist.destroy_process_group()
 
