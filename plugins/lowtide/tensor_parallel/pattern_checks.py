@@ -9,7 +9,7 @@ from torch import nn
 
 from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.patterns import LayerPattern, ModelPattern, ModelShape, Projection
-from lowtide.tensor_parallel.recognise import factors_of
+from lowtide.tensor_parallel.recognise import activation_name, factors_of
 
 
 def check_model(pattern: ModelPattern, model: nn.Module) -> ModelShape:
@@ -20,9 +20,15 @@ def check_model(pattern: ModelPattern, model: nn.Module) -> ModelShape:
 
     Raises:
         ModelError: A part is missing, is of another kind, or its size is not the one that the
-            pattern's `shape` says.
+            pattern's `shape` says; or ZeRO 3 has partitioned the parameters.
     """
     name = f'{type(model).__name__} (pattern "{pattern.name}")'
+    for parameter_name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):  # DeepSpeed's mark
+            raise ModelError(
+                f"{name}: {parameter_name} is already partitioned by DeepSpeed's ZeRO 3; build "
+                f"the model outside of deepspeed.zero.Init, it is partitioned after it is sharded"
+            )
     for path in (pattern.embedding, pattern.layers, pattern.final_norm, pattern.head):
         if _part(model, path) is None:
             raise ModelError(f"{name}: has no {path}; mend the model or the pattern's path")
@@ -126,6 +132,10 @@ def _check_layer(pattern: LayerPattern, layer: nn.Module, where: str, shape: Mod
     for inner in (pattern.query_norm, pattern.key_norm):
         if inner is not None:
             _check_norm(layer, inner, where, shape.head_width, "rms")
+    if pattern.mlp_activation is not None:
+        place = f"{where}.{pattern.mlp_activation}"
+        found = activation_name(layer.get_submodule(pattern.mlp_activation), place)
+        _expect(place, "activation", found, shape.mlp_activation)
     for projection in pattern.projections:
         _check_projection(layer, projection, f"{where}.{projection.path}", shape)
 
@@ -152,6 +162,4 @@ def _check_norm(root: nn.Module, path: str, where: str, width: int, kind: str) -
 
 def _weight_shape(root: nn.Module, path: str) -> Any:
     weight = getattr(root.get_submodule(path), "weight", None)
-    if weight is None:
-        return None
-    return tuple(getattr(weight, "ds_shape", weight.shape))  # whole where ZeRO 3 cut it
+    return None if weight is None else tuple(weight.shape)

@@ -128,11 +128,6 @@ def to_bottleneck(factors: Factors) -> BottleneckLinear:
     return module
 
 
-def is_partitioned(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed's ZeRO 3 holds only a part of `parameter` on this rank."""
-    return hasattr(parameter, "ds_id")
-
-
 def _parameter(tensor: Tensor) -> nn.Parameter:
     if isinstance(tensor, nn.Parameter) and tensor.is_contiguous():
         return tensor
@@ -206,7 +201,7 @@ def _check_linear(module: nn.Module, where: str) -> None:
         )
     _check_own_forward(module, where)
     sizes = (module.out_features, module.in_features)
-    if not is_partitioned(module.weight) and tuple(module.weight.shape) != sizes:
+    if tuple(module.weight.shape) != sizes:
         raise ModelError(
             f"{where}: its weight has shape {tuple(module.weight.shape)} but it says {sizes}; "
             f"packed and sharded weights cannot be converted"
