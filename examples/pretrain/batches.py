@@ -1,4 +1,4 @@
-"""Which tokens a reader sees at a step: a pure function, so a resumed run needs no sampler state."""
+"""Which tokens a reader sees at a step: a pure function, so resuming needs no sampler state."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import torch
 from batches import TrainingBatches, readers_of
 from data import PreparedData
 from errors import UsageError
-from model import Decoder, ModelConfig, parameter_groups
 from low_rank import PRETRAIN
+from model import Decoder, ModelConfig, parameter_groups
 from pace import Plan, StepTimer, plan_from_budget, plan_from_steps
 from progress import Display
 from run_folder import Progress, RunFolder
