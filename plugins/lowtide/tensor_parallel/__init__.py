@@ -1,0 +1,1 @@
+"""Bottleneck-aware tensor parallelism: low-rank models sharded so that only latents are reduced."""
