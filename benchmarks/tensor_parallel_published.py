@@ -27,6 +27,7 @@ from lowtide.tensor_parallel.footprint import DecoderShape
 from lowtide.tensor_parallel.presets import PRESETS
 from lowtide.tensor_parallel.timing import Batch, block_time, end_time, update_s
 from lowtide.tensor_parallel.traffic import BOTTLENECK, FULL_RANK, NAIVE, Scheme
+from lowtide.tensor_parallel.work import block_linears
 
 SEQUENCE = 4096
 PAIR_BYTES_PER_S = 100e9  # four links of 25 GB/s between any two GPUs of the authors' nodes
@@ -152,3 +153,55 @@ def iteration_s(row: Iteration, scheme: Scheme) -> float:
     ends = end_time(decoder, row.ranks, scheme, batch=batch, machine=made)
     update = update_s(decoder, row.ranks, scheme, made) / row.stages
     return decoder.layers * block.total_s + ends.total_s + update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One published figure of a part of 7B on four GPUs, and the model's."""
+
+    name: str
+    published: float
+    modelled: float
+    is_fitted: bool = False
+
+
+def parts() -> list[Part]:
+    """Return all published figures below a whole iteration, the fitted ones among them."""
+    made = authors_machine(4)
+    block = authors_decoder("llama-7b").block
+    found = []
+    for name, (shapes, share) in UTILISATIONS.items():
+        flops = sum(2.0 * m * k * n for m, k, n in shapes)
+        seconds = sum(made.gemms.body_s(shape) for shape in shapes)
+        modelled = flops / seconds / made.gpu.peak_flops_per_s
+        found.append(
+            Part(name=f"{name}: of peak", published=share, modelled=modelled, is_fitted=True)
+        )
+    for name, sample in MESSAGES.items():
+        is_fitted = name in MESSAGES_FITTED
+        predicted_s = sample.seconds * (1.0 + made.link.error(sample))
+        found.append(
+            Part(
+                name=f"{name}: ms sending",
+                published=sample.seconds * 1e3,
+                modelled=predicted_s * 1e3,
+                is_fitted=is_fitted,
+            )
+        )
+    for name, seconds in GEMM_S.items():
+        modelled = made.gemms.seconds(UTILISATIONS[name][0][0])
+        found.append(Part(name=f"{name}: ms", published=seconds * 1e3, modelled=modelled * 1e3))
+    for where, seconds in GROUPED.items():
+        layers = [layer for layer in block_linears(block, 4, BOTTLENECK) if layer.where == where]
+        shapes_s = [
+            made.gemms.seconds(layer.gemm(SEQUENCE, "forward"), layer.count) for layer in layers
+        ]
+        name = f"{where} of one sequence: ms of GEMMs"
+        found.append(Part(name=name, published=seconds * 1e3, modelled=sum(shapes_s) * 1e3))
+    for sequences, seconds in LAYER_FORWARD_S.items():
+        batch = Batch(micro_batch=sequences, sequence=SEQUENCE)
+        scheme = PUBLISHED_SCHEMES["BOOST"]
+        modelled = block_time(block, 4, scheme, batch=batch, machine=made).forward.total_s
+        name = f"layer forward, {sequences} sequence(s): ms"
+        found.append(Part(name=name, published=seconds * 1e3, modelled=modelled * 1e3))
+    return found

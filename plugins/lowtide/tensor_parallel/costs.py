@@ -41,6 +41,7 @@ KERNEL_S = 5e-6
 
 _HUBER = 1.345  # residuals beyond this many deviations count linearly
 _ROUNDS = 50
+_LEAST_SHARE = 1e-6  # of the longest time that the bytes must explain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +111,7 @@ def fit_link(samples: Sequence[LinkSample]) -> Link:
     seconds = np.array([sample.seconds for sample in samples])
     columns = np.stack([np.array(fixed) / seconds, np.array(wire) / seconds], axis=1)
     alpha_s, per_byte_s = _robust(columns)
-    if per_byte_s <= 0:
+    if per_byte_s * max(wire) < _LEAST_SHARE * float(seconds.max()):
         raise ConfigError(
             "samples: their times do not grow with their sizes, so no bandwidth can be fitted; "
             "measure larger messages"

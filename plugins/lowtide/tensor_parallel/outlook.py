@@ -266,4 +266,4 @@ def _ranks(attention: int, mlp: int) -> str:
 
 
 def _times(ours: Forecast, other: Forecast) -> str:
-    return f"{ours.iteration_s:.3g} s against {other.iteration_s:.3g} s"
+    return f"a step of {ours.iteration_s:.3f} s against {other.iteration_s:.3f} s"

@@ -49,12 +49,13 @@ class Preset:
                 f"heads: got {self.heads}, allowed is a divisor of the width {self.width}, "
                 "or give the width of a head"
             )
+        head_width = self.width // self.heads if self.head_width is None else self.head_width
         block = BlockShape(
             width=self.width,
             mlp_width=self.mlp_width,
             heads=self.heads,
             kv_heads=self.heads if self.kv_heads is None else self.kv_heads,
-            head_width=self.head_width or self.width // self.heads,
+            head_width=head_width,
             attention_rank=rank,
             mlp_rank=rank,
         )
