@@ -93,10 +93,10 @@ def test_fit_predicts_sizes_it_has_not_seen_when_times_scatter() -> None:
 
 def test_fit_is_little_disturbed_by_interrupted_repeats() -> None:
     truth = (1.3e-5, 2.2e11)
-    disturbed = samples_of(SIZES, *truth, noise=0.02, outliers=6)
+    disturbed = samples_of(SIZES, *truth, noise=0.02, outliers=3)
     link = fit_link(disturbed)
-    assert link.alpha_s == pytest.approx(truth[0], rel=0.05)
-    assert link.beta_bytes_per_s == pytest.approx(truth[1], rel=0.05)
+    assert link.alpha_s == pytest.approx(truth[0], rel=0.02)  # least squares: 10 and 12 %
+    assert link.beta_bytes_per_s == pytest.approx(truth[1], rel=0.02)
 
 
 def test_fit_takes_several_messages_as_one_sample() -> None:
@@ -308,11 +308,14 @@ def test_ends_and_update() -> None:
     found = end_time(decoder, 2, BOTTLENECK, batch=BATCH, machine=flat())
     assert found.gemm_s == pytest.approx(len(PASSES))  # the head's
     made = flat(stream_bytes_per_s=1.0)
+    swept = end_time(decoder, 2, BOTTLENECK, batch=BATCH, machine=made)
+    # Embedding and norm on half of d: 5 and 6 times; 30 bytes for each of a rank's logits.
+    assert swept.sweep_s == pytest.approx(256 * (2 * 11 * 32 + 30 * 500))
     parameters = 3 * block_parameters(BLOCK, 2, BOTTLENECK) + end_parameters(decoder, 2)
     assert update_s(decoder, 2, BOTTLENECK, made) == 30 * parameters
     with_latency = flat(link=Link(alpha_s=1.0, beta_bytes_per_s=1e30))
     ours = end_time(decoder, 2, BOTTLENECK, batch=BATCH, machine=with_latency)
-    assert ours.message_s == pytest.approx(3 * 2 + 1 + 1)  # loss, gather, scatter
+    assert ours.message_s == pytest.approx(2 * 2 + 1 + 1)  # loss, gather, scatter
     assert ours.hidden_s == pytest.approx(1.0)  # the scatter, beside the weight's gradient
 
 

@@ -106,6 +106,22 @@ def test_messages_are_as_many_as_counted_on_running_code() -> None:
     assert volumes(block_of("llama-7b"), 4, apart)[0] == 42496
 
 
+def test_sequence_parallelism_gathers_and_scatters_in_megatrons_order() -> None:
+    forward, backward = block_messages(GROUPED, 2, FULL_RANK)
+    pairs = [("all_gather", "qkv"), ("reduce_scatter", "o")]
+    pairs += [("all_gather", "gate_up"), ("reduce_scatter", "down")]
+    assert [(message.kind, message.where) for message in forward] == pairs
+    assert [(m.kind, m.where, m.under and m.under[1]) for m in backward] == [
+        ("all_gather", "down", None),
+        ("all_gather", "gate_up", "input_gradient"),
+        ("reduce_scatter", "gate_up", "weight_gradient"),
+        ("all_gather", "o", None),
+        ("all_gather", "qkv", "input_gradient"),
+        ("reduce_scatter", "qkv", "weight_gradient"),
+    ]
+    assert {message.elements for message in forward + backward} == {GROUPED.width}
+
+
 def test_each_group_sends_its_own_width() -> None:
     forward, backward = block_messages(GROUPED, 2, BOTTLENECK)
     widths = {message.where: message.elements for message in forward}
@@ -345,8 +361,9 @@ def test_presets_have_the_sizes_of_their_names() -> None:
 
 def test_rank_is_rounded_up_to_a_multiple_of_eight() -> None:
     assert rank_of(0.25, 4096) == 1024
-    assert rank_of(0.1, 4080) == 408  # though 0.1 * 4080 is a little more in binary
-    assert rank_of(0.1001, 4080) == 416
+    assert 0.07 * 800 > 56
+    assert rank_of(0.07, 800) == 56  # what is above it is an error of binary
+    assert rank_of(0.0701, 800) == 64
 
 
 def shape_of(**changes: Any) -> BlockShape:

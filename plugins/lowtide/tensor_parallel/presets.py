@@ -105,5 +105,5 @@ def rank_of(ratio: float, width: int) -> int:
     """
     if not 0 < ratio <= 1:
         raise ConfigError(f"rank_ratio: got {ratio:g}, allowed is above 0 and at most 1")
-    steps = round(ratio * width / RANK_STEP, 9)  # 0.1 * 4080 is a little above 408
+    steps = round(ratio * width / RANK_STEP, 9)  # 0.07 * 800 is a little above 56
     return math.ceil(steps) * RANK_STEP

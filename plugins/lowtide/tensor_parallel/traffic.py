@@ -348,7 +348,7 @@ def end_messages(
     """Return what embedding, head and loss send forward and backward, once per model.
 
     The head is sharded over the vocabulary everywhere, and so is the loss (three fp32 numbers per
-    token). The embedding is sharded over the vocabulary, except ours when it is not tied to the
+    token, of which ours sends two together). The embedding is sharded over the vocabulary, except ours when it is not tied to the
     head: that one is sharded over d and sends nothing.
 
     Args:
@@ -359,7 +359,10 @@ def end_messages(
     """
     if ranks == 1:
         return [], []
-    loss = [Message(kind="all_reduce", where="loss", elements=1, element_bytes=4) for _ in range(3)]
+    of_loss = (1, 2) if scheme.layout == "bottleneck" else (1, 1, 1)
+    loss = [
+        Message(kind="all_reduce", where="loss", elements=each, element_bytes=4) for each in of_loss
+    ]
     is_sharded = scheme.layout == "bottleneck" or scheme.has_sequence_parallel
     if not is_sharded:
         head = _message("all_reduce", "head", width, "W", "weight_gradient")
