@@ -12,7 +12,7 @@
 A link of gloo on a CPU says nothing about NVLink; it shows that the fit predicts sizes it has not
 seen, or how far off it is.
 
-    python benchmarks/bench_tensor_parallel_link.py [--repeats 15]
+    python benchmarks/bench_tensor_parallel_link.py [--repeats 31]
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def measured_gemms(console: Console) -> None:
 def main() -> None:
     """Print all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="of every size of a collective")
+    parser.add_argument("--repeats", type=int, default=31, help="of every size of a collective")
     options = parser.parse_args()
     console = Console(width=120)
     measured_link(console, options.repeats)

@@ -95,7 +95,8 @@ MESSAGES: dict[str, LinkSample] = {
 }
 MESSAGES_FITTED = ("gate+up, two messages", "q+k+v, one message", "block, vanilla", "block, BOOST")
 
-# Table 2, one sequence: microseconds of the two GEMMs of a group; of a whole layer's forward.
+# Table 2, one sequence: the GEMMs of a group; one and four: a whole layer, taken to be its forward,
+# since three times 32 of them make the iteration.
 GROUPED = {"gate_up": 292e-6, "qkv": 255e-6}
 LAYER_FORWARD_S = {1: 2395e-6, 4: 7266e-6}
 GEMM_S = {"attention, vanilla": 0.20e-3, "attention, BOOST": 0.16e-3}

@@ -348,8 +348,8 @@ def end_messages(
     """Return what embedding, head and loss send forward and backward, once per model.
 
     The head is sharded over the vocabulary everywhere, and so is the loss (three fp32 numbers per
-    token, of which ours sends two together). The embedding is sharded over the vocabulary, except ours when it is not tied to the
-    head: that one is sharded over d and sends nothing.
+    token, of which ours sends two together). The embedding is sharded over the vocabulary, except
+    ours when it is not tied to the head: that one is sharded over d and sends nothing.
 
     Args:
         width: Of the residual stream.
