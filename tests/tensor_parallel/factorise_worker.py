@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lowtide.core.errors import LowtideError
 from lowtide.tensor_parallel import shared_svd
 from lowtide.tensor_parallel.config import TensorParallelConfig
-from lowtide.tensor_parallel.factorise import factorise
+from lowtide.tensor_parallel.factorisation import factorise
 from lowtide.tensor_parallel.factors import Decomposition, decompose
 from tests.helpers.ranks import leave_result
 from tests.tensor_parallel.models import hugging_face

@@ -14,7 +14,7 @@ from torch import nn
 from lowtide.core.errors import ConfigError, ModelError
 from lowtide.tensor_parallel.bottleneck import BottleneckLinear
 from lowtide.tensor_parallel.config import TensorParallelConfig
-from lowtide.tensor_parallel.factorise import Factorisation, factorise
+from lowtide.tensor_parallel.factorisation import Factorisation, factorise
 from lowtide.tensor_parallel.factors import svd_factors
 from lowtide.tensor_parallel.patterns import find_pattern, register_pattern, unregister_pattern
 from lowtide.tensor_parallel.shared_svd import share_out

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "BottleneckLinear": "bottleneck",
-    "Factorisation": "factorise",
+    "Factorisation": "factorisation",
     "LayerInputs": "patterns",
     "LayerPattern": "patterns",
     "ModelPattern": "patterns",
     "ModelShape": "patterns",
     "Projection": "patterns",
-    "Shards": "shard",
+    "Shards": "sharding",
     "TensorGroup": "group",
     "TensorParallelConfig": "config",
-    "factorise": "factorise",
-    "load_unsharded_state_dict": "shard",
+    "factorise": "factorisation",
+    "load_unsharded_state_dict": "sharding",
     "register_pattern": "patterns",
-    "shard": "shard",
-    "unsharded_state_dict": "shard",
+    "shard": "sharding",
+    "unsharded_state_dict": "sharding",
 }
 
 if TYPE_CHECKING:
     from lowtide.tensor_parallel.bottleneck import BottleneckLinear
     from lowtide.tensor_parallel.config import TensorParallelConfig
-    from lowtide.tensor_parallel.factorise import Factorisation, factorise
+    from lowtide.tensor_parallel.factorisation import Factorisation, factorise
     from lowtide.tensor_parallel.group import TensorGroup
     from lowtide.tensor_parallel.patterns import (
         LayerInputs,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         Projection,
         register_pattern,
     )
-    from lowtide.tensor_parallel.shard import (
+    from lowtide.tensor_parallel.sharding import (
         Shards,
         load_unsharded_state_dict,
         shard,
@@ -69,6 +69,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         module = importlib.import_module(f"lowtide.tensor_parallel.{_HOMES[name]}")
         value = getattr(module, name)
-        globals()[name] = value  # also hides a sub-module of the same name (factorise, shard)
+        globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

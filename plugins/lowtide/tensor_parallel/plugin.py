@@ -12,11 +12,11 @@ from torch import Tensor
 from lowtide.core.errors import ConfigError, ModelError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 from lowtide.tensor_parallel.config import TensorParallelConfig
-from lowtide.tensor_parallel.factorise import Factorisation, factorise
+from lowtide.tensor_parallel.factorisation import Factorisation, factorise
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layout import Layout, build_layout
 from lowtide.tensor_parallel.parameters import Successors, listed_groups
-from lowtide.tensor_parallel.shard import Shards, shard, unsharded_state_dict
+from lowtide.tensor_parallel.sharding import Shards, shard, unsharded_state_dict
 
 logger = logging.getLogger("lowtide")
 
