@@ -179,7 +179,7 @@ class DecoderLayer(nn.Module):
         return partial
 
     def _leave(self, total: Tensor) -> Tensor:
-        (out,) = self.mlp_out.up(total, None)
+        (out,) = self.mlp_out.up(total, None, is_last=True)
         return out
 
 

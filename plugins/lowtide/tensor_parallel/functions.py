@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -210,10 +211,17 @@ def recover(
 class _Up(Function):
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, weight: Tensor, sizes: Sequence[int], group: TensorGroup
+        ctx: Any,
+        latent: Tensor,
+        weight: Tensor,
+        sizes: Sequence[int],
+        group: TensorGroup,
+        is_last: bool,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(latent, weight)
         ctx.sizes, ctx.group = sizes, group
+        if is_last and is_recomputing():
+            return tuple(latent.new_empty((*latent.shape[:-1], size)) for size in sizes)
         by_member = _members(latent, weight.shape[1])
         outputs = []
         for first, count, begin, size in _runs(sizes):
@@ -253,7 +261,7 @@ class _Up(Function):
         d_latent = None
         if pending is not None:
             d_latent = pending.wait().transpose(0, 1).reshape(latent.shape)
-        return d_latent, d_weight, None, None
+        return d_latent, d_weight, None, None, None
 
 
 def _members(latent: Tensor, rank: int) -> Tensor:
@@ -276,7 +284,12 @@ def _runs(sizes: Sequence[int]) -> list[tuple[int, int, int, int]]:
 
 
 def up(
-    latent: Tensor, weight: Tensor, sizes: Sequence[int], group: TensorGroup
+    latent: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    group: TensorGroup,
+    *,
+    is_last: bool = False,
 ) -> tuple[Tensor, ...]:
     """Multiply the latents of c projections by this rank's rows of their B.
 
@@ -288,11 +301,16 @@ def up(
         weight: ``[sum of sizes, r]``, projections one after another.
         sizes: Local rows of each projection, c of them.
         group: The ranks.
+        is_last: Whether the result of a checkpointed segment's second run is never read.
 
     Returns:
         c tensors ``[..., size]``.
     """
-    outputs: tuple[Tensor, ...] = _Up.apply(latent, weight, tuple(sizes), group)
+    if group.size == 1:
+        members = latent.split(weight.shape[1], -1)
+        parts = weight.split(tuple(sizes))
+        return tuple(F.linear(each, part) for each, part in zip(members, parts, strict=True))
+    outputs: tuple[Tensor, ...] = _Up.apply(latent, weight, tuple(sizes), group, is_last)
     return outputs
 
 

@@ -118,6 +118,7 @@ class DownProjection(Sharded):
         weight_parts: One for each projection.
         gain: ``[n]``, this rank's part of the norm's gain; None without a norm.
         gain_part: Where it comes from.
+        norm: The norm, for a group of one, which computes it here.
     """
 
     weight: Tensor
@@ -130,8 +131,10 @@ class DownProjection(Sharded):
         weight_parts: Sequence[Part],
         gain: Tensor | None = None,
         gain_part: Part | None = None,
+        norm: NormSetting | None = None,
     ) -> None:
         super().__init__(group)
+        self.norm = norm
         self.own("weight", weight, *weight_parts)
         self.own("gain", gain, *([gain_part] if gain_part is not None else []))
 
@@ -144,6 +147,10 @@ class DownProjection(Sharded):
         Returns:
             ``[..., R]`` and ``[...]`` (None without a norm), to be given to `functions.reduce`.
         """
+        if self.group.size == 1:  # nothing to put off: torch's own operations are the fastest
+            if self.norm is not None:
+                x = F.rms_norm(x, (self.norm.width,), self.gain, self.norm.epsilon)
+            return F.linear(x, self.weight), None
         return partial_down(x, self.weight, self.gain, self.group)
 
 
@@ -193,12 +200,16 @@ class UpProjection(Sharded):
         self.own("latent_bias", latent_bias, *latent_bias_parts)
         self.own("bias", bias, *bias_parts)
 
-    def forward(self, total: Tensor, squares: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        self, total: Tensor, squares: Tensor | None, *, is_last: bool = False
+    ) -> tuple[Tensor, ...]:
         """Return this rank's part of each output.
 
         Args:
             total: ``[..., R]``, reduced.
             squares: ``[...]``, reduced; None without a norm.
+            is_last: Nothing in the checkpointed segment reads the result, so the second run does
+                not compute it.
         """
         dtype = self.weight.dtype
         if self.norm is not None and squares is not None:
@@ -209,7 +220,7 @@ class UpProjection(Sharded):
             latent = latent + self.latent_bias
         if self.activation is not None:
             latent = self.activation(latent)
-        members = up(latent, self.weight, self.sizes, self.group)
+        members = up(latent, self.weight, self.sizes, self.group, is_last=is_last)
         if self.bias is not None:
             biases = self.bias.split(self.sizes)
             members = tuple(each + bias for each, bias in zip(members, biases, strict=True))
