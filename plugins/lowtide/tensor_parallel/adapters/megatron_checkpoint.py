@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.layers import Part
-from lowtide.tensor_parallel.shard import sharded_parameters
+from lowtide.tensor_parallel.sharding import sharded_parameters
 
 
 def sharded_state_dict(

@@ -119,16 +119,18 @@ class LayerParts:
             gain = torch.ones(columns // group.size, **self.place)
         has_latent_bias = self.setting.latent_bias
         activation = self.setting.activation
+        of_norm = None if norm is None else self.norm
         up = UpProjection(
             group, b_cut, b_parts, local,
             latent_bias=torch.zeros(rank * len(names), **self.place) if has_latent_bias else None,
             latent_bias_parts=latents if has_latent_bias else (),
             bias=torch.zeros(begins[-1], **self.place) if has_bias else None,
             bias_parts=biases if has_bias else (),
-            norm=None if norm is None else self.norm,
+            norm=of_norm,
             activation=None if activation is None else ACTIVATIONS[activation],
         )  # fmt: skip
-        return Bottleneck(DownProjection(group, a_cut, a_parts, gain, gain_part), up)
+        down = DownProjection(group, a_cut, a_parts, gain, gain_part, of_norm)
+        return Bottleneck(down, up)
 
     def _factors(
         self,
