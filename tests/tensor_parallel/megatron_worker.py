@@ -123,6 +123,19 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def error_of_bfloat16(name: str) -> float:
+    """Relative error of logits in bfloat16 against float64."""
+    variant, results = reference.VARIANTS[name], []
+    tokens, _ = reference.batch()
+    positions = torch.arange(reference.SEQUENCE).expand(reference.BATCH, -1)
+    for dtype in (torch.float64, torch.bfloat16):
+        model = build(variant, dtype, parallel_output=False)
+        fill(model, variant)
+        with torch.no_grad():
+            results.append(model(tokens, positions, None).double())
+    return float((results[1] - results[0]).norm() / results[0].norm())
+
+
 def gradients(folder: Path, name: str) -> dict[str, Any]:
     """Loss and gradients in float64, and what the layers sent."""
     variant = reference.VARIANTS[name]
@@ -247,6 +260,7 @@ def refusals() -> dict[str, str]:
 def run_tensor_parallel(folder: Path, size: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(size)
     facts: dict[str, Any] = {name: gradients(folder, name) for name in reference.VARIANTS}
+    facts["bfloat16"] = {name: error_of_bfloat16(name) for name in reference.VARIANTS}
     run = Run()
     facts["train"] = run.train(0, STEPS)
     checkpoint = folder / "checkpoint"
@@ -255,6 +269,8 @@ def run_tensor_parallel(folder: Path, size: int) -> dict[str, Any]:
             checkpoint.mkdir()
         dist.barrier()
         dist_checkpointing.save(run.state(is_loading=False), str(checkpoint))
+        saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        facts["saved"] = {key: list(tensor.global_shape) for key, tensor in saved.items()}
         facts["more"] = run.train(STEPS, MORE_STEPS)
     else:
         facts["more"] = resumed(checkpoint)

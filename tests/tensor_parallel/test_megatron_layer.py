@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from lowtide.core.errors import ConfigError, ModelError
+from lowtide.tensor_parallel.adapters import megatron_checkpoint
 from lowtide.tensor_parallel.adapters.megatron import bottleneck_layer_spec
-from lowtide.tensor_parallel.adapters.megatron_settings import LayerSizes, check_config
-from tests.helpers.ranks import run_ranks
+from lowtide.tensor_parallel.adapters.megatron_settings import (
+    LayerSizes,
+    check_config,
+    tier_of,
+)
+from lowtide.tensor_parallel.layers import Part
+from tests.helpers.ranks import REPOSITORY, free_port, run_command, run_ranks
 from tests.tensor_parallel import megatron_reference as reference
 
 pytest.importorskip("megatron.core.package_info")
@@ -93,6 +99,15 @@ def test_loss_and_gradients_are_those_of_the_plain_model(
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("size", [2, 4])
+def test_bfloat16_is_no_less_exact_than_on_one_rank(start: Start, size: int) -> None:
+    alone = start.facts[1][0]["bfloat16"]
+    for facts in start.facts[size]:
+        for variant, error in facts["bfloat16"].items():
+            assert 1e-4 < error < 1.5 * alone[variant], variant
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("size", SIZES)
 def test_initial_model_is_the_same_for_every_number_of_ranks(start: Start, size: int) -> None:
     for variant in reference.VARIANTS:
@@ -145,6 +160,23 @@ def test_training_with_megatrons_optimizer_goes_as_on_one_rank(start: Start, siz
     for facts in start.facts[size]:
         assert facts["train"]["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         assert facts["train"]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+@pytest.mark.dist
+def test_checkpoint_holds_whole_tensors_by_projection(start: Start) -> None:
+    saved = start.facts[2][0]["saved"]
+    variant = reference.VARIANTS["cola"]
+    expected = {
+        f"decoder.layers.{name}": [reference.LAYERS, *reference.whole(variant, 0, name).shape]
+        for name in reference.layer_names(variant)
+    }
+    expected |= {name: saved[name] for name in ENDS}  # Megatron-core's own
+    states = {
+        f"optimizer.state.{kind}.{name}": shape
+        for kind in ("exp_avg", "exp_avg_sq")
+        for name, shape in expected.items()
+    }
+    assert saved == expected | states
 
 
 @pytest.mark.dist
@@ -225,6 +257,30 @@ def test_sizes_must_divide(name: str) -> None:
         LayerSizes.of(config, 4)
 
 
+def test_flat_ranges_of_joined_projections_are_refused() -> None:
+    part = Part("linear_q.up.weight", slice(None), (8,), 0)
+    maker = megatron_checkpoint._Maker("up.weight", (part,), (), None)
+    with pytest.raises(ModelError, match=r"layers\.up\.weight: a flat range .*fully_reshardable"):
+        maker.split("layers.up.weight", torch.zeros(8, 2), (0, 0, 0), slice(0, 4))
+
+
+@pytest.mark.parametrize(
+    ("given", "granularity", "tier"),
+    [
+        (None, None, "none"),
+        (None, "selective", "latents"),
+        ("none", "selective", "none"),
+        ("sharded_latents", None, "sharded_latents"),
+    ],
+)
+def test_recompute_granularity_is_a_tier_unless_one_is_given(
+    given: str | None, granularity: str | None, tier: str
+) -> None:
+    spec = bottleneck_layer_spec(8, activation_checkpointing=given)
+    config = configuration(recompute_granularity=granularity)
+    assert tier_of(spec.params["setting"], config) == tier
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -252,3 +308,17 @@ def test_key_of_the_json_is_refused_under_megatron_and_points_to_the_spec() -> N
     assert where in str(caught.value)
     assert where == f"{bottleneck_layer_spec.__module__}.{bottleneck_layer_spec.__name__}"
     assert not model._forward_hooks
+
+
+@pytest.mark.dist
+def test_example_learns_with_low_rank_layers(tmp_path: Path) -> None:
+    script = str(REPOSITORY / "examples" / "megatron_core" / "train.py")
+    command = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), script]
+    command += ["--tensor", "2", "--rank", "16", "--steps", "20"]
+    log = run_command(command, timeout_s=150, cwd=tmp_path).check().logs[0]
+    losses = [float(text) for text in re.findall(r"^step \d+ loss (\S+)$", log, re.MULTILINE)]
+    assert len(losses) == 20
+    assert losses[0] > 5.0
+    assert sum(losses[-3:]) / 3 < losses[0] - 1.0
+    # 2 layers, 2 micro-batches, 20 steps.
+    assert f"'forward/all_reduce': {4 * 2 * 2 * 20}" in log

@@ -108,8 +108,8 @@ class _Maker:
         """
         if flattened is not None:
             raise ModelError(
-                f"{key}: flat ranges of parameters that join projections cannot be told apart; "
-                f'save the optimizer with sharding type "dp_reshardable" or "fully_reshardable"'
+                f"{key}: a flat range of a parameter that joins projections cannot be taken apart; "
+                f'set metadata["distrib_optim_sharding_type"] to "fully_reshardable"'
             )
         before = key.removesuffix(self.name)
         return [
