@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowtide.core.errors import ConfigError, ModelError
+from lowtide.core.errors import ConfigError, HostError, ModelError
 from lowtide.tensor_parallel.adapters import megatron_checkpoint
-from lowtide.tensor_parallel.adapters.megatron import bottleneck_layer_spec
+from lowtide.tensor_parallel.adapters.megatron import bottleneck_layer_spec, layer_class
 from lowtide.tensor_parallel.adapters.megatron_settings import (
     LayerSizes,
     check_config,
@@ -294,6 +295,12 @@ def test_recompute_granularity_is_a_tier_unless_one_is_given(
 def test_specs_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bottleneck_layer_spec(**options)
+
+
+def test_missing_megatron_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core.transformer.module", None)
+    with pytest.raises(HostError, match="megatron-core cannot be imported"):
+        layer_class.__wrapped__()
 
 
 def test_key_of_the_json_is_refused_under_megatron_and_points_to_the_spec() -> None:
