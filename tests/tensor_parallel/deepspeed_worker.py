@@ -116,11 +116,13 @@ def train(engine: Any, steps: int, accumulation: int = 1, *, skip: int = 0) -> d
     for tokens in batches(steps * accumulation, readers, reader)[skip * accumulation :]:
         loss = engine(tokens, labels=tokens).loss
         engine.backward(loss)
+        is_update = engine.is_gradient_accumulation_boundary()
         engine.step()
+        if is_update:
+            norms.append(float(engine.get_global_grad_norm() or 0.0))
         shared = loss.detach().clone()
         dist.all_reduce(shared, group=mpu.get_data_parallel_group())
         losses.append(shared.item() / readers)
-        norms.append(float(engine.get_global_grad_norm() or 0.0))
     return {"losses": losses, "norms": norms}
 
 

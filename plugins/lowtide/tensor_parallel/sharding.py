@@ -43,20 +43,27 @@ class Shards:
     renamed: dict[str, str]
 
 
-def shard(model: nn.Module, group: TensorGroup, *, tier: str = "none") -> Shards:
+def shard(
+    model: nn.Module,
+    group: TensorGroup,
+    *,
+    tier: str = "none",
+    shape: ModelShape | None = None,
+) -> Shards:
     """Replace the parts of a low-rank `model` by this rank's share of them, in place.
 
     Args:
         model: All projections are `BottleneckLinear` (see `factorise`), the same on all ranks.
         group: The ranks.
         tier: Of activation checkpointing, one of `recompute.TIERS`.
+        shape: What `factorise` returned; None: what the model's pattern says.
 
     Raises:
         ModelError: something does not divide by the number of ranks, or cannot be sharded. Nothing
             was changed then, and no message was sent.
     """
     pattern = find_pattern(model)
-    shape = pattern.shape(model)
+    shape = pattern.shape(model) if shape is None else shape
     _check_division(pattern, shape, group.size)
     builder = Builder(model, pattern, shape, group, tier)
     layers = model.get_submodule(pattern.layers)
