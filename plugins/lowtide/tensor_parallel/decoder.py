@@ -125,23 +125,32 @@ class DecoderLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return this rank's part of the residual stream after the block, ``[B, T, n]``."""
         inputs = self.bind(args, kwargs)
-        group, x, tier = self.group, inputs.hidden, self.tier
+        group, x = self.group, inputs.hidden
         if self.training and torch.is_grad_enabled():
             inputs = replace(inputs, cache=None)  # models fill one by habit; nobody will read it
+        # A second run of attention would put the same keys into a cache once more.
+        tier = self.tier if inputs.cache is None else "none"
+
+        def run(segment: Callable[..., Any], *given: Tensor, modules: tuple[Any, ...]) -> Any:
+            return run_segment(segment, *given, tier=tier, group=group, modules=modules)
+
         partial, squares = self.attention_in.down(x)
         total, squares = reduce(partial, squares, group)
 
         def attend(total: Tensor, squares: Tensor) -> Tensor:
             return self._attend(total, squares, inputs)
 
-        partial = run_segment(attend, total, squares, tier=tier, group=group)
+        inner = (self.attention_in.up, self.head_norms, self.attention_out.down)
+        partial = run(attend, total, squares, modules=inner)
         total, _ = reduce(partial, None, group)
-        x, partial, squares = run_segment(self._middle, total, x, tier=tier, group=group)
+        inner = (self.attention_out.up, self.mlp_in.down)
+        x, partial, squares = run(self._middle, total, x, modules=inner)
         total, squares = reduce(partial, squares, group)
-        partial = run_segment(self._multiply, total, squares, tier=tier, group=group)
+        inner = (self.mlp_in.up, self.mlp_out.down)
+        partial = run(self._multiply, total, squares, modules=inner)
         total, _ = reduce(partial, None, group)
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
-        return x + run_segment(self._leave, total, tier=tier, group=group)
+        return x + run(self._leave, total, modules=(self.mlp_out.up,))
 
     def _attend(self, total: Tensor, squares: Tensor, inputs: LayerInputs) -> Tensor:
         q, k, v = (self._heads(each) for each in self.attention_in.up(total, squares))
