@@ -160,10 +160,13 @@ class DecoderLayer(nn.Module):
             q, k = rotate(q, inputs.cos, inputs.sin), rotate(k, inputs.cos, inputs.sin)
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.layer_index)
-        is_first = inputs.attention_mask is None and q.shape[-2] > 1
+        mask = inputs.attention_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:  # for each head of the model
+            mask = mask[:, self.group.slice_of(mask.shape[1])]
+        is_first = mask is None and q.shape[-2] > 1
         context = F.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=inputs.attention_mask,
+            attn_mask=mask,
             is_causal=self.attention.is_causal and is_first,
             scale=self.attention.scale,
             enable_gqa=q.shape[-3] != k.shape[-3],
