@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowtide.tensor_parallel.functions import reduce, shared
+from lowtide.tensor_parallel.functions import reduce, rms_norm, shared
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
 from lowtide.tensor_parallel.patterns import LayerInputs
@@ -73,8 +73,7 @@ class HeadNorms(Sharded):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise ``[..., K]``. One small message backward: each rank has heads of its own."""
         of_q, of_k = shared(self.group, self.query_gain, self.key_gain)
-        width = (q.shape[-1],)
-        return F.rms_norm(q, width, of_q, self.epsilon), F.rms_norm(k, width, of_k, self.epsilon)
+        return rms_norm(q, of_q, self.epsilon), rms_norm(k, of_k, self.epsilon)
 
 
 class DecoderLayer(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lowtide.tensor_parallel import statistic
+from lowtide.tensor_parallel.functions import rms_norm
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import NormSetting, Part, Sharded, check_same_data
 
@@ -141,7 +142,7 @@ class GatherNorm(Sharded):
         is what `VocabularyHead` gives.
         """
         if self.group.size == 1:
-            return F.rms_norm(x, (self.norm.width,), self.gain, self.norm.epsilon)
+            return rms_norm(x, self.gain, self.norm.epsilon)
         normed: Tensor = _GatherNorm.apply(x, self.gain, self.norm, self.group)
         return normed
 

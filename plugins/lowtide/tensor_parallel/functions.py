@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -65,7 +66,7 @@ class _PartialDown(Function):
         need_x, need_weight, need_gain, _ = ctx.needs_input_grad
         d_weight = d_x = d_gain = None
         if need_weight:
-            scaled = x if gain is None else x * gain
+            scaled = (x if gain is None else x * gain).to(weight.dtype)
             d_weight = _flat(d_partial).T @ _flat(scaled)
         if not (need_x or need_gain):
             return None, d_weight, None, None
@@ -205,6 +206,12 @@ def recover(
     """
     latent: Tensor = _Recover.apply(total, squares, width, epsilon, dtype)
     return latent
+
+
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Normalise the last dimension, all of which is here; gains may be of a wider dtype than x."""
+    wide = torch.promote_types(x.dtype, gain.dtype)
+    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), epsilon).to(x.dtype)
 
 
 class _Up(Function):
