@@ -74,14 +74,19 @@ class _GatherNorm(Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, norm: NormSetting, group: TensorGroup) -> Tensor:
         wide = statistic.statistic_dtype(x.dtype)
         squares = torch.linalg.vector_norm(x, dim=-1, dtype=wide).square_()
+        is_half = x.dtype == torch.float16
+        scaled = x / statistic.local_scale(squares, x.shape[-1]) if is_half else x
         # Bits, not values: a gather does no arithmetic, so a wide number travels as narrow ones.
         bits = squares.unsqueeze(-1).view(x.dtype)
-        message = torch.cat(((x * gain).to(x.dtype), bits), -1)
+        message = torch.cat(((scaled * gain).to(x.dtype), bits), -1)
         both = group.gather_columns(message, phase="forward").unflatten(-1, (group.size, -1))
         scaled, bits = both.split((x.shape[-1], bits.shape[-1]), -1)
-        total = bits.contiguous().view(wide).squeeze(-1).sum(-1)
-        rms = (total / norm.width + norm.epsilon).sqrt_().unsqueeze(-1)
-        normed = (scaled.flatten(-2).to(wide) / rms).to(x.dtype)
+        by_rank = bits.contiguous().view(wide).squeeze(-1)
+        rms = (by_rank.sum(-1) / norm.width + norm.epsilon).sqrt_().unsqueeze(-1)
+        scaled = scaled.to(wide)
+        if is_half:
+            scaled.mul_(statistic.local_scale(by_rank, x.shape[-1]))
+        normed = (scaled.flatten(-2) / rms).to(x.dtype)
         ctx.save_for_backward(x, gain, normed, rms)
         ctx.norm, ctx.group = norm, group
         return normed

@@ -29,6 +29,19 @@ def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def local_scale(squares: Tensor, width: int) -> Tensor:
+    """Return ``[..., 1]``, the root mean square of one rank's part, and no less than 1.
+
+    Float16 holds nothing above 65504, which a gain times the largest numbers of a residual stream
+    can pass: they are divided by this first, and multiplied again where there are 32 bits.
+
+    Args:
+        squares: ``[...]``, sums of squares.
+        width: Over how many elements.
+    """
+    return (squares / width).sqrt_().clamp_(min=1.0).unsqueeze(-1)
+
+
 def columns(dtype: torch.dtype, size: int) -> int:
     """Return how many columns the statistic takes in a message for `size` ranks."""
     if size == 1:
