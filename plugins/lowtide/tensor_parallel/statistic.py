@@ -62,9 +62,11 @@ def write(room: Tensor, local: Tensor, rank: int) -> None:
         return
     room.zero_()
     rest = local
+    # The largest float32 rounds to infinity in bfloat16, and infinity less itself is no number.
+    largest = torch.finfo(torch.bfloat16).max
     for piece in range(PIECES):
         column = room[:, rank * PIECES + piece]
-        column.copy_(rest)
+        column.copy_(rest.clamp(-largest, largest))
         rest = rest - column.to(rest.dtype)
 
 
