@@ -60,7 +60,11 @@ class TiedEmbedding(Sharded):
         rows = self.weight.shape[0]
         local = tokens - self.group.rank * rows
         is_elsewhere = (local < 0) | (local >= rows)
-        vectors = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
+        # A token that is nowhere fails here as in an ordinary embedding, on every rank.
+        (vocabulary,) = self.parts["weight"][0].blocks
+        is_nowhere = (tokens < 0) | (tokens >= vocabulary)
+        local = local.masked_fill(is_elsewhere, 0).masked_fill(is_nowhere, -1)
+        vectors = F.embedding(local, self.weight)
         vectors = vectors.masked_fill(is_elsewhere.unsqueeze(-1), 0.0)
         if self.padding is not None:
             is_padding = (tokens == self.padding).unsqueeze(-1)
