@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowtide.core.errors import ModelError
+from lowtide.core.errors import ConfigError, ModelError, listed, near
 from lowtide.tensor_parallel.build import Builder
 from lowtide.tensor_parallel.ends import VocabularyHead
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Part, Sharded
 from lowtide.tensor_parallel.loss import IGNORED, vocabulary_cross_entropy
 from lowtide.tensor_parallel.patterns import ModelPattern, ModelShape, find_pattern
+from lowtide.tensor_parallel.recompute import TIERS
 
 
 @dataclass
@@ -52,9 +53,15 @@ def shard(model: nn.Module, group: TensorGroup, *, tier: str = "none") -> Shards
         tier: Of activation checkpointing, one of `recompute.TIERS`.
 
     Raises:
+        ConfigError: there is no such tier.
         ModelError: something does not divide by the number of ranks, or cannot be sharded. Nothing
             was changed then, and no message was sent.
     """
+    if tier not in TIERS:
+        raise ConfigError(
+            f'lowtide.tensor_parallel.activation_checkpointing: got "{tier}", allowed are '
+            f"{listed(TIERS)}.{near(tier, TIERS)}"
+        )
     pattern = find_pattern(model)
     shape = pattern.shape(model)
     _check_division(pattern, shape, group.size)
