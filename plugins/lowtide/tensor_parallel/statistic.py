@@ -74,5 +74,7 @@ def read(room: Tensor) -> Tensor:
     """Return ``[T]``, the sum over the ranks, from the reduced columns."""
     if room.dtype != torch.bfloat16:
         return room[:, 0].clone()
-    # Pieces of one rank first, then ranks in order: the same order, and bits, everywhere.
-    return room.to(torch.float32).unflatten(-1, (-1, PIECES)).sum(-1).sum(-1)
+    # Pieces of one rank first, then ranks in order: the same order, and bits, everywhere. The
+    # small pieces first: high and middle together may round up to infinity.
+    high, middle, low = room.to(torch.float32).unflatten(-1, (-1, PIECES)).unbind(-1)
+    return (high + (middle + low)).sum(-1)
