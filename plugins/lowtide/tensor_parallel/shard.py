@@ -194,25 +194,28 @@ def load_unsharded_state_dict(
     """Fill a sharded model from an unsharded model's state dict, whatever ranks wrote it.
 
     Raises:
-        ModelError: a tensor is missing or has another shape.
+        ModelError: a tensor is missing or has another shape. Nothing was changed then.
     """
+    targets = [
+        (part, model.get_parameter(name)[part.rows])
+        for name, parts in sharded_parameters(model)
+        for part in parts
+    ]
+    for part, target in targets:
+        if part.name not in state:
+            raise ModelError(
+                f"{part.name}: is not in the state dict that was to be loaded; it must be "
+                f"that of the unsharded low-rank model (unsharded_state_dict)"
+            )
+        found, wanted = tuple(state[part.name].shape), part.whole_shape(target)
+        if found != wanted:
+            raise ModelError(
+                f"{part.name}: has shape {found} in the state dict that was to be loaded, allowed "
+                f"is {wanted}; load the state dict of a model of the same sizes"
+            )
     with torch.no_grad():
-        for name, parts in sharded_parameters(model):
-            parameter = model.get_parameter(name)
-            for part in parts:
-                if part.name not in state:
-                    raise ModelError(
-                        f"{part.name}: is not in the state dict that was to be loaded; it must be "
-                        f"that of the unsharded low-rank model (unsharded_state_dict)"
-                    )
-                target = parameter[part.rows]
-                mine = part.cut(state[part.name], group)
-                if mine.shape != target.shape:
-                    raise ModelError(
-                        f"{part.name}: has shape {tuple(state[part.name].shape)}, of which this "
-                        f"rank's part is {tuple(mine.shape)} and not {tuple(target.shape)}"
-                    )
-                target.copy_(mine)
+        for part, target in targets:
+            target.copy_(part.cut(state[part.name], group))
 
 
 def _is_of_sharded(model: nn.Module, name: str) -> bool:
