@@ -82,8 +82,11 @@ def run_segment(
     if tier == "latents" or group.size == 1:
         return checkpoint(twice, latent, *others, use_reentrant=True)
 
+    # Not `latent` itself: autograd keeps the hooks, and they would keep what they refer to.
+    place, shape = latent.data_ptr(), latent.shape
+
     def pack(tensor: Tensor) -> Any:
-        is_latent = tensor.data_ptr() == latent.data_ptr() and tensor.shape == latent.shape
+        is_latent = tensor.data_ptr() == place and tensor.shape == shape
         return _TokenShard(tensor, group) if is_latent else tensor
 
     def unpack(kept: Any) -> Tensor:
