@@ -65,6 +65,13 @@ class Part:
         blocks = [torch.cat([each[b] for each in split], self.dim) for b in range(len(lengths))]
         return torch.cat(blocks, self.dim).narrow(self.dim, 0, sum(self.blocks))
 
+    def whole_shape(self, mine: Tensor) -> tuple[int, ...]:
+        """Return the whole tensor's shape, from one rank's part of it."""
+        shape = list(mine.shape)
+        if self.dim is not None:
+            shape[self.dim] = sum(self.blocks)
+        return tuple(shape)
+
     def _lengths(self) -> list[int]:
         return list(self.blocks) if self.padded is None else [self.padded]
 
