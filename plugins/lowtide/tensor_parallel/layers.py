@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
-from lowtide.tensor_parallel.functions import partial_down, recover, up
+from lowtide.tensor_parallel.functions import partial_down, recover, rms_norm, up
 from lowtide.tensor_parallel.group import TensorGroup
 
 Activation = Callable[[Tensor], Tensor]
@@ -155,8 +155,8 @@ class DownProjection(Sharded):
             ``[..., R]`` and ``[...]`` (None without a norm), to be given to `functions.reduce`.
         """
         if self.group.size == 1:  # nothing to put off: torch's own operations are the fastest
-            if self.norm is not None:
-                x = F.rms_norm(x, (self.norm.width,), self.gain, self.norm.epsilon)
+            if self.norm is not None and self.gain is not None:
+                x = rms_norm(x, self.gain, self.norm.epsilon)
             return F.linear(x, self.weight), None
         return partial_down(x, self.weight, self.gain, self.group)
 
