@@ -21,6 +21,9 @@ from lowtide.tensor_parallel.patterns import LayerInputs
 from lowtide.tensor_parallel.recompute import run_segment
 
 
+Modules = tuple[nn.Module | None, ...]
+
+
 class Bottleneck(nn.Module):
     """Both halves of the projections that share an input."""
 
@@ -130,16 +133,18 @@ class DecoderLayer(nn.Module):
         # A second run of attention would put the same keys into a cache once more.
         tier = self.tier if inputs.cache is None else "none"
 
-        def run(segment: Callable[..., Any], *given: Tensor, modules: tuple[Any, ...]) -> Any:
-            return run_segment(segment, *given, tier=tier, group=group, modules=modules)
+        def run(
+            segment: Callable[..., Any], latent: Tensor, *others: Tensor | None, modules: Modules
+        ) -> Any:
+            return run_segment(segment, latent, *others, tier=tier, group=group, modules=modules)
 
         partial, squares = self.attention_in.down(x)
         total, squares = reduce(partial, squares, group)
 
-        def attend(total: Tensor, squares: Tensor) -> Tensor:
+        def attend(total: Tensor, squares: Tensor | None) -> Tensor:
             return self._attend(total, squares, inputs)
 
-        inner = (self.attention_in.up, self.head_norms, self.attention_out.down)
+        inner: Modules = (self.attention_in.up, self.head_norms, self.attention_out.down)
         partial = run(attend, total, squares, modules=inner)
         total, _ = reduce(partial, None, group)
         inner = (self.attention_out.up, self.mlp_in.down)
@@ -151,7 +156,7 @@ class DecoderLayer(nn.Module):
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
         return x + run(self._leave, total, modules=(self.mlp_out.up,))
 
-    def _attend(self, total: Tensor, squares: Tensor, inputs: LayerInputs) -> Tensor:
+    def _attend(self, total: Tensor, squares: Tensor | None, inputs: LayerInputs) -> Tensor:
         q, k, v = (self._heads(each) for each in self.attention_in.up(total, squares))
         if self.head_norms is not None:
             q, k = self.head_norms(q, k)
@@ -176,13 +181,13 @@ class DecoderLayer(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.attention.head_width)).transpose(-3, -2)
 
-    def _middle(self, total: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _middle(self, total: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         (out,) = self.attention_out.up(total, None)
         x = x + out
         partial, squares = self.mlp_in.down(x)
         return x, partial, squares
 
-    def _multiply(self, total: Tensor, squares: Tensor) -> Tensor:
+    def _multiply(self, total: Tensor, squares: Tensor | None) -> Tensor:
         gate, value = self.mlp_in.up(total, squares)
         if self.mlp_activation is not None:
             gate = self.mlp_activation(gate)
