@@ -154,7 +154,8 @@ def _spread_loss(
         return  # the model's users compute their loss themselves, from whole logits
 
     def choose(module: nn.Module, args: Any, kwargs: Any) -> None:
-        head.is_spread = module.training and pattern.computes_loss(args, kwargs)
+        hides_logits = module.training or not pattern.gives_logits
+        head.is_spread = hides_logits and pattern.computes_loss(args, kwargs)
 
     model.register_forward_pre_hook(choose, with_kwargs=True)
 
