@@ -20,7 +20,6 @@ from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sha
 from lowtide.tensor_parallel.patterns import LayerInputs
 from lowtide.tensor_parallel.recompute import run_segment
 
-
 Modules = tuple[nn.Module | None, ...]
 
 
