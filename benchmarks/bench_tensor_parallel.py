@@ -1,8 +1,8 @@
 """A group of one: the converted model against the plain low-rank model that it was made from.
 
-Forward and backward of a Hugging Face Llama whose linears are `BottleneckLinear`, as it is and after
-`shard(model, TensorGroup())`, in turn in one process; medians of the ratio of neighbours. At most 1
-is the goal: who tries one GPU first must not pay for the others.
+Forward and backward of a Hugging Face Llama whose linears are `BottleneckLinear`, as it is and
+after `shard(model, TensorGroup())`, in turn in one process; medians of the ratio of neighbours.
+At most 1 is the goal: who tries one GPU first must not pay for the others.
 
     python benchmarks/bench_tensor_parallel.py [--rounds 31]
 """
@@ -83,12 +83,12 @@ def main() -> None:
                 later = one_pass(converted, tokens)
                 times.append((one_pass(plain, tokens), later))
         ratios = sorted(ours / theirs for theirs, ours in times)
-        quarter = len(ratios) // 4
+        low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4]
         table.add_row(
             f"{width}, {layers}, {batch * sequence}",
             f"{statistics.median(a for a, _ in times) * 1e3:.2f}",
             f"{statistics.median(b for _, b in times) * 1e3:.2f}",
-            f"{statistics.median(ratios):.3f} ({ratios[quarter]:.3f} to {ratios[-quarter - 1]:.3f})",
+            f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})",
         )
     console = Console(width=100)
     console.print(table)
