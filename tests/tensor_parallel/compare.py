@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowtide.tensor_parallel.group import TensorGroup
-from lowtide.tensor_parallel.shard import shard, sharded_parameters
+from lowtide.tensor_parallel.sharding import shard, sharded_parameters
 from tests.tensor_parallel.reference import IGNORED, LowRankDecoder, Sizes, build, local_part
 
 Edit = Callable[[LowRankDecoder], None]

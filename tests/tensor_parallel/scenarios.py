@@ -16,7 +16,7 @@ from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.functions import partial_down, reduce
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.loss import vocabulary_cross_entropy
-from lowtide.tensor_parallel.shard import load_unsharded_state_dict, shard, unsharded_state_dict
+from lowtide.tensor_parallel.sharding import load_unsharded_state_dict, shard, unsharded_state_dict
 from tests.tensor_parallel.compare import (
     Batch,
     Edit,
@@ -275,9 +275,7 @@ def large_halves(group: TensorGroup) -> Any:
         for seed in range(2):
             data = replace(batch(sizes, (3, 16), seed), factor=2.0**14)
             edit = _without_gradients(enlarge)
-            results.append(
-                run_pair(sizes, data, group, dtype=torch.float16, seed=seed, edit=edit)
-            )
+            results.append(run_pair(sizes, data, group, dtype=torch.float16, seed=seed, edit=edit))
         found[name] = pooled(results)
     return found
 

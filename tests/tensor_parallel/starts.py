@@ -7,7 +7,7 @@ from typing import Any
 
 from lowtide.tensor_parallel.group import TensorGroup
 from tests.helpers.ranks import run_ranks
-from tests.tensor_parallel import scenarios, traffic
+from tests.tensor_parallel import scenarios
 from tests.tensor_parallel.reference import registered
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowtide.core.errors import ConfigError, ModelError
 from lowtide.tensor_parallel.bottleneck import BottleneckLinear
 from lowtide.tensor_parallel.group import Pending, TensorGroup
-from lowtide.tensor_parallel.shard import load_unsharded_state_dict, shard
+from lowtide.tensor_parallel.sharding import load_unsharded_state_dict, shard
 from tests.tensor_parallel.reference import LowRankDecoder, Sizes, build, registered
 from tests.tensor_parallel.starts import of_each
 

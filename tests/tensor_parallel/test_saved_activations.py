@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowtide.tensor_parallel.group import Pending, TensorGroup
-from lowtide.tensor_parallel.shard import shard
+from lowtide.tensor_parallel.sharding import shard
 from tests.tensor_parallel.reference import LowRankDecoder, Sizes, build, registered
 
 RANKS = 4
