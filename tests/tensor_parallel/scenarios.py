@@ -186,8 +186,8 @@ def optimizer_steps(group: TensorGroup) -> Any:
 
 FROZEN: dict[str, Callable[[str], bool]] = {
     "embedding and first A": lambda name: (
-        name.startswith(("embedding", "layers.0.attention_norm", "layers.0.q.down"))
-        or name.startswith(("layers.0.k.down", "layers.0.v.down"))
+        name.startswith(("embedding", "layers.0.attention_norm"))
+        or name in [f"layers.0.{each}.down.weight" for each in "qkv"]
     ),
     "all A": lambda name: ".down.weight" in name,
     "all B": lambda name: ".up.weight" in name,

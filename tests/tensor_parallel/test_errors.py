@@ -159,8 +159,10 @@ def test_a_shardable_model_is_sharded_without_a_message() -> None:
         (lambda state: state.pop("layers.0.q.down.weight"), "layers.0.q.down.weight: is not in"),
         (
             lambda state: state.update({"layers.0.q.up.weight": torch.zeros(46, 20)}),
-            "layers.0.q.up.weight: has shape (46, 20) in the state dict that was to be loaded, "
-            "allowed is (48, 20)",
+            (
+                "layers.0.q.up.weight: has shape (46, 20) in the state dict that was to be "
+                "loaded, allowed is (48, 20)"
+            ),
         ),
         (  # one row less than the vocabulary, which is filled up by a row
             lambda state: state.update({"head.weight": torch.zeros(100, 48)}),
