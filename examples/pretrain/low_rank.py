@@ -66,6 +66,7 @@ PRETRAIN = PretrainPattern(
     layers="blocks",
     final_norm="norm",
     head="unembedding",
+    gives_logits=False,
     layer=LayerPattern(
         attention_norm="attention_norm",
         attention_inputs=(

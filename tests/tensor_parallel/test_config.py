@@ -84,7 +84,7 @@ def test_activations_are_those_that_exist() -> None:
         ({"rank": 10}, 8, 4, 10),  # the limit is not for a rank that was asked for
         ({"rank_ratio": 0.25}, 4096, 4096, 1024),
         ({"rank_ratio": 0.25}, 36, 36, 16),
-        ({"rank_ratio": 0.55}, 160, 160, 88),  # 0.55 * 160 is a little more than 88
+        ({"rank_ratio": 0.28}, 200, 200, 56),  # 0.28 * 200 is a little more than 56
         ({"rank_ratio": 1.0}, 100, 60, 60),
         ({"rank_ratio": 1.0}, 44, 44, 44),
         ({"energy": 0.9}, 4096, 4096, None),

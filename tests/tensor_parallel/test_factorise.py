@@ -119,9 +119,9 @@ def test_energy_gives_each_group_the_largest_rank_that_a_member_needs() -> None:
             weight.data *= base ** torch.arange(weight.shape[1])
             squares = np.linalg.svd(weight.detach().numpy(), compute_uv=False) ** 2
             share = np.cumsum(squares.astype(np.float64)) / squares.sum(dtype=np.float64)
-            needed[index][role] = int(np.argmax(share >= 0.8)) + 1
+            needed[index][role] = int(np.argmax(share >= 0.9)) + 1
     assert needed[1]["q"] <= 8 < needed[1]["v"]
-    report = convert(model, energy=0.8)
+    report = convert(model, energy=0.9)
     for found, need in zip(report.layers, needed, strict=True):
         for rank, roles in (
             (found.attention_inputs, "q k v"),
@@ -132,7 +132,7 @@ def test_energy_gives_each_group_the_largest_rank_that_a_member_needs() -> None:
             most = max(need[role] for role in roles.split())
             assert rank == min(-(-most // 8) * 8, 32)
     assert report.layers[0] != report.layers[1]
-    assert all(each.relative_error <= 0.2**0.5 for each in report.projections)
+    assert all(each.relative_error <= 0.1**0.5 for each in report.projections)
 
 
 def test_ratio_is_of_the_model_width_and_families_may_differ() -> None:

@@ -364,14 +364,17 @@ def test_names_are_taken_once(small: Any) -> None:
         register_pattern(replace(small, name="llama"))
 
 
-def test_a_registered_pattern_comes_before_the_built_in_ones() -> None:
+def test_the_newest_pattern_comes_first_and_the_built_in_ones_last() -> None:
     model = hugging_face("llama")
     mine = replace(find_pattern(model), name="mine")
-    register_pattern(mine)
+    newer = replace(mine, name="newer")
     try:
-        assert find_pattern(model) is mine
+        for pattern in (mine, newer):
+            register_pattern(pattern)
+            assert find_pattern(model) is pattern
     finally:
         unregister_pattern("mine")
+        unregister_pattern("newer")
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowtide.tensor_parallel.functions import reduce, shared
+from lowtide.tensor_parallel.functions import reduce, rms_norm, shared
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
 from lowtide.tensor_parallel.patterns import LayerInputs
 from lowtide.tensor_parallel.recompute import run_segment
+
+Modules = tuple[nn.Module | None, ...]
 
 
 class Bottleneck(nn.Module):
@@ -73,8 +75,7 @@ class HeadNorms(Sharded):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise ``[..., K]``. One small message backward: each rank has heads of its own."""
         of_q, of_k = shared(self.group, self.query_gain, self.key_gain)
-        width = (q.shape[-1],)
-        return F.rms_norm(q, width, of_q, self.epsilon), F.rms_norm(k, width, of_k, self.epsilon)
+        return rms_norm(q, of_q, self.epsilon), rms_norm(k, of_k, self.epsilon)
 
 
 class DecoderLayer(nn.Module):
@@ -125,25 +126,36 @@ class DecoderLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return this rank's part of the residual stream after the block, ``[B, T, n]``."""
         inputs = self.bind(args, kwargs)
-        group, x, tier = self.group, inputs.hidden, self.tier
+        group, x = self.group, inputs.hidden
         if self.training and torch.is_grad_enabled():
             inputs = replace(inputs, cache=None)  # models fill one by habit; nobody will read it
+        # A second run of attention would put the same keys into a cache once more.
+        tier = self.tier if inputs.cache is None else "none"
+
+        def run(
+            segment: Callable[..., Any], latent: Tensor, *others: Tensor | None, modules: Modules
+        ) -> Any:
+            return run_segment(segment, latent, *others, tier=tier, group=group, modules=modules)
+
         partial, squares = self.attention_in.down(x)
         total, squares = reduce(partial, squares, group)
 
-        def attend(total: Tensor, squares: Tensor) -> Tensor:
+        def attend(total: Tensor, squares: Tensor | None) -> Tensor:
             return self._attend(total, squares, inputs)
 
-        partial = run_segment(attend, total, squares, tier=tier, group=group)
+        inner: Modules = (self.attention_in.up, self.head_norms, self.attention_out.down)
+        partial = run(attend, total, squares, modules=inner)
         total, _ = reduce(partial, None, group)
-        x, partial, squares = run_segment(self._middle, total, x, tier=tier, group=group)
+        inner = (self.attention_out.up, self.mlp_in.down)
+        x, partial, squares = run(self._middle, total, x, modules=inner)
         total, squares = reduce(partial, squares, group)
-        partial = run_segment(self._multiply, total, squares, tier=tier, group=group)
+        inner = (self.mlp_in.up, self.mlp_out.down)
+        partial = run(self._multiply, total, squares, modules=inner)
         total, _ = reduce(partial, None, group)
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
-        return x + run_segment(self._leave, total, tier=tier, group=group)
+        return x + run(self._leave, total, modules=(self.mlp_out.up,))
 
-    def _attend(self, total: Tensor, squares: Tensor, inputs: LayerInputs) -> Tensor:
+    def _attend(self, total: Tensor, squares: Tensor | None, inputs: LayerInputs) -> Tensor:
         q, k, v = (self._heads(each) for each in self.attention_in.up(total, squares))
         if self.head_norms is not None:
             q, k = self.head_norms(q, k)
@@ -151,10 +163,13 @@ class DecoderLayer(nn.Module):
             q, k = rotate(q, inputs.cos, inputs.sin), rotate(k, inputs.cos, inputs.sin)
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.layer_index)
-        is_first = inputs.attention_mask is None and q.shape[-2] > 1
+        mask = inputs.attention_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:  # for each head of the model
+            mask = mask[:, self.group.slice_of(mask.shape[1])]
+        is_first = mask is None and q.shape[-2] > 1
         context = F.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=inputs.attention_mask,
+            attn_mask=mask,
             is_causal=self.attention.is_causal and is_first,
             scale=self.attention.scale,
             enable_gqa=q.shape[-3] != k.shape[-3],
@@ -165,13 +180,13 @@ class DecoderLayer(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.attention.head_width)).transpose(-3, -2)
 
-    def _middle(self, total: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _middle(self, total: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         (out,) = self.attention_out.up(total, None)
         x = x + out
         partial, squares = self.mlp_in.down(x)
         return x, partial, squares
 
-    def _multiply(self, total: Tensor, squares: Tensor) -> Tensor:
+    def _multiply(self, total: Tensor, squares: Tensor | None) -> Tensor:
         gate, value = self.mlp_in.up(total, squares)
         if self.mlp_activation is not None:
             gate = self.mlp_activation(gate)

@@ -62,18 +62,16 @@ class _PartialDown(Function):
     @staticmethod
     def backward(ctx: Any, d_partial: Tensor, d_squares: Tensor | None) -> Any:
         x, weight, gain = ctx.saved_tensors
-        d_partial = d_partial.to(weight.dtype)
         need_x, need_weight, need_gain, _ = ctx.needs_input_grad
         d_weight = d_x = d_gain = None
         if need_weight:
-            scaled = x if gain is None else x * gain
-            d_weight = _flat(d_partial).T @ _flat(scaled)
+            d_weight = _weight_gradient(d_partial, x, weight, gain)
         if not (need_x or need_gain):
             return None, d_weight, None, None
-        back = d_partial @ weight
         if gain is None:
-            return back, d_weight, None, None
+            return d_partial.to(weight.dtype) @ weight, d_weight, None, None
         wide = statistic.statistic_dtype(x.dtype)
+        back = _input_gradient(d_partial, weight)
         if need_gain:
             d_gain = torch.linalg.vecdot(_flat(x).to(wide), _flat(back).to(wide), dim=0)
             d_gain = d_gain.to(gain.dtype)
@@ -94,9 +92,7 @@ def _product(
 ) -> None:
     """Write ``(gain * x) weight^T`` to `out`, ``[..., R]`` with any distance between rows."""
     if x.dtype == torch.float16 and gain is not None and squares is not None:
-        # The largest numbers of the residual stream times a gain can pass 65504: divide by the
-        # local root mean square first and multiply where there are 32 bits. It cancels exactly.
-        scale = (squares / x.shape[-1]).sqrt_().clamp_(min=1e-30).unsqueeze(-1)
+        scale = statistic.local_scale(squares, x.shape[-1])
         scaled = (x.float() / scale * gain).to(x.dtype)
         torch.mul((scaled @ weight.T).float(), scale, out=out)
         return
@@ -106,6 +102,26 @@ def _product(
         torch.mm(_flat(scaled), weight.T, out=rows)
     else:
         out.copy_(scaled @ weight.T)
+
+
+def _weight_gradient(d_partial: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
+    """Return ``d_partial^T (gain * x)``, ``[R, n]``."""
+    scaled = x if gain is None else x * gain
+    if x.dtype == torch.float16 and gain is not None:
+        squares = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()
+        scale = statistic.local_scale(squares, x.shape[-1])
+        scaled = x.float() / scale * gain
+        d_partial = d_partial * scale
+    return _flat(d_partial.to(weight.dtype)).T @ _flat(scaled.to(weight.dtype))
+
+
+def _input_gradient(d_partial: Tensor, weight: Tensor) -> Tensor:
+    """Return ``d_partial weight``, ``[..., n]``."""
+    if weight.dtype != torch.float16:
+        return d_partial.to(weight.dtype) @ weight
+    # It is divided by the norm already, so small where x is large: bring each row near 1.
+    level = d_partial.float().abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+    return ((d_partial / level).to(weight.dtype) @ weight).float().mul_(level)
 
 
 def _rows(strided: Tensor) -> Tensor:
@@ -206,6 +222,12 @@ def recover(
     """
     latent: Tensor = _Recover.apply(total, squares, width, epsilon, dtype)
     return latent
+
+
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Normalise the last dimension, all of which is here; gains may be of a wider dtype than x."""
+    wide = torch.promote_types(x.dtype, gain.dtype)
+    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), epsilon).to(x.dtype)
 
 
 class _Up(Function):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
-from lowtide.tensor_parallel.functions import partial_down, recover, up
+from lowtide.tensor_parallel.functions import partial_down, recover, rms_norm, up
 from lowtide.tensor_parallel.group import TensorGroup
 
 Activation = Callable[[Tensor], Tensor]
@@ -64,6 +64,13 @@ class Part:
         split = [each.split(lengths, self.dim) for each in by_rank]
         blocks = [torch.cat([each[b] for each in split], self.dim) for b in range(len(lengths))]
         return torch.cat(blocks, self.dim).narrow(self.dim, 0, sum(self.blocks))
+
+    def whole_shape(self, mine: Tensor) -> tuple[int, ...]:
+        """Return the whole tensor's shape, from one rank's part of it."""
+        shape = list(mine.shape)
+        if self.dim is not None:
+            shape[self.dim] = sum(self.blocks)
+        return tuple(shape)
 
     def _lengths(self) -> list[int]:
         return list(self.blocks) if self.padded is None else [self.padded]
@@ -148,8 +155,8 @@ class DownProjection(Sharded):
             ``[..., R]`` and ``[...]`` (None without a norm), to be given to `functions.reduce`.
         """
         if self.group.size == 1:  # nothing to put off: torch's own operations are the fastest
-            if self.norm is not None:
-                x = F.rms_norm(x, (self.norm.width,), self.gain, self.norm.epsilon)
+            if self.norm is not None and self.gain is not None:
+                x = rms_norm(x, self.gain, self.norm.epsilon)
             return F.linear(x, self.weight), None
         return partial_down(x, self.weight, self.gain, self.group)
 

@@ -111,7 +111,12 @@ class TensorParallelPlugin(Plugin):
         given = listed_groups(moment.data.get("model_parameters"))
         successors = Successors(moment.model)
         factorisation = factorise(moment.model, self.config, group=group.process_group)
-        shards = shard(moment.model, group, tier=self.config.activation_checkpointing)
+        shards = shard(
+            moment.model,
+            group,
+            tier=self.config.activation_checkpointing,
+            shape=factorisation.shape,
+        )
         successors.follow(
             moment.model,
             factorisation.renamed,

@@ -8,11 +8,11 @@ run: 1/p of the memory for half of an all-reduce's bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -49,6 +49,7 @@ def run_segment(
     *others: Tensor | None,
     tier: str,
     group: TensorGroup,
+    modules: Sequence[nn.Module | None] = (),
 ) -> Any:
     """Call ``segment(latent, *others)``, keeping for backward what `tier` says.
 
@@ -58,9 +59,15 @@ def run_segment(
         *others: Further inputs, all of which are kept.
         tier: One of `TIERS`.
         group: The ranks.
+        modules: What the segment calls; whether they are trained decides what backward does where
+            nothing before them is.
     """
     if tier == "none" or not torch.is_grad_enabled():
         return segment(latent, *others)
+    if not any(each is not None and each.requires_grad for each in (latent, *others)):
+        if not _is_trained(modules):
+            return segment(latent, *others)  # backward does not come here
+        latent = latent.detach().requires_grad_()
 
     def twice(*inputs: Any) -> Any:
         # Gradients are recorded in the second run alone.
@@ -71,12 +78,15 @@ def run_segment(
             set_recomputing(False)
 
     # Reentrant: the second run is an ordinary forward and backward, whose hooks ZeRO 3 needs to
-    # gather parameters. Its inputs must require gradients for that, which latents do.
+    # gather parameters. It looks at its inputs alone: one of them must require gradients.
     if tier == "latents" or group.size == 1:
         return checkpoint(twice, latent, *others, use_reentrant=True)
 
+    # Not `latent` itself: autograd keeps the hooks, and they would keep what they refer to.
+    place, shape = latent.data_ptr(), latent.shape
+
     def pack(tensor: Tensor) -> Any:
-        is_latent = tensor.data_ptr() == latent.data_ptr() and tensor.shape == latent.shape
+        is_latent = tensor.data_ptr() == place and tensor.shape == shape
         return _TokenShard(tensor, group) if is_latent else tensor
 
     def unpack(kept: Any) -> Tensor:
@@ -84,3 +94,8 @@ def run_segment(
 
     with saved_tensors_hooks(pack, unpack):
         return checkpoint(twice, latent, *others, use_reentrant=True)
+
+
+def _is_trained(modules: Sequence[nn.Module | None]) -> bool:
+    present = [each for each in modules if each is not None]
+    return any(parameter.requires_grad for each in present for parameter in each.parameters())
