@@ -130,7 +130,7 @@ class DecoderLayer(nn.Module):
         # A second run of attention would put the same keys into a cache once more.
         tier = self.tier if inputs.cache is None else "none"
 
-        def run(segment: Callable[..., Any], *given: Tensor, modules: tuple[Any, ...]) -> Any:
+        def run(segment: Callable[..., Any], *given: Any, modules: tuple[Any, ...]) -> Any:
             return run_segment(segment, *given, tier=tier, group=group, modules=modules)
 
         partial, squares = self.attention_in.down(x)
@@ -139,14 +139,14 @@ class DecoderLayer(nn.Module):
         def attend(total: Tensor, squares: Tensor) -> Tensor:
             return self._attend(total, squares, inputs)
 
-        inner = (self.attention_in.up, self.head_norms, self.attention_out.down)
-        partial = run(attend, total, squares, modules=inner)
+        inside = (self.attention_in.up, self.head_norms, self.attention_out.down)
+        partial = run(attend, total, squares, modules=inside)
         total, _ = reduce(partial, None, group)
-        inner = (self.attention_out.up, self.mlp_in.down)
-        x, partial, squares = run(self._middle, total, x, modules=inner)
+        x, partial, squares = run(
+            self._middle, total, x, modules=(self.attention_out.up, self.mlp_in.down)
+        )
         total, squares = reduce(partial, squares, group)
-        inner = (self.mlp_in.up, self.mlp_out.down)
-        partial = run(self._multiply, total, squares, modules=inner)
+        partial = run(self._multiply, total, squares, modules=(self.mlp_in.up, self.mlp_out.down))
         total, _ = reduce(partial, None, group)
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
         return x + run(self._leave, total, modules=(self.mlp_out.up,))

@@ -104,9 +104,7 @@ def _product(
         out.copy_(scaled @ weight.T)
 
 
-def _weight_gradient(
-    d_partial: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None
-) -> Tensor:
+def _weight_gradient(d_partial: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
     """Return ``d_partial^T (gain * x)``, ``[R, n]``."""
     scaled = x if gain is None else x * gain
     if x.dtype == torch.float16 and gain is not None:
