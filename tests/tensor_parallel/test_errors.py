@@ -19,6 +19,9 @@ from tests.tensor_parallel.reference import LowRankDecoder, Sizes, build, regist
 from tests.tensor_parallel.starts import of_each
 
 
+pytestmark = pytest.mark.timeout(600)  # the first test of each number of ranks runs all
+
+
 class SilentGroup(TensorGroup):
     """Pretends to be rank 0 of `size`; a collective is an error."""
 

@@ -12,6 +12,7 @@ import pytest
 from tests.tensor_parallel.starts import of_each
 
 EXACT = 1e-12  # float64
+pytestmark = pytest.mark.timeout(600)  # the first test of each number of ranks runs all
 ranks = pytest.mark.parametrize(
     "nproc", [1, pytest.param(2, marks=pytest.mark.dist), pytest.param(4, marks=pytest.mark.dist)]
 )
@@ -58,8 +59,10 @@ def test_a_loss_that_is_no_part_of_the_model(nproc: int) -> None:
 @ranks
 def test_float32_stays_near_float64(nproc: int) -> None:
     for found in of_each(nproc, "precision"):
-        for name in ("plain", "cola", "fused", "many heads"):
-            assert_near(name, found[f"{name}, float32"])
+        cases = {name: found[name] for name in found if name.endswith(", float32")}
+        assert len(cases) == (4 if nproc < 4 else 2)
+        for name, errors in cases.items():
+            assert_near(name, errors)
 
 
 @ranks
@@ -116,7 +119,7 @@ def test_mixed_precision(nproc: int, kind: str) -> None:
 @ranks
 def test_checkpointing_changes_no_bit(nproc: int) -> None:
     for found in of_each(nproc, "tiers"):
-        assert len(found) == 9
+        assert len(found) == 4
         assert set(map(tuple, (each.values() for each in found.values()))) == {(0, 0)}, found
 
 
