@@ -218,7 +218,7 @@ def compare(
 
 def summary(found: dict[str, float]) -> dict[str, Any]:
     """Return loss, logits and dx, and the worst of the weights with its name."""
-    ends = {name: found[name] for name in ("loss", "logits", "dx") if name in found}
+    ends: dict[str, Any] = {name: found[name] for name in ("loss", "logits", "dx") if name in found}
     weights = {name: value for name, value in found.items() if name not in ends}
     # NaN compares with nothing: the worst of all.
     name = max(weights, key=lambda each: (weights[each] != weights[each], weights[each]))

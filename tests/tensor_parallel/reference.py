@@ -183,6 +183,8 @@ def next_token_loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
 class LowRankDecoder(nn.Module):
     """Call it with tokens, optional labels (then it returns the loss too) and an optional mask."""
 
+    layers: Any  # a ModuleList; what is in it, `shard` replaces
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes

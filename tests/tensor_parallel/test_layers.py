@@ -12,9 +12,11 @@ import pytest
 from tests.tensor_parallel.starts import of_each
 
 EXACT = 1e-12  # float64
+pytestmark = pytest.mark.timeout(600)  # the first test of each number of ranks runs all
 ranks = pytest.mark.parametrize(
     "nproc", [1, pytest.param(2, marks=pytest.mark.dist), pytest.param(4, marks=pytest.mark.dist)]
 )
+up_to_two = pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.dist)])
 several = pytest.mark.parametrize("nproc", [2, 4])
 
 
@@ -27,21 +29,28 @@ def assert_small(cases: dict[str, dict[str, Any]], bound: float) -> None:
 
 
 @ranks
-@pytest.mark.parametrize("scenario", ["exact", "hard_inputs", "optimizer_steps", "frozen"])
+@pytest.mark.parametrize("scenario", ["exact", "hard_inputs", "optimizer_steps"])
 def test_float64_is_that_of_the_reference(nproc: int, scenario: str) -> None:
     for found in of_each(nproc, scenario):
         assert all("dW" in errors for errors in found.values())
         assert_small(found, EXACT)
 
 
-@ranks
+@up_to_two
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs(nproc: int) -> None:
+    for found in of_each(nproc, "frozen"):
+        assert len(found) == 13
+        assert_small(found, EXACT)
+
+
+@up_to_two
 @pytest.mark.parametrize("scenario", ["layer_calls", "whole_logits"])
 def test_any_strides_of_inputs_and_gradients(nproc: int, scenario: str) -> None:
     for found in of_each(nproc, scenario):
         assert_small(found, EXACT)
 
 
-@ranks
+@up_to_two
 def test_a_loss_that_is_no_part_of_the_model(nproc: int) -> None:
     for found in of_each(nproc, "replaced_loss"):
         assert_small({"": found}, EXACT)
@@ -50,8 +59,10 @@ def test_a_loss_that_is_no_part_of_the_model(nproc: int) -> None:
 @ranks
 def test_float32_stays_near_float64(nproc: int) -> None:
     for found in of_each(nproc, "precision"):
-        for name in ("plain", "cola", "fused", "many heads"):
-            assert_near(name, found[f"{name}, float32"])
+        cases = {name: found[name] for name in found if name.endswith(", float32")}
+        assert len(cases) == (4 if nproc < 4 else 2)
+        for name, errors in cases.items():
+            assert_near(name, errors)
 
 
 @ranks
@@ -98,7 +109,7 @@ def test_float16_where_gain_times_x_overflows(nproc: int, model: str) -> None:
         assert_same_class(model, found[model])
 
 
-@ranks
+@up_to_two
 @pytest.mark.parametrize("kind", ["float32 gains", "autocast"])
 def test_mixed_precision(nproc: int, kind: str) -> None:
     for found in of_each(nproc, "mixed_precision"):
@@ -108,7 +119,7 @@ def test_mixed_precision(nproc: int, kind: str) -> None:
 @ranks
 def test_checkpointing_changes_no_bit(nproc: int) -> None:
     for found in of_each(nproc, "tiers"):
-        assert len(found) == 9
+        assert len(found) == 4
         assert set(map(tuple, (each.values() for each in found.values()))) == {(0, 0)}, found
 
 
@@ -138,7 +149,7 @@ def test_state_dict_is_that_of_the_unsharded_model(nproc: int) -> None:
             assert facts == expected, name
 
 
-@ranks
+@up_to_two
 def test_decoding_with_a_cache(nproc: int) -> None:
     for found in of_each(nproc, "decoding"):
         assert len(found) == 6

@@ -13,7 +13,7 @@ import pytest
 from tests.tensor_parallel.starts import of_each
 from tests.tensor_parallel.traffic import BATCH, EQUAL_RANKS, LAYOUTS
 
-pytestmark = [pytest.mark.dist, pytest.mark.parametrize("nproc", [2, 4])]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600), pytest.mark.parametrize("nproc", [2, 4])]
 TOKENS = BATCH[0] * BATCH[1]
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -19,11 +18,9 @@ def main() -> None:
     torch.manual_seed(0)
     group = TensorGroup(dist.group.WORLD)
     facts: dict[str, Any] = {}
-    wanted = sys.argv[1:] or [*scenarios.ALL, *traffic.ALL]
     with registered():
-        for name, scenario in (scenarios.ALL | traffic.ALL).items():
-            if name in wanted:
-                facts[name] = scenario(group)
+        for name, scenario in (scenarios.of_size(group.size) | traffic.ALL).items():
+            facts[name] = scenario(group)
     leave_result(facts)
     dist.destroy_process_group()
 

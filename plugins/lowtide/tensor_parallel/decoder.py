@@ -146,11 +146,11 @@ class DecoderLayer(nn.Module):
         inner: Modules = (self.attention_in.up, self.head_norms, self.attention_out.down)
         partial = run(attend, total, squares, modules=inner)
         total, _ = reduce(partial, None, group)
-        inner = (self.attention_out.up, self.mlp_in.down)
-        x, partial, squares = run(self._middle, total, x, modules=inner)
+        x, partial, squares = run(
+            self._middle, total, x, modules=(self.attention_out.up, self.mlp_in.down)
+        )
         total, squares = reduce(partial, squares, group)
-        inner = (self.mlp_in.up, self.mlp_out.down)
-        partial = run(self._multiply, total, squares, modules=inner)
+        partial = run(self._multiply, total, squares, modules=(self.mlp_in.up, self.mlp_out.down))
         total, _ = reduce(partial, None, group)
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
         return x + run(self._leave, total, modules=(self.mlp_out.up,))
