@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/megatron_core/train.py [--pipeline 2 | --tensor 2]
 
+`--rank 16` makes the layers low-rank; tensor-parallel ranks then send latents only.
+
 Megatron-core is written for GPUs; without one `without_gpu` below lets the same code run on a CPU.
 """
 
@@ -37,6 +39,7 @@ from megatron.core.tensor_parallel.random import (  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from lowtide.hosts import megatron  # noqa: E402
+from lowtide.tensor_parallel.adapters.megatron import bottleneck_layer_spec, traffic  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 HAS_GPU = torch.cuda.is_available()
@@ -81,6 +84,13 @@ def without_gpu() -> Iterator[None]:
 
 def build(options: argparse.Namespace) -> tuple[DistributedDataParallel, Any]:
     """Return the model chunk of this rank and its optimizer."""
+    # What bottleneck layers compute: RMSNorm and a gated feed-forward block.
+    low_rank = {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+    }
     settings = TransformerConfig(
         num_layers=2,
         hidden_size=64,
@@ -94,10 +104,12 @@ def build(options: argparse.Namespace) -> tuple[DistributedDataParallel, Any]:
         gradient_accumulation_fusion=False,  # needs apex
         batch_p2p_sync=HAS_GPU,  # calls torch.cuda.synchronize
         finalize_model_grads_func=finalize_model_grads,
+        **(low_rank if options.rank else {}),
     )
+    layer = bottleneck_layer_spec(options.rank) if options.rank else get_gpt_layer_local_spec()
     model = GPTModel(
         config=settings,
-        transformer_layer_spec=get_gpt_layer_local_spec(),
+        transformer_layer_spec=layer,
         vocab_size=256,
         max_sequence_length=SEQUENCE,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -144,6 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--rank", type=int, default=0, help="of low-rank layers; 0: full rank")
     options = parser.parse_args()
 
     if HAS_GPU:
@@ -177,6 +190,8 @@ def main() -> None:
                 if parallel_state.get_tensor_model_parallel_rank() == 0:
                     print(f"step {step} loss {loss!r}", flush=True)
         loop.close()
+        if options.rank and dist.get_rank() == 0:
+            print(f"layers sent {traffic(chunk).as_dict()['messages']}", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,29 +1,43 @@
-"""Which tokens a rank sees at a step: a pure function, so a resumed run needs no sampler state."""
+"""Which tokens a reader sees at a step: a pure function, so resuming needs no sampler state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from errors import UsageError
 from model import IGNORED
-from torch import Tensor
+from torch import Tensor, distributed
+
+
+def readers_of(engine: Any) -> tuple[int, int]:
+    """Return which reader of the data this rank is, and how many there are.
+
+    Ranks that hold one model together read the same; only DeepSpeed's mpu knows of them.
+    """
+    mpu = getattr(engine, "mpu", None)
+    if mpu is not None:
+        return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 class TrainingBatches:
     """Windows of the training tokens, each seen once per epoch in a new random order.
 
-    Sample number ``n`` of the whole job (over all ranks and steps) is window ``order[n % W]`` of
+    Sample number ``n`` of the whole job (over all readers and steps) is window ``order[n % W]`` of
     epoch ``n // W``; the windows of each epoch start at another offset.
 
     Args:
         tokens: all training tokens, shape (N,).
         sequence: tokens the model reads at once.
         seed: same seed, same batches.
-        micro_batch: windows per forward pass of one rank.
-        world_size: number of ranks.
+        micro_batch: windows per forward pass of one reader.
+        readers: ranks that read different windows (`readers_of`).
         accumulation: forward passes per optimizer step.
     """
 
@@ -34,7 +48,7 @@ class TrainingBatches:
         sequence: int,
         seed: int,
         micro_batch: int,
-        world_size: int,
+        readers: int,
         accumulation: int,
     ) -> None:
         # One window less than fits, so that every offset below `sequence` stays inside.
@@ -48,32 +62,32 @@ class TrainingBatches:
         self._sequence = sequence
         self._seed = seed
         self._micro_batch = micro_batch
-        self._world_size = world_size
+        self._readers = readers
         self._accumulation = accumulation
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens all ranks together train on in one optimizer step."""
-        per_pass = self._micro_batch * self._sequence * self._world_size
+        """Tokens all readers together train on in one optimizer step."""
+        per_pass = self._micro_batch * self._sequence * self._readers
         return per_pass * self._accumulation
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, int]:
         generator = np.random.default_rng([self._seed, epoch])
         return generator.permutation(self._windows), int(generator.integers(self._sequence))
 
-    def batch(self, step: int, micro_step: int, rank: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, micro_step: int, reader: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of one forward pass.
 
         Args:
             step: optimizer steps finished before this one.
             micro_step: forward pass within the step.
-            rank: this rank.
+            reader: which of them this rank is.
 
         Returns:
             Two int64 tensors of shape (micro batch, sequence).
         """
-        part = (step * self._accumulation + micro_step) * self._world_size + rank
+        part = (step * self._accumulation + micro_step) * self._readers + reader
         rows = []
         for sample in range(part * self._micro_batch, (part + 1) * self._micro_batch):
             order, offset = self._epoch(sample // self._windows)
@@ -88,11 +102,11 @@ def validation_batches(
     *,
     sequence: int,
     micro_batch: int,
-    rank: int,
-    world_size: int,
+    reader: int,
+    readers: int,
     limit_windows: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk through the validation tokens, each rank through its own share.
+    """Walk through the validation tokens, each reader through its own share.
 
     Every token but the first is a target exactly once. All ranks yield the same number of
     batches, as they must call the model together; what is missing is padded with ``IGNORED``.
@@ -101,16 +115,16 @@ def validation_batches(
         tokens: all validation tokens, shape (M,).
         sequence: tokens the model reads at once.
         micro_batch: windows per batch.
-        rank: this rank.
-        world_size: number of ranks.
+        reader: which of them this rank is.
+        readers: ranks that read different windows (`readers_of`).
         limit_windows: only this many windows, evenly spread; None for all.
     """
     windows = max(1, -(-(len(tokens) - 1) // sequence))
     used = windows if limit_windows is None else min(windows, limit_windows)
     chosen = np.arange(used) * windows // used
-    rounds = -(-used // (micro_batch * world_size))
+    rounds = -(-used // (micro_batch * readers))
     for number in range(rounds):
-        first = (number * world_size + rank) * micro_batch
+        first = (number * readers + reader) * micro_batch
         inputs_BT = torch.zeros((micro_batch, sequence), dtype=torch.int64)
         targets_BT = torch.full((micro_batch, sequence), IGNORED, dtype=torch.int64)
         for row, window in enumerate(chosen[first : first + micro_batch]):

@@ -11,9 +11,10 @@ from typing import Any
 
 import checkpoints
 import torch
-from batches import TrainingBatches
+from batches import TrainingBatches, readers_of
 from data import PreparedData
 from errors import UsageError
+from low_rank import PRETRAIN
 from model import Decoder, ModelConfig, parameter_groups
 from pace import Plan, StepTimer, plan_from_budget, plan_from_steps
 from progress import Display
@@ -23,6 +24,7 @@ from validation import WINDOWS_AT_THE_END, WINDOWS_WHILE_TRAINING, Score, valida
 
 import lowtide
 from lowtide.core.restart import choose
+from lowtide.tensor_parallel import register_pattern
 
 DEFAULT_MINUTES = 5.0
 SPEED_EVERY_STEPS = 10
@@ -56,18 +58,23 @@ class Job:
         self._follows_plan, config = _fill_scheduler(config)
         torch.manual_seed(seed)
         model = Decoder(model_config)
+        if "tensor_parallel" in config.get("lowtide", {}):
+            register_pattern(PRETRAIN)
         self.parameters = sum(p.numel() for p in model.parameters())
         decay = config.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
         self.engine, _, _, self.scheduler = lowtide.initialize(
             model=model, model_parameters=parameter_groups(model, decay), config=config
         )
+        if (low_rank := self._plugin("tensor_parallel")) is not None:
+            self.parameters = low_rank.summary()["factorisation"]["parameters_after"]
         self.rank = distributed.get_rank()
+        self._reader, readers = readers_of(self.engine)
         self.batches = TrainingBatches(
             data.train,
             sequence=model_config.sequence,
             seed=seed,
             micro_batch=self.engine.train_micro_batch_size_per_gpu(),
-            world_size=distributed.get_world_size(),
+            readers=readers,
             accumulation=self.engine.gradient_accumulation_steps(),
         )
         self._sequence = model_config.sequence
@@ -171,7 +178,7 @@ class Job:
         device = self.engine.device
         total_loss = torch.zeros((), dtype=torch.float64, device=device)
         for micro_step in range(passes):
-            inputs_BT, targets_BT = self.batches.batch(self.step, micro_step, self.rank)
+            inputs_BT, targets_BT = self.batches.batch(self.step, micro_step, self._reader)
             loss = self.engine(inputs_BT.to(device), targets_BT.to(device))
             self.engine.backward(loss)
             self.engine.step()
@@ -272,8 +279,11 @@ class Job:
     @property
     def _lazy(self) -> Any:
         """The checkpoint plugin, where it is switched on."""
+        return self._plugin("checkpoint")
+
+    def _plugin(self, name: str) -> Any:
         session = getattr(self.engine, "lowtide", None)
-        return None if session is None else session.plugins.get("checkpoint")
+        return None if session is None else session.plugins.get(name)
 
     def _scalar(self, name: str, value: float) -> None:
         if self.rank == 0 and self._telemetry is not None:

@@ -181,6 +181,11 @@ class Decoder(nn.Module):
             is_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
             nn.init.normal_(weight, std=residual_std if is_residual else 0.02)
 
+    @staticmethod
+    def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the mean negative log-likelihood in nats of the targets that count."""
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Predict the next token at every position.
 
@@ -200,7 +205,7 @@ class Decoder(nn.Module):
         logits_BTV = self.unembedding(self.norm(x_BTD))
         if targets_BT is None:
             return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+        return self.loss(logits_BTV, targets_BT)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from batches import validation_batches
+from batches import readers_of, validation_batches
 from data import PreparedData
 from model import IGNORED
 from torch import distributed
@@ -62,6 +62,7 @@ def validate(
         micro_batch: windows per forward pass.
         limit_windows: at most this many windows, always the same ones.
     """
+    reader, readers = readers_of(engine)
     was_training = engine.training
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
@@ -70,8 +71,8 @@ def validate(
         data.validation,
         sequence=sequence,
         micro_batch=micro_batch,
-        rank=distributed.get_rank() if distributed.is_initialized() else 0,
-        world_size=distributed.get_world_size() if distributed.is_initialized() else 1,
+        reader=reader,
+        readers=readers,
         limit_windows=limit_windows,
     ):
         loss = engine(inputs_BT.to(device), targets_BT.to(device))

@@ -115,3 +115,19 @@ def test_planned_updates_print_the_losses_of_stock_and_their_lanes(tmp_path: Pat
     trace = strict((tmp_path / "runs/offload/telemetry/trace.rank0.json").read_text())
     named = {event["args"].get("name") for event in trace["traceEvents"] if event["ph"] == "M"}
     assert {"offload/host", "emulated:0/prefetch", "emulated:0/flush"} <= named
+
+
+def test_twins_of_tensor_parallelism_learn_the_same(tmp_path: Path) -> None:
+    options = ["--steps", "8", "--layers", "2", "--width", "64", "--vocabulary", "512"]
+    options += ["--sequence", "64", "--max-mib", "1", "--folder", str(tmp_path / "twins")]
+    log = run_command(
+        ["python", str(EXAMPLES / "tensor_parallel" / "twins.py"), *options], timeout_s=300
+    ).check().logs[0]  # fmt: skip
+    gap = re.search(r"differ by at most ([0-9.]+)%", log)
+    assert gap is not None
+    assert float(gap[1]) <= 0.01
+    scores = re.findall(r"(?:full rank|low rank), .*\s([0-9.]+)$", log, flags=re.MULTILINE)
+    assert len(scores) == 3
+    assert float(scores[1]) == pytest.approx(float(scores[2]), rel=1e-3)
+    sent = dict(re.findall(r"^  (\w+_count)\s+([0-9,]+)$", log, flags=re.MULTILINE))
+    assert sent["backward_all_reduce_count"] == "8", "four for each of two blocks"

@@ -231,10 +231,10 @@ def test_damaged_index_is_refused(tmp_path: Path, damage: object, message: str) 
 # batches and validation
 
 
-def _batches(world_size: int = 2, seed: int = 0, tokens: int = 1000) -> object:
+def _batches(readers: int = 2, seed: int = 0, tokens: int = 1000) -> object:
     return job.batches.TrainingBatches(
         np.arange(tokens, dtype=np.uint16),
-        sequence=16, seed=seed, micro_batch=3, world_size=world_size, accumulation=2,
+        sequence=16, seed=seed, micro_batch=3, readers=readers, accumulation=2,
     )  # fmt: skip
 
 
@@ -273,12 +273,12 @@ def test_batches_refuse_too_little_text() -> None:
 
 
 @pytest.mark.parametrize("length", [2, 16, 17, 33, 200, 1000])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_predicts_every_token_but_the_first_once(length: int, world_size: int) -> None:
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_validation_predicts_every_token_but_the_first_once(length: int, readers: int) -> None:
     tokens = np.arange(length, dtype=np.uint16)
-    options = {"sequence": 16, "micro_batch": 2, "world_size": world_size}
-    parts = [list(job.batches.validation_batches(tokens, rank=rank, **options))
-             for rank in range(world_size)]  # fmt: skip
+    options = {"sequence": 16, "micro_batch": 2, "readers": readers}
+    parts = [list(job.batches.validation_batches(tokens, reader=reader, **options))
+             for reader in range(readers)]  # fmt: skip
     assert len({len(part) for part in parts}) == 1  # ranks must call the model together
     targets = torch.cat([targets.flatten() for part in parts for _, targets in part])
     assert sorted(targets[targets != job.model.IGNORED].tolist()) == list(range(1, length))

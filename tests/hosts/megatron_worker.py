@@ -44,7 +44,8 @@ class Run:
 
     def __init__(self, pipeline: int) -> None:
         torch.manual_seed(0)
-        self.chunk, self.optimizer = example.build(argparse.Namespace(tensor=1, pipeline=pipeline))
+        options = argparse.Namespace(tensor=1, pipeline=pipeline, rank=0)
+        self.chunk, self.optimizer = example.build(options)
         self.data = example.batches()
         self.losses: list[float] = []
 

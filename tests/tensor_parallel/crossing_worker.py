@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowtide.tensor_parallel import TensorGroup, shard, unsharded_state_dict
 from lowtide.tensor_parallel.recompute import TIERS
-from lowtide.tensor_parallel.shard import sharded_parameters
+from lowtide.tensor_parallel.sharding import sharded_parameters
 from tests.helpers.ranks import leave_result
 from tests.tensor_parallel.crossing_model import llama, loss_of, reference, tokens
 

@@ -245,12 +245,10 @@ def refusals() -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the scenarios given as JSON, or the refusals."""
+    """Run the scenarios given as JSON; with four ranks the refusals too."""
     deepspeed.init_distributed("gloo")
-    if sys.argv[1] == "refusals":
-        leave_result(refusals())
-    else:
-        leave_result([run(each) for each in json.loads(sys.argv[1])])
+    reports = [run(each) for each in json.loads(sys.argv[1])]
+    leave_result([*reports, refusals() if dist.get_world_size() == 4 else {}])
     dist.barrier()
     dist.destroy_process_group()
 

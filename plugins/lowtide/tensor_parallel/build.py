@@ -141,7 +141,12 @@ class Builder:
             gain_part = Part(f"{layer}.{norm}.weight", slice(None), (self.shape.width,), 0)
             gain = self._cut(gain_part)
         down = DownProjection(
-            self.group, torch.cat([self._cut(part) for part in a_parts]), a_parts, gain, gain_part
+            self.group,
+            torch.cat([self._cut(part) for part in a_parts]),
+            a_parts,
+            gain,
+            gain_part,
+            self.norm if norm is not None else None,
         )
         up = self._up(paths, projections, sources, norm is not None, activation)
         for module in (down, up):

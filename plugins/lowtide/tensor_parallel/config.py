@@ -50,7 +50,7 @@ class RankRule:
         """
         if self.rank is not None or self.rank_ratio is None:
             return self.rank
-        # Rounded first, so that 0.55 * 160 = 88.00000000000001 is 88.
+        # Rounded first, so that 0.28 * 200 = 56.00000000000001 is 56.
         return round_up(math.ceil(round(self.rank_ratio * width, 6)), limit)
 
 

@@ -162,12 +162,18 @@ class Latents:
         self._waiting: dict[Any, tuple[Tensor, ...]] = {}
         self._kept: dict[Any, tuple[Tensor, ...]] = {}
 
-    def put(self, key: Any, latents: Sequence[Tensor]) -> None:
-        """Leave latents for the layer after; ignored in a second run."""
+    def put(self, key: Any, latents: Sequence[Tensor], *, is_repeated: bool = True) -> None:
+        """Leave latents for the layer after; ignored in a second run.
+
+        Args:
+            key: Where from.
+            latents: ``[..., R]`` each.
+            is_repeated: Whether the layer after may run twice.
+        """
         if key in self._kept:
             return
         self._waiting[key] = tuple(latents)
-        if torch.is_grad_enabled():
+        if is_repeated and torch.is_grad_enabled():
             # For a second run, which needs values alone. With their history they would hold the
             # graph that holds this object.
             self._kept[key] = tuple(

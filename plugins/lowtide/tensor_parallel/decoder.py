@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowtide.tensor_parallel.crossing import ARGUMENT, Latents
-from lowtide.tensor_parallel.functions import reduce, shared
+from lowtide.tensor_parallel.functions import reduce, rms_norm, shared
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
 from lowtide.tensor_parallel.patterns import LayerInputs
 from lowtide.tensor_parallel.recompute import run_segment
+
+Modules = tuple[nn.Module | None, ...]
 
 
 class Bottleneck(nn.Module):
@@ -74,8 +76,7 @@ class HeadNorms(Sharded):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise ``[..., K]``. One small message backward: each rank has heads of its own."""
         of_q, of_k = shared(self.group, self.query_gain, self.key_gain)
-        width = (q.shape[-1],)
-        return F.rms_norm(q, width, of_q, self.epsilon), F.rms_norm(k, width, of_k, self.epsilon)
+        return rms_norm(q, of_q, self.epsilon), rms_norm(k, of_k, self.epsilon)
 
 
 class DecoderLayer(nn.Module):
@@ -131,7 +132,7 @@ class DecoderLayer(nn.Module):
             previous = latents.take(self.layer_index - 1)
         x, own = self.run(self.bind(args, kwargs), previous)
         if latents is not None and own:
-            latents.put(self.layer_index, own)
+            latents.put(self.layer_index, own, is_repeated=False)  # checkpoints are inside
         return x
 
     def run(
@@ -150,20 +151,35 @@ class DecoderLayer(nn.Module):
         group, x = self.group, inputs.hidden
         if self.training and torch.is_grad_enabled():
             inputs = replace(inputs, cache=None)  # models fill one by habit; nobody will read it
+        # A second run of attention would put the same keys into a cache once more.
+        tier = self.tier if inputs.cache is None else "none"
         of_qkv, of_o, of_mlp, of_down = previous or (None,) * 4
 
-        def attend(total: Tensor, before: Tensor | None, squares: Tensor) -> tuple[Tensor, ...]:
-            return self._attend(total, squares, before, inputs)
+        def run(segment: Callable[..., Any], *inputs: Tensor | None, modules: Modules) -> Any:
+            return run_segment(
+                segment, *inputs, replicated=2, tier=tier, group=group, modules=modules
+            )
 
         partial, squares = self.attention_in.down(x)
         total, squares = reduce(partial, squares, group)
-        partial, *own_qkv = self._segment(attend, total, of_qkv, squares)
+
+        def attend(
+            total: Tensor, before: Tensor | None, squares: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            return self._attend(total, before, squares, inputs)
+
+        inner: Modules = (self.attention_in.up, self.head_norms, self.attention_out.down)
+        partial, *own_qkv = run(attend, total, of_qkv, squares, modules=inner)
         total, _ = reduce(partial, None, group)
-        x, partial, squares, *own_o = self._segment(self._middle, total, of_o, x)
+        x, partial, squares, *own_o = run(
+            self._middle, total, of_o, x, modules=(self.attention_out.up, self.mlp_in.down)
+        )
         total, squares = reduce(partial, squares, group)
-        partial, *own_mlp = self._segment(self._multiply, total, of_mlp, squares)
+        partial, *own_mlp = run(
+            self._multiply, total, of_mlp, squares, modules=(self.mlp_in.up, self.mlp_out.down)
+        )
         total, _ = reduce(partial, None, group)
-        out, *own_down = self._segment(self._leave, total, of_down)
+        out, *own_down = run(self._leave, total, of_down, modules=(self.mlp_out.up,))
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
         return x + out, (*own_qkv, *own_o, *own_mlp, *own_down)
 
@@ -172,17 +188,8 @@ class DecoderLayer(nn.Module):
         """Whether latents of the block before cross into this one."""
         return self.attention_in.up.gates is not None
 
-    def _segment(
-        self, segment: Callable[..., Any], total: Tensor, previous: Tensor | None, *others: Any
-    ) -> Any:
-        """Run what stands between two messages; it also reads latents that cross in."""
-        latents = (total,) if previous is None else (total, previous)
-        return run_segment(
-            segment, total, previous, *others, latents=latents, tier=self.tier, group=self.group
-        )
-
     def _attend(
-        self, total: Tensor, squares: Tensor, before: Tensor | None, inputs: LayerInputs
+        self, total: Tensor, before: Tensor | None, squares: Tensor | None, inputs: LayerInputs
     ) -> tuple[Tensor, ...]:
         q, k, v, *own = self.attention_in.up(total, squares, before)
         q, k, v = (self._heads(each) for each in (q, k, v))
@@ -192,10 +199,13 @@ class DecoderLayer(nn.Module):
             q, k = rotate(q, inputs.cos, inputs.sin), rotate(k, inputs.cos, inputs.sin)
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.layer_index)
-        is_first = inputs.attention_mask is None and q.shape[-2] > 1
+        mask = inputs.attention_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:  # for each head of the model
+            mask = mask[:, self.group.slice_of(mask.shape[1])]
+        is_first = mask is None and q.shape[-2] > 1
         context = F.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=inputs.attention_mask,
+            attn_mask=mask,
             is_causal=self.attention.is_causal and is_first,
             scale=self.attention.scale,
             enable_gqa=q.shape[-3] != k.shape[-3],
@@ -206,14 +216,14 @@ class DecoderLayer(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.attention.head_width)).transpose(-3, -2)
 
-    def _middle(self, total: Tensor, before: Tensor | None, x: Tensor) -> tuple[Tensor, ...]:
+    def _middle(self, total: Tensor, before: Tensor | None, x: Tensor) -> tuple[Tensor | None, ...]:
         out, *own = self.attention_out.up(total, None, before)
         x = x + out
         partial, squares = self.mlp_in.down(x)
         return (x, partial, squares, *own)
 
     def _multiply(
-        self, total: Tensor, before: Tensor | None, squares: Tensor
+        self, total: Tensor, before: Tensor | None, squares: Tensor | None
     ) -> tuple[Tensor, ...]:
         gate, value, *own = self.mlp_in.up(total, squares, before)
         if self.mlp_activation is not None:
@@ -222,7 +232,7 @@ class DecoderLayer(nn.Module):
         return (partial, *own)
 
     def _leave(self, total: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = self.mlp_out.up(total, None, before)
+        outputs: tuple[Tensor, ...] = self.mlp_out.up(total, None, before, is_last=True)
         return outputs
 
 

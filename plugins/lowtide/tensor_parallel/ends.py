@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lowtide.tensor_parallel import statistic
+from lowtide.tensor_parallel.functions import rms_norm
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import NormSetting, Part, Sharded, check_same_data
 
@@ -59,7 +60,11 @@ class TiedEmbedding(Sharded):
         rows = self.weight.shape[0]
         local = tokens - self.group.rank * rows
         is_elsewhere = (local < 0) | (local >= rows)
-        vectors = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
+        # A token that is nowhere fails here as in an ordinary embedding, on every rank.
+        (vocabulary,) = self.parts["weight"][0].blocks
+        is_nowhere = (tokens < 0) | (tokens >= vocabulary)
+        local = local.masked_fill(is_elsewhere, 0).masked_fill(is_nowhere, -1)
+        vectors = F.embedding(local, self.weight)
         vectors = vectors.masked_fill(is_elsewhere.unsqueeze(-1), 0.0)
         if self.padding is not None:
             is_padding = (tokens == self.padding).unsqueeze(-1)
@@ -73,14 +78,19 @@ class _GatherNorm(Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, norm: NormSetting, group: TensorGroup) -> Tensor:
         wide = statistic.statistic_dtype(x.dtype)
         squares = torch.linalg.vector_norm(x, dim=-1, dtype=wide).square_()
+        is_half = x.dtype == torch.float16
+        scaled = x / statistic.local_scale(squares, x.shape[-1]) if is_half else x
         # Bits, not values: a gather does no arithmetic, so a wide number travels as narrow ones.
         bits = squares.unsqueeze(-1).view(x.dtype)
-        message = torch.cat(((x * gain).to(x.dtype), bits), -1)
+        message = torch.cat(((scaled * gain).to(x.dtype), bits), -1)
         both = group.gather_columns(message, phase="forward").unflatten(-1, (group.size, -1))
         scaled, bits = both.split((x.shape[-1], bits.shape[-1]), -1)
-        total = bits.contiguous().view(wide).squeeze(-1).sum(-1)
-        rms = (total / norm.width + norm.epsilon).sqrt_().unsqueeze(-1)
-        normed = (scaled.flatten(-2).to(wide) / rms).to(x.dtype)
+        by_rank = bits.contiguous().view(wide).squeeze(-1)
+        rms = (by_rank.sum(-1) / norm.width + norm.epsilon).sqrt_().unsqueeze(-1)
+        scaled = scaled.to(wide)
+        if is_half:
+            scaled.mul_(statistic.local_scale(by_rank, x.shape[-1]))
+        normed = (scaled.flatten(-2) / rms).to(x.dtype)
         ctx.save_for_backward(x, gain, normed, rms)
         ctx.norm, ctx.group = norm, group
         return normed
@@ -141,7 +151,7 @@ class GatherNorm(Sharded):
         is what `VocabularyHead` gives.
         """
         if self.group.size == 1:
-            return F.rms_norm(x, (self.norm.width,), self.gain, self.norm.epsilon)
+            return rms_norm(x, self.gain, self.norm.epsilon)
         normed: Tensor = _GatherNorm.apply(x, self.gain, self.norm, self.group)
         return normed
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -61,18 +62,16 @@ class _PartialDown(Function):
     @staticmethod
     def backward(ctx: Any, d_partial: Tensor, d_squares: Tensor | None) -> Any:
         x, weight, gain = ctx.saved_tensors
-        d_partial = d_partial.to(weight.dtype)
         need_x, need_weight, need_gain, _ = ctx.needs_input_grad
         d_weight = d_x = d_gain = None
         if need_weight:
-            scaled = x if gain is None else x * gain
-            d_weight = _flat(d_partial).T @ _flat(scaled)
+            d_weight = _weight_gradient(d_partial, x, weight, gain)
         if not (need_x or need_gain):
             return None, d_weight, None, None
-        back = d_partial @ weight
         if gain is None:
-            return back, d_weight, None, None
+            return d_partial.to(weight.dtype) @ weight, d_weight, None, None
         wide = statistic.statistic_dtype(x.dtype)
+        back = _input_gradient(d_partial, weight)
         if need_gain:
             d_gain = torch.linalg.vecdot(_flat(x).to(wide), _flat(back).to(wide), dim=0)
             d_gain = d_gain.to(gain.dtype)
@@ -93,9 +92,7 @@ def _product(
 ) -> None:
     """Write ``(gain * x) weight^T`` to `out`, ``[..., R]`` with any distance between rows."""
     if x.dtype == torch.float16 and gain is not None and squares is not None:
-        # The largest numbers of the residual stream times a gain can pass 65504: divide by the
-        # local root mean square first and multiply where there are 32 bits. It cancels exactly.
-        scale = (squares / x.shape[-1]).sqrt_().clamp_(min=1e-30).unsqueeze(-1)
+        scale = statistic.local_scale(squares, x.shape[-1])
         scaled = (x.float() / scale * gain).to(x.dtype)
         torch.mul((scaled @ weight.T).float(), scale, out=out)
         return
@@ -105,6 +102,26 @@ def _product(
         torch.mm(_flat(scaled), weight.T, out=rows)
     else:
         out.copy_(scaled @ weight.T)
+
+
+def _weight_gradient(d_partial: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
+    """Return ``d_partial^T (gain * x)``, ``[R, n]``."""
+    scaled = x if gain is None else x * gain
+    if x.dtype == torch.float16 and gain is not None:
+        squares = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()
+        scale = statistic.local_scale(squares, x.shape[-1])
+        scaled = x.float() / scale * gain
+        d_partial = d_partial * scale
+    return _flat(d_partial.to(weight.dtype)).T @ _flat(scaled.to(weight.dtype))
+
+
+def _input_gradient(d_partial: Tensor, weight: Tensor) -> Tensor:
+    """Return ``d_partial weight``, ``[..., n]``."""
+    if weight.dtype != torch.float16:
+        return d_partial.to(weight.dtype) @ weight
+    # It is divided by the norm already, so small where x is large: bring each row near 1.
+    level = d_partial.float().abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+    return ((d_partial / level).to(weight.dtype) @ weight).float().mul_(level)
 
 
 def _rows(strided: Tensor) -> Tensor:
@@ -207,13 +224,26 @@ def recover(
     return latent
 
 
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Normalise the last dimension, all of which is here; gains may be of a wider dtype than x."""
+    wide = torch.promote_types(x.dtype, gain.dtype)
+    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), epsilon).to(x.dtype)
+
+
 class _Up(Function):
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, weight: Tensor, sizes: Sequence[int], group: TensorGroup
+        ctx: Any,
+        latent: Tensor,
+        weight: Tensor,
+        sizes: Sequence[int],
+        group: TensorGroup,
+        is_last: bool,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(latent, weight)
         ctx.sizes, ctx.group = sizes, group
+        if is_last and is_recomputing():
+            return tuple(latent.new_empty((*latent.shape[:-1], size)) for size in sizes)
         by_member = _members(latent, weight.shape[1])
         outputs = []
         for first, count, begin, size in _runs(sizes):
@@ -253,7 +283,7 @@ class _Up(Function):
         d_latent = None
         if pending is not None:
             d_latent = pending.wait().transpose(0, 1).reshape(latent.shape)
-        return d_latent, d_weight, None, None
+        return d_latent, d_weight, None, None, None
 
 
 def _members(latent: Tensor, rank: int) -> Tensor:
@@ -276,7 +306,12 @@ def _runs(sizes: Sequence[int]) -> list[tuple[int, int, int, int]]:
 
 
 def up(
-    latent: Tensor, weight: Tensor, sizes: Sequence[int], group: TensorGroup
+    latent: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    group: TensorGroup,
+    *,
+    is_last: bool = False,
 ) -> tuple[Tensor, ...]:
     """Multiply the latents of c projections by this rank's rows of their B.
 
@@ -288,11 +323,16 @@ def up(
         weight: ``[sum of sizes, r]``, projections one after another.
         sizes: Local rows of each projection, c of them.
         group: The ranks.
+        is_last: Whether the result of a checkpointed segment's second run is never read.
 
     Returns:
         c tensors ``[..., size]``.
     """
-    outputs: tuple[Tensor, ...] = _Up.apply(latent, weight, tuple(sizes), group)
+    if group.size == 1:
+        members = latent.split(weight.shape[1], -1)
+        parts = weight.split(tuple(sizes))
+        return tuple(F.linear(each, part) for each, part in zip(members, parts, strict=True))
+    outputs: tuple[Tensor, ...] = _Up.apply(latent, weight, tuple(sizes), group, is_last)
     return outputs
 
 

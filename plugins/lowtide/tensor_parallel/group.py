@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Newer names of the same collectives; the older ones warn from torch 2.13 on.
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @dataclass
 class Traffic:
@@ -112,7 +116,7 @@ class TensorGroup:
         rows = rows.contiguous()
         gathered = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
         self.traffic.add(phase, "all_gather", gathered.nbytes)
-        dist.all_gather_into_tensor(gathered, rows, group=self.process_group)
+        _all_gather(gathered, rows, group=self.process_group)
         return gathered
 
     def gather_columns(self, columns: Tensor, *, phase: str) -> Tensor:
@@ -129,7 +133,7 @@ class TensorGroup:
         stacked = columns.unflatten(-1, (self.size, -1)).movedim(-2, 0).contiguous()
         mine = stacked.new_empty(stacked.shape[1:])
         self.traffic.add(phase, "reduce_scatter", stacked.nbytes)
-        dist.reduce_scatter_tensor(mine, stacked.flatten(0, 1), group=self.process_group)
+        _reduce_scatter(mine, stacked.flatten(0, 1), group=self.process_group)
         return mine
 
     def differs(self, values: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.crossing import gated
-from lowtide.tensor_parallel.functions import partial_down, recover, up
+from lowtide.tensor_parallel.functions import partial_down, recover, rms_norm, up
 from lowtide.tensor_parallel.group import TensorGroup
 
 Activation = Callable[[Tensor], Tensor]
@@ -65,6 +65,13 @@ class Part:
         split = [each.split(lengths, self.dim) for each in by_rank]
         blocks = [torch.cat([each[b] for each in split], self.dim) for b in range(len(lengths))]
         return torch.cat(blocks, self.dim).narrow(self.dim, 0, sum(self.blocks))
+
+    def whole_shape(self, mine: Tensor) -> tuple[int, ...]:
+        """Return the whole tensor's shape, from one rank's part of it."""
+        shape = list(mine.shape)
+        if self.dim is not None:
+            shape[self.dim] = sum(self.blocks)
+        return tuple(shape)
 
     def _lengths(self) -> list[int]:
         return list(self.blocks) if self.padded is None else [self.padded]
@@ -119,6 +126,7 @@ class DownProjection(Sharded):
         weight_parts: One for each projection.
         gain: ``[n]``, this rank's part of the norm's gain; None without a norm.
         gain_part: Where it comes from.
+        norm: The norm, for a group of one, which computes it here.
     """
 
     weight: Tensor
@@ -131,8 +139,10 @@ class DownProjection(Sharded):
         weight_parts: Sequence[Part],
         gain: Tensor | None = None,
         gain_part: Part | None = None,
+        norm: NormSetting | None = None,
     ) -> None:
         super().__init__(group)
+        self.norm = norm
         self.own("weight", weight, *weight_parts)
         self.own("gain", gain, *([gain_part] if gain_part is not None else []))
 
@@ -145,6 +155,10 @@ class DownProjection(Sharded):
         Returns:
             ``[..., R]`` and ``[...]`` (None without a norm), to be given to `functions.reduce`.
         """
+        if self.group.size == 1:  # nothing to put off: torch's own operations are the fastest
+            if self.norm is not None and self.gain is not None:
+                x = rms_norm(x, self.gain, self.norm.epsilon)
+            return F.linear(x, self.weight), None
         return partial_down(x, self.weight, self.gain, self.group)
 
 
@@ -235,7 +249,12 @@ class UpProjection(Sharded):
         self.own("bias", bias, *bias_parts)
 
     def forward(
-        self, total: Tensor, squares: Tensor | None, previous: Tensor | None = None
+        self,
+        total: Tensor,
+        squares: Tensor | None,
+        previous: Tensor | None = None,
+        *,
+        is_last: bool = False,
     ) -> tuple[Tensor, ...]:
         """Return this rank's part of each output, and then its latents if it `passes_on`.
 
@@ -243,6 +262,8 @@ class UpProjection(Sharded):
             total: ``[..., R]``, reduced.
             squares: ``[...]``, reduced; None without a norm.
             previous: ``[..., S]``, the latents that cross in; None without gates.
+            is_last: Nothing in the checkpointed segment reads the outputs, so the second run does
+                not compute them.
         """
         dtype = self.weight.dtype
         if self.norm is not None and squares is not None:
@@ -256,7 +277,7 @@ class UpProjection(Sharded):
         own = (latent,) if self.passes_on else ()
         if self.gates is not None:
             latent = latent + self.gates(previous)
-        members = up(latent, self.weight, self.sizes, self.group)
+        members = up(latent, self.weight, self.sizes, self.group, is_last=is_last)
         if self.bias is not None:
             biases = self.bias.split(self.sizes)
             members = tuple(each + bias for each, bias in zip(members, biases, strict=True))

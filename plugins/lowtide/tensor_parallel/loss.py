@@ -17,8 +17,11 @@ IGNORED = -100
 class _TokenLosses(Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, first: int, valid: int, group: TensorGroup
+        ctx: Any, logits: Tensor, targets: Tensor, vocabulary: int, group: TensorGroup
     ) -> Tensor:
+        part = logits.shape[-1]
+        first = group.rank * part
+        valid = min(part, max(vocabulary - first, 0))
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         values = logits.to(wide, copy=True)
         values[:, valid:] = float("-inf")  # rows that fill the last part up
@@ -26,7 +29,9 @@ class _TokenLosses(Function):
         values.sub_(largest.unsqueeze(-1))
         local = targets - first
         is_mine = (local >= 0) & (local < valid)
-        index = local.masked_fill(~is_mine, 0).unsqueeze(-1)
+        # A target that is nowhere fails here as in an ordinary loss, on every rank.
+        is_nowhere = (targets < 0) | (targets >= vocabulary)
+        index = local.masked_fill(~is_mine, 0).masked_fill(is_nowhere, -1).unsqueeze(-1)
         chosen = values.gather(-1, index).squeeze(-1).masked_fill(~is_mine, 0.0)
         values.exp_()
         both = torch.stack((values.sum(-1), chosen))
@@ -42,7 +47,7 @@ class _TokenLosses(Function):
         d_logits = shares.clone()
         d_logits.scatter_add_(-1, index, -is_mine.to(shares.dtype).unsqueeze(-1))
         d_logits.mul_(d_losses.unsqueeze(-1))
-        return d_logits.to(ctx.dtype), None, None, None, None
+        return d_logits.to(ctx.dtype), None, None, None
 
 
 def vocabulary_cross_entropy(
@@ -79,10 +84,7 @@ def vocabulary_cross_entropy(
         wide = rows if rows.dtype == torch.float64 else rows.float()
         losses = F.cross_entropy(wide, flat, ignore_index=ignored, reduction="none")
     else:
-        part = logits.shape[-1]
-        first = group.rank * part
-        valid = min(part, max(vocabulary - first, 0))
-        losses = _TokenLosses.apply(rows, flat.masked_fill(~kept, -1), first, valid, group)
+        losses = _TokenLosses.apply(rows, flat.masked_fill(~kept, 0), vocabulary, group)
         losses = losses.masked_fill(~kept, 0.0)
     if reduction == "none":
         return losses.view(targets.shape)

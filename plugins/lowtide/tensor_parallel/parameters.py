@@ -10,6 +10,22 @@ from torch import nn
 from lowtide.core.errors import ModelError
 
 
+def listed_groups(given: Any) -> list[Any] | None:
+    """Return ``model_parameters`` (parameters, or groups of them) with every generator read."""
+    if given is None:
+        return None
+    if isinstance(given, (nn.Parameter, Mapping)):
+        given = [given]
+    return [
+        {**entry, "params": _listed(entry["params"])} if isinstance(entry, Mapping) else entry
+        for entry in given
+    ]
+
+
+def _listed(parameters: Any) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+
+
 class Successors:
     """Which parameters of the converted model hold what a parameter of the old one held.
 
@@ -66,15 +82,14 @@ class Successors:
         Raises:
             ModelError: parameters that are one now were in groups of different settings.
         """
+        entries = list(given)
         owner: dict[int, int] = {}
+        if not any(isinstance(entry, Mapping) for entry in entries):
+            return self._mapped(entries, 0, owner)
         result: list[Any] = []
-        for number, entry in enumerate(given):
-            if not isinstance(entry, Mapping):
-                result += self._mapped([entry], 0, owner)
-                continue
-            listed = entry["params"]
-            listed = [listed] if isinstance(listed, nn.Parameter) else list(listed)
-            result.append({**entry, "params": self._mapped(listed, number, owner)})
+        for number, entry in enumerate(entries):
+            parameters = _listed(entry["params"])
+            result.append({**entry, "params": self._mapped(parameters, number, owner)})
         return result
 
     def _mapped(
@@ -83,12 +98,13 @@ class Successors:
         mapped: list[nn.Parameter] = []
         for parameter in parameters:
             for name, new in self.of(parameter):
-                before = owner.setdefault(id(new), number)
-                if before != number:
+                before = owner.get(id(new))
+                if before is None:
+                    owner[id(new)] = number
+                    mapped.append(new)
+                elif before != number:
                     raise ModelError(
                         f"{name} joins projections that were in parameter groups {before} and "
                         f"{number}; projections that read the same input must be in one group"
                     )
-                if not any(new is each for each in mapped):
-                    mapped.append(new)
         return mapped

@@ -177,6 +177,8 @@ class ModelPattern(ABC):
         final_norm: Path of the norm after the last layer.
         head: Path of the linear map to the vocabulary.
         layer: The parts of each decoder layer.
+        gives_logits: Whether a call that computes the loss returns the logits too. If so they are
+            gathered on every rank in evaluation; in training a rank keeps its part of them.
     """
 
     name: str
@@ -186,6 +188,7 @@ class ModelPattern(ABC):
     final_norm: str
     head: str
     layer: LayerPattern
+    gives_logits: bool = True
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether `model` is of this family."""
@@ -229,8 +232,8 @@ class ModelPattern(ABC):
     def computes_loss(self, _args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call of the model with these arguments will ask for the loss.
 
-        Then, in training, its head gives each rank's part of the logits to the function of
-        `set_loss`, and whole logits otherwise.
+        Then its head gives each rank's part of the logits to the function of `set_loss` (in
+        evaluation only if nobody else sees them, see `gives_logits`), and whole logits otherwise.
         """
         return kwargs.get("labels") is not None
 

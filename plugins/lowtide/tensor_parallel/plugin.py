@@ -12,11 +12,11 @@ from torch import Tensor
 from lowtide.core.errors import ConfigError, ModelError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 from lowtide.tensor_parallel.config import TensorParallelConfig
-from lowtide.tensor_parallel.factorise import Factorisation, factorise
+from lowtide.tensor_parallel.factorisation import Factorisation, factorise
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layout import Layout, build_layout
-from lowtide.tensor_parallel.parameters import Successors
-from lowtide.tensor_parallel.shard import Shards, shard, unsharded_state_dict
+from lowtide.tensor_parallel.parameters import Successors, listed_groups
+from lowtide.tensor_parallel.sharding import Shards, shard, unsharded_state_dict
 
 logger = logging.getLogger("lowtide")
 
@@ -121,15 +121,22 @@ class TensorParallelPlugin(Plugin):
         layout = self._layout(moment)
         group = TensorGroup(layout.tensor_group if len(layout.tensor_ranks) > 1 else None)
         group.check_data = self.config.check_data
+        # A generator such as model.parameters() would yield what it finds after the conversion.
+        given = listed_groups(moment.data.get("model_parameters"))
         successors = Successors(moment.model)
         factorisation = factorise(moment.model, self.config, group=group.process_group)
-        shards = shard(moment.model, group, tier=self.config.activation_checkpointing)
+        shards = shard(
+            moment.model,
+            group,
+            tier=self.config.activation_checkpointing,
+            shape=factorisation.shape,
+        )
         successors.follow(
             moment.model,
             factorisation.renamed,
             {old: (new,) for old, new in shards.renamed.items()},
         )
-        self._replace_parameters(moment, successors)
+        self._replace_parameters(moment, given, successors)
         self._shards, self._factorisation = shards, factorisation
         if session.host == "deepspeed":
             from lowtide.tensor_parallel.adapters import deepspeed
@@ -158,8 +165,9 @@ class TensorParallelPlugin(Plugin):
         return build_layout(degree)
 
     @staticmethod
-    def _replace_parameters(moment: Moment, successors: Successors) -> None:
-        given = moment.data.get("model_parameters")
+    def _replace_parameters(
+        moment: Moment, given: list[Any] | None, successors: Successors
+    ) -> None:
         if given is not None:
             moment.data["model_parameters"] = successors.groups(given)
         optimizer = moment.optimizer

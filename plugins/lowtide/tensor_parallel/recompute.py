@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -50,21 +50,29 @@ class _TokenShard:
 def run_segment(
     segment: Callable[..., Any],
     *inputs: Tensor | None,
-    latents: Sequence[Tensor],
+    replicated: int = 1,
     tier: str,
     group: TensorGroup,
+    modules: Sequence[nn.Module | None] = (),
 ) -> Any:
     """Call ``segment(*inputs)``, keeping for backward what `tier` says.
 
     Args:
         segment: Reads a reduced latent and ends with `partial_down` or with an output.
-        *inputs: All are kept.
-        latents: Those inputs that are the same on all ranks, ``[..., R]``.
+        *inputs: All are kept. The first is a reduced latent, ``[..., R]``.
+        replicated: How many of the first inputs are latents, the same on all ranks; those that
+            are absent count.
         tier: One of `TIERS`.
         group: The ranks.
+        modules: What the segment calls; whether they are trained decides what backward does where
+            nothing before them is.
     """
     if tier == "none" or not torch.is_grad_enabled():
         return segment(*inputs)
+    if not any(each is not None and each.requires_grad for each in inputs):
+        if not _is_trained(modules) or inputs[0] is None:
+            return segment(*inputs)  # backward does not come here
+        inputs = (inputs[0].detach().requires_grad_(), *inputs[1:])
 
     def twice(*inputs: Any) -> Any:
         # Gradients are recorded in the second run alone.
@@ -75,11 +83,12 @@ def run_segment(
             set_recomputing(False)
 
     # Reentrant: the second run is an ordinary forward and backward, whose hooks ZeRO 3 needs to
-    # gather parameters. Its inputs must require gradients for that, which latents do.
+    # gather parameters. It looks at its inputs alone: one of them must require gradients.
     if tier == "latents" or group.size == 1:
         return checkpoint(twice, *inputs, use_reentrant=True)
 
-    shapes = {latent.data_ptr(): latent.shape for latent in latents}
+    # Not the latents themselves: autograd keeps the hooks, which would keep what they refer to.
+    shapes = {each.data_ptr(): each.shape for each in inputs[:replicated] if each is not None}
 
     def pack(tensor: Tensor) -> Any:
         is_latent = shapes.get(tensor.data_ptr()) == tensor.shape
@@ -90,3 +99,8 @@ def run_segment(
 
     with saved_tensors_hooks(pack, unpack):
         return checkpoint(twice, *inputs, use_reentrant=True)
+
+
+def _is_trained(modules: Sequence[nn.Module | None]) -> bool:
+    present = [each for each in modules if each is not None]
+    return any(parameter.requires_grad for each in present for parameter in each.parameters())

@@ -22,7 +22,7 @@ from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.build import Builder
 from lowtide.tensor_parallel.config import TensorParallelConfig
 from lowtide.tensor_parallel.ends import VocabularyHead
-from lowtide.tensor_parallel.factorise import Factorisation
+from lowtide.tensor_parallel.factorisation import Factorisation
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import check_same_data
 from lowtide.tensor_parallel.loss import IGNORED, vocabulary_cross_entropy

@@ -29,6 +29,19 @@ def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def local_scale(squares: Tensor, width: int) -> Tensor:
+    """Return ``[..., 1]``, the root mean square of one rank's part, and no less than 1.
+
+    Float16 holds nothing above 65504, which a gain times the largest numbers of a residual stream
+    can pass: they are divided by this first, and multiplied again where there are 32 bits.
+
+    Args:
+        squares: ``[...]``, sums of squares.
+        width: Over how many elements.
+    """
+    return (squares / width).sqrt_().clamp_(min=1.0).unsqueeze(-1)
+
+
 def columns(dtype: torch.dtype, size: int) -> int:
     """Return how many columns the statistic takes in a message for `size` ranks."""
     if size == 1:
@@ -49,9 +62,11 @@ def write(room: Tensor, local: Tensor, rank: int) -> None:
         return
     room.zero_()
     rest = local
+    # The largest float32 rounds to infinity in bfloat16, and infinity less itself is no number.
+    largest = torch.finfo(torch.bfloat16).max
     for piece in range(PIECES):
         column = room[:, rank * PIECES + piece]
-        column.copy_(rest)
+        column.copy_(rest.clamp(-largest, largest))
         rest = rest - column.to(rest.dtype)
 
 
@@ -59,5 +74,7 @@ def read(room: Tensor) -> Tensor:
     """Return ``[T]``, the sum over the ranks, from the reduced columns."""
     if room.dtype != torch.bfloat16:
         return room[:, 0].clone()
-    # Pieces of one rank first, then ranks in order: the same order, and bits, everywhere.
-    return room.to(torch.float32).unflatten(-1, (-1, PIECES)).sum(-1).sum(-1)
+    # Pieces of one rank first, then ranks in order: the same order, and bits, everywhere. The
+    # small pieces first: high and middle together may round up to infinity.
+    high, middle, low = room.to(torch.float32).unflatten(-1, (-1, PIECES)).unbind(-1)
+    return (high + (middle + low)).sum(-1)

@@ -21,7 +21,7 @@ from lowtide.core.lifecycle import Moment
 from lowtide.tensor_parallel.adapters.mpu import ModelParallelUnit
 from lowtide.tensor_parallel.layers import Part
 from lowtide.tensor_parallel.layout import Layout, build_layout
-from lowtide.tensor_parallel.shard import Shards, sharded_parameters
+from lowtide.tensor_parallel.sharding import Shards, sharded_parameters
 
 
 def layout(moment: Moment, degree: int) -> Layout:

@@ -17,10 +17,10 @@ from lowtide.core.config import load_block, load_config, resolve
 from lowtide.core.errors import ConfigError, ModelError
 from lowtide.tensor_parallel.build import Builder
 from lowtide.tensor_parallel.config import PATH, TensorParallelConfig
-from lowtide.tensor_parallel.factorise import Factorisation, factorise
+from lowtide.tensor_parallel.factorisation import Factorisation, factorise
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.patterns import find_pattern
-from lowtide.tensor_parallel.shard import (
+from lowtide.tensor_parallel.sharding import (
     Shards,
     check_division,
     sharded_parameters,

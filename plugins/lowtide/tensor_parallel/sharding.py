@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowtide.core.errors import ModelError
+from lowtide.core.errors import ConfigError, ModelError, listed, near
 from lowtide.tensor_parallel.build import Builder
 from lowtide.tensor_parallel.ends import VocabularyHead
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Part, Sharded
 from lowtide.tensor_parallel.loss import IGNORED, vocabulary_cross_entropy
 from lowtide.tensor_parallel.patterns import ModelPattern, ModelShape, find_pattern
+from lowtide.tensor_parallel.recompute import TIERS
 
 
 @dataclass
@@ -43,20 +44,33 @@ class Shards:
     renamed: dict[str, str]
 
 
-def shard(model: nn.Module, group: TensorGroup, *, tier: str = "none") -> Shards:
+def shard(
+    model: nn.Module,
+    group: TensorGroup,
+    *,
+    tier: str = "none",
+    shape: ModelShape | None = None,
+) -> Shards:
     """Replace the parts of a low-rank `model` by this rank's share of them, in place.
 
     Args:
         model: All projections are `BottleneckLinear` (see `factorise`), the same on all ranks.
         group: The ranks.
         tier: Of activation checkpointing, one of `recompute.TIERS`.
+        shape: What `factorise` returned; None: what the model's pattern says.
 
     Raises:
+        ConfigError: there is no such tier.
         ModelError: something does not divide by the number of ranks, or cannot be sharded. Nothing
             was changed then, and no message was sent.
     """
+    if tier not in TIERS:
+        raise ConfigError(
+            f'lowtide.tensor_parallel.activation_checkpointing: got "{tier}", allowed are '
+            f"{listed(TIERS)}.{near(tier, TIERS)}"
+        )
     pattern = find_pattern(model)
-    shape = pattern.shape(model)
+    shape = pattern.shape(model) if shape is None else shape
     check_division(pattern, shape, group.size)
     builder = Builder(model, pattern, shape, group, tier)
     layers = model.get_submodule(pattern.layers)
@@ -145,7 +159,8 @@ def _spread_loss(
         return  # the model's users compute their loss themselves, from whole logits
 
     def choose(module: nn.Module, args: Any, kwargs: Any) -> None:
-        head.is_spread = module.training and pattern.computes_loss(args, kwargs)
+        hides_logits = module.training or not pattern.gives_logits
+        head.is_spread = hides_logits and pattern.computes_loss(args, kwargs)
 
     model.register_forward_pre_hook(choose, with_kwargs=True)
 
@@ -192,25 +207,28 @@ def load_unsharded_state_dict(
     """Fill a sharded model from an unsharded model's state dict, whatever ranks wrote it.
 
     Raises:
-        ModelError: a tensor is missing or has another shape.
+        ModelError: a tensor is missing or has another shape. Nothing was changed then.
     """
+    targets = [
+        (part, model.get_parameter(name)[part.rows])
+        for name, parts in sharded_parameters(model)
+        for part in parts
+    ]
+    for part, target in targets:
+        if part.name not in state:
+            raise ModelError(
+                f"{part.name}: is not in the state dict that was to be loaded; it must be "
+                f"that of the unsharded low-rank model (unsharded_state_dict)"
+            )
+        found, wanted = tuple(state[part.name].shape), part.whole_shape(target)
+        if found != wanted:
+            raise ModelError(
+                f"{part.name}: has shape {found} in the state dict that was to be loaded, allowed "
+                f"is {wanted}; load the state dict of a model of the same sizes"
+            )
     with torch.no_grad():
-        for name, parts in sharded_parameters(model):
-            parameter = model.get_parameter(name)
-            for part in parts:
-                if part.name not in state:
-                    raise ModelError(
-                        f"{part.name}: is not in the state dict that was to be loaded; it must be "
-                        f"that of the unsharded low-rank model (unsharded_state_dict)"
-                    )
-                target = parameter[part.rows]
-                mine = part.cut(state[part.name], group)
-                if mine.shape != target.shape:
-                    raise ModelError(
-                        f"{part.name}: has shape {tuple(state[part.name].shape)}, of which this "
-                        f"rank's part is {tuple(mine.shape)} and not {tuple(target.shape)}"
-                    )
-                target.copy_(mine)
+        for part, target in targets:
+            target.copy_(part.cut(state[part.name], group))
 
 
 def _is_of_sharded(model: nn.Module, name: str) -> bool:

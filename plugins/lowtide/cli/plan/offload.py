@@ -1,4 +1,4 @@
-"""``lowtide plan``: what a plugin would do on a machine that is not at hand."""
+"""``lowtide plan offload``: one optimizer update between host and GPU, beside other schedules."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from lowtide.offload.outlook import Outlook
     from lowtide.offload.rates import Profile, Rates
-
-app = typer.Typer(help="Plan ahead, for a machine that is not at hand.", no_args_is_help=True)
 
 DEFAULT_MEMORY_SHARE = 0.1  # of the device's memory
 _COLOURS = {
@@ -69,12 +67,6 @@ ChromeTrace = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.callback()
-def _group() -> None:
-    pass  # keeps "offload" a verb of its own while it is the only one
-
-
-@app.command("offload")
 def offload(
     params: Params,
     gpu: Gpu,

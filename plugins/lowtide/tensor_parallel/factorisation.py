@@ -94,8 +94,8 @@ def factorise(
     """Replace every projection of `model` by a `BottleneckLinear`, in place.
 
     Projections that are low-rank already keep their factors, and their parameters where the layout
-    allows. Dtype, device and ``requires_grad`` stay as they are. A failure leaves the model
-    untouched.
+    allows. Dtype, device and ``requires_grad`` stay as they are. After one of the errors below the
+    model is untouched.
 
     Args:
         model: A decoder that a pattern matches, unsharded, alike on all ranks of `group`.
@@ -115,12 +115,7 @@ def factorise(
     shape = pattern.shape(model)
     before = _count(model)
     groups = collect_groups(pattern, model, settings, shape.width)
-    drops_activation = settings.mlp_activation == "none" and shape.mlp_activation is not None
-    if drops_activation and pattern.layer.mlp_activation is None:
-        raise ConfigError(
-            f'{PATH}.mlp_activation: is "none", but pattern "{pattern.name}" does not say where '
-            f"the activation of the feed-forward block is; name it in its LayerPattern"
-        )
+    activation_path = _activation_to_drop(pattern, shape, settings)
     check_chains(groups, settings)
     if group is not None:
         check_same_model(model, group)
@@ -138,8 +133,9 @@ def factorise(
         ranks[each.layer][each.kind] = reports[-1].rank
     for path, added in add_crossings(model, pattern, settings).items():
         _adopt(renamed, f"{path}.down.weight", added)
-    if drops_activation:
-        _drop_activation(model, pattern)
+    if activation_path is not None:
+        for layer in model.get_submodule(pattern.layers).children():
+            layer.set_submodule(activation_path, nn.Identity())
         shape = replace(shape, mlp_activation=None)
     return Factorisation(
         pattern=pattern,
@@ -210,11 +206,18 @@ def _adopt(renamed: dict[str, tuple[str, ...]], sibling: str, added: Sequence[st
     renamed[old] = (*renamed.get(old, (sibling,)), *added)
 
 
-def _drop_activation(model: nn.Module, pattern: ModelPattern) -> None:
-    path = pattern.layer.mlp_activation
-    for layer in model.get_submodule(pattern.layers).children():
-        if path is not None:
-            layer.set_submodule(path, nn.Identity())
+def _activation_to_drop(
+    pattern: ModelPattern, shape: ModelShape, settings: TensorParallelConfig
+) -> str | None:
+    """Return where the activation on the gate is, or None where it is to stay or there is none."""
+    if settings.mlp_activation == "keep" or shape.mlp_activation is None:
+        return None
+    if pattern.layer.mlp_activation is None:
+        raise ConfigError(
+            f'{PATH}.mlp_activation: is "none", but pattern "{pattern.name}" does not say where '
+            f"the activation of the feed-forward block is; name it in its LayerPattern"
+        )
+    return pattern.layer.mlp_activation
 
 
 def _count(model: nn.Module) -> int:

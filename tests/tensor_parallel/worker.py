@@ -1,0 +1,29 @@
+"""Run on 2 or 4 ranks by starts.py: the sharded layers beside the unsharded reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lowtide.tensor_parallel.group import TensorGroup
+from tests.helpers.ranks import leave_result
+from tests.tensor_parallel import scenarios, traffic
+from tests.tensor_parallel.reference import registered
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    group = TensorGroup(dist.group.WORLD)
+    facts: dict[str, Any] = {}
+    with registered():
+        for name, scenario in (scenarios.of_size(group.size) | traffic.ALL).items():
+            facts[name] = scenario(group)
+    leave_result(facts)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
