@@ -18,7 +18,6 @@ from lowtide.tensor_parallel.shard import load_unsharded_state_dict, shard
 from tests.tensor_parallel.reference import LowRankDecoder, Sizes, build, registered
 from tests.tensor_parallel.starts import of_each
 
-
 pytestmark = pytest.mark.timeout(600)  # the first test of each number of ranks runs all
 
 
