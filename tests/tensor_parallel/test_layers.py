@@ -137,7 +137,7 @@ def test_replicated_gradients_and_statistic_have_the_same_bits_on_all_ranks(npro
 @ranks
 def test_options_of_the_loss(nproc: int) -> None:
     for found in of_each(nproc, "losses"):
-        assert len(found) == 23
+        assert len(found) == 24
         assert {name: error for name, error in found.items() if not error <= EXACT} == {}
 
 
