@@ -47,6 +47,7 @@ CASES = (
     Case(stage=3, tier="sharded_latents"),
     Case(stage=3, dtype="bf16", tier="latents", is_tied=True),
     Case(stage=1, dtype="bf16"),
+    Case(stage=0, dtype="bf16"),
 )
 
 

@@ -39,7 +39,7 @@ def single(folder: Path) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize(("nproc", "degree"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("nproc", "degree"), [(2, 1), (2, 2), (4, 2), (4, 4)])
 def test_training_is_that_of_one_rank(
     single: dict[str, Any], folder: Path, nproc: int, degree: int
 ) -> None:
@@ -66,7 +66,7 @@ def test_training_is_that_of_one_rank(
 
 def test_norms_are_known_where_deepspeed_tells_them(single: dict[str, Any]) -> None:
     told = [all(norm > 0 for norm in single[case.name]["norms"]) for case in CASES]
-    assert told == [case.stage > 0 for case in CASES]
+    assert told == [case.stage > 0 or case.dtype != "fp32" for case in CASES]
 
 
 def test_full_rank_from_svd_computes_what_stock_computes(tmp_path: Path) -> None:

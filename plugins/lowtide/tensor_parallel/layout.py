@@ -15,7 +15,9 @@ class Layout:
     """The groups that this process belongs to.
 
     Attributes:
-        tensor_group: Ranks that hold one model together; None: this one alone.
+        tensor_group: Ranks that hold one model together; None: this one alone, outside of any
+            job. A group of one is a group: DeepSpeed sums norms over it, and over all ranks of
+            the job where there is none.
         data_group: Ranks that hold the same part of it.
         tensor_ranks: Global ranks of `tensor_group`.
         data_ranks: Global ranks of `data_group`.
@@ -59,7 +61,7 @@ def build_layout(degree: int) -> Layout:
     tensor_ranks: tuple[int, ...] = (rank,)
     data_ranks: tuple[int, ...] = (rank,)
     for ranks in tensor:  # every rank takes part in forming every group
-        group = dist.new_group(ranks) if degree > 1 else None
+        group = dist.new_group(ranks)
         if rank in ranks:
             tensor_group, tensor_ranks = group, ranks
     for ranks in data:

@@ -83,6 +83,7 @@ class TensorParallelPlugin(Plugin):
         on = session.hooks.on
         on(Event.MODEL_BUILT, self._convert, plugin=self.name, order=_BEFORE_OTHERS)
         on(Event.OPTIMIZER_BUILT, self._built, plugin=self.name)
+        on(Event.BEFORE_UPDATE, self._before_update, plugin=self.name)
         on(Event.AFTER_UPDATE, self._updated, plugin=self.name)
 
     def summary(self) -> dict[str, Any]:
@@ -170,6 +171,12 @@ class TensorParallelPlugin(Plugin):
 
     def _built(self, moment: Moment) -> None:
         self._engine = moment.data.get("engine")
+
+    def _before_update(self, _moment: Moment) -> None:
+        if self._engine is not None:
+            from lowtide.tensor_parallel.adapters.deepspeed import mark_gradients
+
+            mark_gradients(self._engine)
 
     def _updated(self, _moment: Moment) -> None:
         session, shards = self._session, self._shards

@@ -8,6 +8,7 @@ the degree.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,7 @@ def layout(moment: Moment, degree: int) -> Layout:
         )
     if not dist.is_initialized():
         deepspeed.init_distributed()
+    _choose_device()
     mpu = moment.data.get("mpu")
     if mpu is None:
         return build_layout(degree)
@@ -53,6 +55,18 @@ def layout(moment: Moment, degree: int) -> Layout:
         )
     ranks = tuple(dist.get_process_group_ranks(tensor))
     return Layout(tensor, data, ranks, tuple(dist.get_process_group_ranks(data)))
+
+
+def _choose_device() -> None:
+    """Make this rank's GPU the current one, as the engine does, but only after the conversion.
+
+    Without it every rank of a node would send the decompositions from GPU 0.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "-1"))
+    if local_rank >= 0:
+        get_accelerator().set_device(local_rank)
 
 
 def prepare(moment: Moment, shards: Shards, groups: Layout) -> None:
@@ -126,6 +140,21 @@ def _whole_shape(parameter: Tensor, parts: tuple[Part, ...], degree: int) -> lis
     if parts[0].dim is not None:
         shape[parts[0].dim] *= degree
     return shape
+
+
+def mark_gradients(engine: Any) -> None:
+    """Tell gradients what their parameters are told: whether they differ between ranks.
+
+    Without ZeRO, DeepSpeed's unfused 16-bit optimizer hands gradients, not parameters, to what
+    sums their norms; of those that bear no mark it counts the first rank's alone.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.tensor_model_parallel = getattr(
+                parameter, "tensor_model_parallel", False
+            )
 
 
 def fetcher(engine: Any) -> Callable[[Tensor], Tensor]:
