@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.functions import reduce, rms_norm, shared
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
@@ -124,9 +125,21 @@ class DecoderLayer(nn.Module):
         self.layer_index = layer_index
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return this rank's part of the residual stream after the block, ``[B, T, n]``."""
+        """Return this rank's part of the residual stream after the block, ``[B, T, n]``.
+
+        Raises:
+            ModelError: the residual stream is of another width, for example whole.
+        """
         inputs = self.bind(args, kwargs)
         group, x = self.group, inputs.hidden
+        norm = self.attention_in.down.norm
+        if norm is not None and x.shape[-1] * group.size != norm.width:
+            raise ModelError(
+                f"decoder layer {self.layer_index}: got {x.shape[-1]} of the model's {norm.width} "
+                f"columns, allowed are {norm.width // group.size} on each of {group.size} rank(s); "
+                f"embeddings from outside (inputs_embeds) must come from the converted model's own "
+                f"embedding"
+            )
         if self.training and torch.is_grad_enabled():
             inputs = replace(inputs, cache=None)  # models fill one by habit; nobody will read it
         # A second run of attention would put the same keys into a cache once more.
@@ -166,13 +179,17 @@ class DecoderLayer(nn.Module):
         mask = inputs.attention_mask
         if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:  # for each head of the model
             mask = mask[:, self.group.slice_of(mask.shape[1])]
+        is_grouped = q.shape[-3] != k.shape[-3]
+        if is_grouped and mask is not None:  # torch's fused kernels take groups or a mask, not both
+            k, v = (each.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for each in (k, v))
+            is_grouped = False
         is_first = mask is None and q.shape[-2] > 1
         context = F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
             is_causal=self.attention.is_causal and is_first,
             scale=self.attention.scale,
-            enable_gqa=q.shape[-3] != k.shape[-3],
+            enable_gqa=is_grouped,
         )  # fmt: skip
         partial, _ = self.attention_out.down(context.transpose(-3, -2).flatten(-2))
         return partial

@@ -18,6 +18,8 @@ from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.functions import partial_down, recover, rms_norm, up
 from lowtide.tensor_parallel.group import TensorGroup
 
+_ODD, _OTHER_ODD = 6364136223846793005, 2862933555777941757
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -274,15 +276,22 @@ def check_same_data(tokens: Tensor, group: TensorGroup) -> None:
     if group.size == 1 or not group.check_data:
         return
     shape = [tokens.ndim, *tokens.shape, *[0] * (7 - tokens.ndim)]
-    flat = tokens.flatten().to(torch.int64)
-    # A position-dependent sum: the same tokens in another order differ too. int64 wraps around.
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 6364136223846793005 + 1
-    mixed = (flat * weights) >> 1
-    print_ = torch.tensor(shape, device=flat.device)
-    values = torch.cat((print_, (mixed.sum() >> 2).unsqueeze(0)))
+    values = torch.tensor([*shape, 0], device=tokens.device)
+    values[-1] = fingerprint(tokens)
     if group.differs(values):
         raise ModelError(
             f"lowtide.tensor_parallel: the {group.size} ranks of one tensor-parallel group got "
             f"different batches (this rank: shape {tuple(tokens.shape)}); all of them must read "
             f"the same tokens: let the sampler go by the data-parallel rank, not by the global rank"
         )
+
+
+def fingerprint(tokens: Tensor) -> Tensor:
+    """Return a number (int64, 62 bits) that other tokens, or another order of them, change."""
+    flat = tokens.flatten().to(torch.int64)
+    place = torch.arange(1, flat.numel() + 1, device=flat.device)
+    # Multiplied, folded and multiplied again: a sum of products alone would be the same wherever
+    # changes of the tokens cancel. int64 wraps around.
+    mixed = (flat + place * _ODD) * _OTHER_ODD
+    mixed = (mixed ^ (mixed >> 29)) * _ODD
+    return (mixed ^ (mixed >> 32)).sum() >> 2

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.layers import Sharded
 from lowtide.tensor_parallel.patterns import LayerPattern, ModelPattern, ModelShape, Projection
-from lowtide.tensor_parallel.recognise import activation_name, factors_of
+from lowtide.tensor_parallel.recognise import activation_name, check_own_forward, factors_of
 
 
 def check_model(pattern: ModelPattern, model: nn.Module) -> ModelShape:
@@ -23,6 +24,11 @@ def check_model(pattern: ModelPattern, model: nn.Module) -> ModelShape:
             pattern's `shape` says; or ZeRO 3 has partitioned the parameters.
     """
     name = f'{type(model).__name__} (pattern "{pattern.name}")'
+    if any(isinstance(module, Sharded) for module in model.modules()):
+        raise ModelError(
+            f"{name}: is spread over ranks already; a model can be converted once, so build it "
+            f"anew, and load_unsharded_state_dict into the new one to go on"
+        )
     for parameter_name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):  # DeepSpeed's mark
             raise ModelError(
@@ -47,7 +53,10 @@ def check_model(pattern: ModelPattern, model: nn.Module) -> ModelShape:
     _check_shape(pattern, shape)
     _expect(pattern.layers, "layers", len(layers), shape.layers)
     _check_ends(pattern, model, shape)
+    for path in (pattern.embedding, pattern.final_norm, pattern.head):
+        check_own_forward(model.get_submodule(path), path)
     for index, layer in layers:
+        check_own_forward(layer, f"{pattern.layers}.{index}")
         _check_layer(pattern.layer, layer, f"{pattern.layers}.{index}", shape)
     return shape
 

@@ -80,7 +80,7 @@ def factors_of(module: nn.Module, where: str = "") -> Factors | None:
     """
     place = where or type(module).__name__
     if isinstance(module, BottleneckLinear):
-        _check_own_forward(module, place)
+        check_own_forward(module, place)
         return _pair(module.down, module.up, module.activation)
     if isinstance(module, nn.Sequential):
         return _of_sequential(module, place)
@@ -154,7 +154,7 @@ def _of_sequential(module: nn.Sequential, where: str) -> Factors:
             f"{where}: is a Sequential of ({kinds}), allowed are (Linear, Linear) and (Linear, "
             f"activation, Linear)"
         )
-    _check_own_forward(module, where)
+    check_own_forward(module, where)
     for index in (0, len(parts) - 1):
         _check_linear(parts[index], f"{where}.{index}")
     activation = activation_name(parts[1], f"{where}.1") if len(parts) == 3 else None
@@ -172,7 +172,7 @@ def _of_cola(module: Any, where: str) -> Factors:
             f"{where}: has parameters {sorted(names)}, allowed in a CoLA layer are cola_a, cola_b "
             f"and bias"
         )
-    _check_own_forward(module, where)
+    check_own_forward(module, where)
 
     def turned(parameter: nn.Parameter) -> nn.Parameter:  # CoLA keeps inputs first
         return nn.Parameter(parameter.detach().mT, requires_grad=parameter.requires_grad)
@@ -199,7 +199,7 @@ def _check_linear(module: nn.Module, where: str) -> None:
             f"{where}: {kind.__qualname__} computes its output or its weight in its own way, "
             f"allowed is a plain nn.Linear"
         )
-    _check_own_forward(module, where)
+    check_own_forward(module, where)
     sizes = (module.out_features, module.in_features)
     if tuple(module.weight.shape) != sizes:
         raise ModelError(
@@ -208,7 +208,7 @@ def _check_linear(module: nn.Module, where: str) -> None:
         )
 
 
-def _check_own_forward(module: nn.Module, where: str) -> None:
+def check_own_forward(module: nn.Module, where: str) -> None:
     """Raise `ModelError` where a replacement of `module` would lose hooks."""
     hooks = [module._forward_hooks, module._forward_pre_hooks]
     hooks += [module._backward_hooks, module._backward_pre_hooks]

@@ -38,8 +38,9 @@ class HuggingFacePattern(ModelPattern):
         """Return the sizes of `model`.
 
         Raises:
-            ModelError: Attention dropout, ``pretraining_tp`` above 1, an attention implementation
-                without dense masks, or an unknown activation.
+            ModelError: Attention dropout, ``pretraining_tp`` above 1, gradient checkpointing of
+                transformers, an attention implementation without dense masks, or an unknown
+                activation.
         """
         config: Any = model.config
         self._refuse(model, config)
@@ -79,6 +80,12 @@ class HuggingFacePattern(ModelPattern):
                 f"{where}: config.pretraining_tp is {slices}, allowed is 1; set it to 1, the "
                 f"function stays the same"
             )
+        if getattr(model, "is_gradient_checkpointing", False):
+            raise ModelError(
+                f"{where}: gradient checkpointing of transformers is on, and the layers that do it "
+                f"are replaced; leave it off and set "
+                f'lowtide.tensor_parallel.activation_checkpointing to "latents"'
+            )
         kind = getattr(config, "_attn_implementation", None)
         if kind not in _DENSE_MASKS:
             raise ModelError(
@@ -90,7 +97,8 @@ class HuggingFacePattern(ModelPattern):
         """Return the arguments of a decoder layer's forward by name.
 
         Raises:
-            ModelError: There are no position embeddings, or the mask is not a dense tensor.
+            ModelError: There are no position embeddings, the mask is not a dense tensor, or hidden
+                states or attentions are asked for.
         """
         given = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | dict(kwargs)
         mask, positions = given.get("attention_mask"), given.get("position_embeddings")
@@ -105,6 +113,12 @@ class HuggingFacePattern(ModelPattern):
                 f"{type(mask).__name__}, allowed are None and tensors of shape (B, 1, T, S); load "
                 f'the model with attn_implementation="sdpa"'
             )
+        for name in ("output_hidden_states", "output_attentions"):
+            if given.get(name):
+                raise ModelError(
+                    f"{self.name}: {name} is set, but hidden states and attentions are spread over "
+                    f"the ranks and are not returned; leave it off"
+                )
         cos, sin = positions
         return LayerInputs(
             hidden=given["hidden_states"],

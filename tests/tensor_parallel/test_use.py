@@ -1,0 +1,132 @@
+"""What users do with a model around its conversion: it works, or is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowtide.core.errors import ModelError
+from lowtide.core.lifecycle import Event, Moment
+from lowtide.tensor_parallel import TensorParallelConfig, factorise, shard
+from lowtide.tensor_parallel.group import TensorGroup
+from lowtide.tensor_parallel.layers import fingerprint
+from tests.tensor_parallel.models import hugging_face, tokens
+
+
+class OfTwo(TensorGroup):
+    """Pretends to be rank 0 of 2; what has to be refused is refused before a message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+
+
+def convert(model: Any, group: TensorGroup | None = None) -> Any:
+    factorise(model, TensorParallelConfig(degree=1, rank=16))
+    return shard(model, group or TensorGroup()).model
+
+
+def test_attention_with_a_mask_stays_with_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On CUDA grouped heads and a mask together end in the kernel that stores all scores.
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention
+    calls: list[tuple[bool, bool]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append((kwargs["attn_mask"] is not None, kwargs["enable_gqa"]))
+        return attention(*args, **kwargs)
+
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # padding on the left
+    low_rank = hugging_face("llama")
+    factorise(low_rank, TensorParallelConfig(degree=1, rank=16))
+    want = [low_rank(ids, attention_mask=each).logits for each in (mask, None)]
+    model = convert(hugging_face("llama"))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    found = [model(ids, attention_mask=each).logits for each in (mask, None)]
+    assert calls == [(True, False)] * 2 + [(False, True)] * 2
+    for mine, theirs, kept in zip(found, want, (mask, torch.ones_like(mask)), strict=True):
+        torch.testing.assert_close(mine[kept > 0], theirs[kept > 0], rtol=2e-5, atol=2e-5)
+
+
+def test_fingerprints_tell_batches_apart_where_sums_do_not() -> None:
+    first = torch.full((2, 9), 10)
+    for change in ([2, -4, 2], [1, -2, 1], [0, 5, -10, 5], [1, -3, 3, -1]):
+        second = first.clone()
+        second[0, : len(change)] += torch.tensor(change)
+        assert fingerprint(first) != fingerprint(second)
+    assert fingerprint(first) == fingerprint(first.clone())
+    assert fingerprint(tokens()) != fingerprint(tokens().flip(1))
+    assert abs(int(fingerprint(tokens(64, 64)))) < 2**62  # so that its negative is a number too
+
+
+def test_a_converted_model_is_not_converted_again() -> None:
+    model = convert(hugging_face("llama"))
+    for again in (convert, shard_again):
+        with pytest.raises(ModelError, match="is spread over ranks already"):
+            again(model)
+
+
+def shard_again(model: Any) -> None:
+    shard(model, TensorGroup())
+
+
+@pytest.mark.parametrize("path", ["model.embed_tokens", "model.layers.1", "model.norm", "lm_head"])
+def test_hooks_that_a_conversion_would_lose_are_refused(path: str) -> None:
+    model = hugging_face("llama")
+    model.get_submodule(path).register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match=f"{path}: has hooks"):
+        convert(model)
+
+
+def test_gradient_checkpointing_that_a_conversion_would_lose_is_refused() -> None:
+    model = hugging_face("llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ModelError, match='activation_checkpointing to "latents"'):
+        convert(model)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_is_not_returned_is_refused(name: str) -> None:
+    model = convert(hugging_face("llama"))
+    with pytest.raises(ModelError, match=f"{name} is set"):
+        model(tokens(), **{name: True})
+
+
+def test_whole_embeddings_from_outside_are_refused() -> None:
+    model = convert(hugging_face("llama"), OfTwo())
+    with pytest.raises(
+        ModelError, match="layer 0: got 32 of the model's 32 columns, allowed are 16"
+    ):
+        model(inputs_embeds=torch.zeros(2, 9, 32))
+
+
+def test_each_rank_uses_its_own_gpu_from_the_first_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.accelerator import get_accelerator
+
+    from lowtide.tensor_parallel.adapters.deepspeed import layout
+
+    done: list[str] = []
+    new_group = dist.new_group
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        done.append("group")
+        return new_group(*args, **kwargs)
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(get_accelerator(), "set_device", lambda index: done.append(f"GPU {index}"))
+    monkeypatch.setattr(dist, "new_group", recorded)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        session: Any = None
+        layout(Moment(Event.MODEL_BUILT, session, 0, model=hugging_face("llama")), 1)
+    finally:
+        dist.destroy_process_group()
+    assert done[:2] == ["GPU 3", "group"]
