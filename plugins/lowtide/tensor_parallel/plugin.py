@@ -196,12 +196,6 @@ class TensorParallelPlugin(Plugin):
 
             mark_gradients(self._engine)
 
-    def _before_update(self, _moment: Moment) -> None:
-        if self._engine is not None:
-            from lowtide.tensor_parallel.adapters.deepspeed import mark_gradients
-
-            mark_gradients(self._engine)
-
     def _updated(self, _moment: Moment) -> None:
         session, shards = self._session, self._shards
         if session is None or shards is None or shards.group.size == 1:
