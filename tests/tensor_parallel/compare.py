@@ -32,9 +32,11 @@ class Batch:
 
 
 def batch(sizes: Sizes, shape: tuple[int, int] = (3, 7), seed: int = 1) -> Batch:
-    """Return random tokens; some labels are ignored, one row begins with padding."""
+    """Return random tokens, some of them padding if there is any; some labels are ignored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, sizes.vocabulary, shape, generator=generator)
+    if sizes.padding is not None:
+        tokens[1, 1:] = sizes.padding  # gets no gradient, but is a target as any other
     labels = tokens.clone()
     labels[0, :3] = IGNORED
     labels[-1, -1] = IGNORED

@@ -151,8 +151,12 @@ def test_unknown_model_is_refused() -> None:
 def test_a_shardable_model_is_sharded_without_a_message() -> None:
     """What the tests above take for granted: `SilentGroup` does not stop `shard` itself."""
     model = build(SMALL)
-    shard(model, SilentGroup(2))
+    names = set(model.state_dict())
+    shards = shard(model, SilentGroup(2))
     assert model.layers[0].attention_in.down.weight.shape == (60, 24)
+    assert set(shards.renamed) == names
+    now = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert set(shards.renamed.values()) == now
 
 
 @pytest.mark.parametrize(

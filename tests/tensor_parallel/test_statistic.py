@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowtide.tensor_parallel.group import Traffic
 from lowtide.tensor_parallel.statistic import (
     PIECES,
     columns,
@@ -164,6 +165,17 @@ def test_columns_and_dtypes() -> None:
     assert message_dtype(torch.bfloat16) == torch.bfloat16
     assert statistic_dtype(torch.float64) == torch.float64
     assert {statistic_dtype(each) for each in (torch.float16, torch.bfloat16)} == {torch.float32}
+
+
+def test_bytes_of_a_ring() -> None:
+    """An all-reduce passes the ring twice, 1/p at a time, and each other collective once."""
+    traffic = Traffic()
+    traffic.add("forward", "all_reduce", 800)
+    traffic.add("backward", "all_reduce", 200)
+    traffic.add("forward", "all_gather", 400)
+    traffic.add("backward", "reduce_scatter", 80)
+    assert traffic.wire_bytes(4) == 2 * 0.75 * 1000 + 0.75 * 480
+    assert traffic.wire_bytes(1) == 0
 
 
 def test_scale_of_halves() -> None:
