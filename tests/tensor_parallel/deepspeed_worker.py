@@ -219,7 +219,7 @@ def _said(action: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def faults(_folder: Path, _degree: int) -> dict[str, Any]:
+def faults(folder: Path, _degree: int) -> dict[str, Any]:
     """Everything a user can get wrong; each ends in one typed error on every rank."""
     facts: dict[str, Any] = {}
     facts["degree"] = _said(lambda: open_engine(Case(), 3))
@@ -249,6 +249,13 @@ def faults(_folder: Path, _degree: int) -> dict[str, Any]:
 
     facts["groups"] = _said(with_split_groups)
 
+    def with_a_part_left_out() -> None:
+        net = model()
+        q = net.model.layers[0].self_attn.q_proj.weight
+        lowtide.initialize(model=net, config=settings(Case(), 2), model_parameters=[q])
+
+    facts["left out"] = _said(with_a_part_left_out)
+
     def with_foreign_parameter() -> None:
         lowtide.initialize(
             model=model(), config=settings(Case(), 2), model_parameters=model().parameters()
@@ -272,7 +279,31 @@ def faults(_folder: Path, _degree: int) -> dict[str, Any]:
     engine = open_engine(Case(), 2)
     tokens = batches(1, 1, 0)[0] + dist.get_rank()
     facts["data"] = _said(lambda: engine(tokens % VOCABULARY, labels=tokens % VOCABULARY))
+    same = batches(1, 1, 0)[0]
+    facts["labels"] = _said(lambda: engine(same, labels=tokens % VOCABULARY))
+    facts["save_pretrained"] = _said(lambda: engine.module.save_pretrained(folder))
+    compiled = torch.compile(engine.module, backend="eager")
+    facts["compiled"] = compiled(same, labels=same).loss.item()
+    facts["not compiled"] = engine(same, labels=same).loss.item()
+    engine.save_16bit_model(str(folder), "whole.bin")
+    whole, state = torch.load(folder / "whole.bin"), engine.lowtide.tensor_parallel.state_dict()
+    facts["whole"] = all(torch.equal(whole[name], value) for name, value in state.items())
+    engine.save_checkpoint(str(folder / "other"))
     engine.destroy()
+
+    def load_with(degree: int, **more: Any) -> None:
+        config = settings(Case(), degree)
+        config["lowtide"]["tensor_parallel"] |= more
+        net = model()
+        engine = lowtide.initialize(model=net, model_parameters=groups(net), config=config)[0]
+        try:
+            engine.load_checkpoint(str(folder / "other"))
+        finally:
+            engine.destroy()
+
+    facts["other degree"] = _said(lambda: load_with(1))
+    facts["other activation"] = _said(lambda: load_with(2, activation="silu"))
+    facts["same again"] = _said(lambda: load_with(2))
 
     net = model()
     factorise(net, TensorParallelConfig(degree=1, rank=32))

@@ -103,6 +103,14 @@ def test_faults_are_told_on_every_rank_and_leave_a_working_process(tmp_path: Pat
         "initialize has 1 model-parallel ranks",
         "groups": "ModelError: model.layers.0.attention_in.down.weight joins projections that "
         "were in parameter groups 0 and 1",
+        "left out": "ModelError: model.layers.0.self_attn.k_proj.weight is in no parameter group, "
+        "but it is one parameter (model.layers.0.attention_in.down.weight)",
+        "labels": "ModelError: lowtide.tensor_parallel: the 2 ranks of one tensor-parallel group "
+        "got different labels",
+        "save_pretrained": "ModelError: save_pretrained: the model is spread over ranks",
+        "other degree": "ConfigError: lowtide.tensor_parallel.degree: got 1, but checkpoint",
+        "other activation": "ConfigError: lowtide.tensor_parallel.activation: got silu, but",
+        "same again": "nothing",
         "foreign": "ModelError: a parameter of shape (101, 64) in model_parameters or in the "
         "optimizer is not one of the model's",
         "optimizer": "ModelError: lowtide.tensor_parallel: the optimizer has already made steps",
@@ -116,3 +124,5 @@ def test_faults_are_told_on_every_rank_and_leave_a_working_process(tmp_path: Pat
             assert facts[fault].startswith(text), fault
         assert facts["own optimizer"] == ranks[0]["own optimizer"]
         assert len(set(facts["own optimizer"])) == 3
+        assert facts["compiled"] == facts["not compiled"]
+        assert facts["whole"]

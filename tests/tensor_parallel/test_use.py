@@ -14,8 +14,7 @@ from torch import Tensor
 from lowtide.core.errors import ModelError
 from lowtide.core.lifecycle import Event, Moment
 from lowtide.tensor_parallel import TensorParallelConfig, factorise, shard
-from lowtide.tensor_parallel.group import TensorGroup
-from lowtide.tensor_parallel.layers import fingerprint
+from lowtide.tensor_parallel.group import TensorGroup, fingerprint
 from tests.tensor_parallel.models import hugging_face, tokens
 
 
@@ -130,3 +129,9 @@ def test_each_rank_uses_its_own_gpu_from_the_first_message(monkeypatch: pytest.M
     finally:
         dist.destroy_process_group()
     assert done[:2] == ["GPU 3", "group"]
+
+
+def test_checkpointing_of_transformers_is_refused_after_the_conversion_too() -> None:
+    model = convert(hugging_face("llama"))
+    with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+        model.gradient_checkpointing_enable()

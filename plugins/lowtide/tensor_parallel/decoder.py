@@ -125,6 +125,7 @@ class DecoderLayer(nn.Module):
         self.bind = bind
         self.layer_index = layer_index
 
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return this rank's part of the residual stream after the block, ``[B, T, n]``."""
         latents: Latents | None = kwargs.pop(ARGUMENT, None)

@@ -52,6 +52,7 @@ class TiedEmbedding(Sharded):
         self.padding = padding
         self.own("weight", weight, part)
 
+    @torch.compiler.disable
     def forward(self, tokens: Tensor) -> Tensor:
         """Return ``[..., n]``."""
         check_same_data(tokens, self.group)
@@ -144,6 +145,7 @@ class GatherNorm(Sharded):
         self.norm = norm
         self.own("gain", gain, part)
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Take ``[..., n]``, return ``[..., d]``.
 
@@ -206,6 +208,7 @@ class VocabularyHead(Sharded):
             self.own("weight", weight, part)
         self.own("bias", bias, *([bias_part] if bias_part is not None else []))
 
+    @torch.compiler.disable
     def forward(self, normed: Tensor) -> Tensor:
         """Take ``[..., d]``, return ``[..., V]``, or ``[..., ceil(V / p)]`` if `is_spread`."""
         logits = F.linear(normed, self.weight, self.bias)

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.crossing import gated
 from lowtide.tensor_parallel.functions import partial_down, recover, rms_norm, up
-from lowtide.tensor_parallel.group import TensorGroup
-
-_ODD, _OTHER_ODD = 6364136223846793005, 2862933555777941757
+from lowtide.tensor_parallel.group import TensorGroup, fingerprint
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -311,6 +309,7 @@ class ParallelEmbedding(Sharded):
         self.padding = padding
         self.own("weight", weight, part)
 
+    @torch.compiler.disable
     def forward(self, tokens: Tensor) -> Tensor:
         """Return ``[..., n]``."""
         check_same_data(tokens, self.group)
@@ -334,14 +333,3 @@ def check_same_data(tokens: Tensor, group: TensorGroup) -> None:
             f"different batches (this rank: shape {tuple(tokens.shape)}); all of them must read "
             f"the same tokens: let the sampler go by the data-parallel rank, not by the global rank"
         )
-
-
-def fingerprint(tokens: Tensor) -> Tensor:
-    """Return a number (int64, 62 bits) that other tokens, or another order of them, change."""
-    flat = tokens.flatten().to(torch.int64)
-    place = torch.arange(1, flat.numel() + 1, device=flat.device)
-    # Multiplied, folded and multiplied again: a sum of products alone would be the same wherever
-    # changes of the tokens cancel. int64 wraps around.
-    mixed = (flat + place * _ODD) * _OTHER_ODD
-    mixed = (mixed ^ (mixed >> 29)) * _ODD
-    return (mixed ^ (mixed >> 32)).sum() >> 2

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from lowtide.tensor_parallel.group import TensorGroup
+from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.group import TensorGroup, fingerprint
 
 IGNORED = -100
+_EXACT = (1 << 24) - 1  # what a float32 holds exactly
 
 
 class _TokenLosses(Function):
@@ -25,7 +27,7 @@ class _TokenLosses(Function):
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         values = logits.to(wide, copy=True)
         values[:, valid:] = float("-inf")  # rows that fill the last part up
-        largest = group.maximum(values.amax(-1), phase="forward")
+        largest = _largest(values.amax(-1), targets, group)
         values.sub_(largest.unsqueeze(-1))
         local = targets - first
         is_mine = (local >= 0) & (local < valid)
@@ -50,6 +52,22 @@ class _TokenLosses(Function):
         return d_logits.to(ctx.dtype), None, None, None
 
 
+def _largest(local: Tensor, targets: Tensor, group: TensorGroup) -> Tensor:
+    """Return the largest logit of each token; refuse targets that differ, in the same message."""
+    if not group.check_data:
+        return group.maximum(local, phase="forward")
+    mark = (fingerprint(targets) & _EXACT).to(local.dtype).view(1)
+    largest = group.maximum(torch.cat((local, mark, -mark)), phase="forward")
+    if largest[-2] != -largest[-1]:
+        raise ModelError(
+            f"lowtide.tensor_parallel: the {group.size} ranks of one tensor-parallel group got "
+            f"different labels for the same tokens; a collator that draws random numbers must draw "
+            f"the same on all of them: seed it by the data-parallel rank"
+        )
+    return largest[:-2]
+
+
+@torch.compiler.disable
 def vocabulary_cross_entropy(
     logits: Tensor,
     targets: Tensor,

@@ -85,12 +85,29 @@ class Successors:
         entries = list(given)
         owner: dict[int, int] = {}
         if not any(isinstance(entry, Mapping) for entry in entries):
-            return self._mapped(entries, 0, owner)
+            mapped = self._mapped(entries, 0, owner)
+            self._check_all(owner, entries)
+            return mapped
         result: list[Any] = []
         for number, entry in enumerate(entries):
             parameters = _listed(entry["params"])
             result.append({**entry, "params": self._mapped(parameters, number, owner)})
+        self._check_all(owner, [p for entry in entries for p in _listed(entry["params"])])
         return result
+
+    def _check_all(self, owner: Mapping[int, int], given: Sequence[nn.Parameter]) -> None:
+        """Refuse a joined parameter of which the user wanted a part trained and a part not."""
+        chosen = {id(parameter) for parameter in given}
+        for parameter in self._old:
+            if id(parameter) in chosen or not parameter.requires_grad:
+                continue
+            for name, new in self.of(parameter):
+                if id(new) in owner:
+                    raise ModelError(
+                        f"{self._names[id(parameter)]} is in no parameter group, but it is one "
+                        f"parameter ({name}) with projections that are; put projections that read "
+                        f"the same input into one group, or freeze all of them"
+                    )
 
     def _mapped(
         self, parameters: Iterable[nn.Parameter], number: int, owner: dict[int, int]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -90,6 +92,7 @@ class TensorParallelPlugin(Plugin):
         on = session.hooks.on
         on(Event.MODEL_BUILT, self._convert, plugin=self.name, order=_BEFORE_OTHERS)
         on(Event.OPTIMIZER_BUILT, self._built, plugin=self.name)
+        on(Event.BEFORE_LOAD, self._before_load, plugin=self.name)
         on(Event.BEFORE_UPDATE, self._before_update, plugin=self.name)
         on(Event.AFTER_UPDATE, self._updated, plugin=self.name)
 
@@ -189,6 +192,23 @@ class TensorParallelPlugin(Plugin):
             from lowtide.tensor_parallel.adapters import pipeline
 
             pipeline.prepare_engine(self._engine)
+        elif self._engine is not None and self.group.size > 1:
+            from lowtide.tensor_parallel.adapters import deepspeed
+
+            deepspeed.replace_savers(self._engine, self._save)
+
+    def _save(self, path: Path) -> None:
+        state = self.state_dict(on_rank=0)
+        if dist.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, path)
+        dist.barrier()
+
+    def _before_load(self, moment: Moment) -> None:
+        if moment.session.host == "deepspeed":
+            from lowtide.tensor_parallel.adapters.deepspeed import check_saved
+
+            check_saved(moment, self.config)
 
     def _before_update(self, _moment: Moment) -> None:
         if self._engine is not None:

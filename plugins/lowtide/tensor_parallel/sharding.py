@@ -82,6 +82,8 @@ def shard(
     _replace(model, pattern.final_norm, norm)
     _replace(model, pattern.head, head)
     _spread_loss(model, pattern, shape, head, group)
+    if hasattr(model, "supports_gradient_checkpointing"):  # of transformers: it would do nothing
+        model.supports_gradient_checkpointing = False  # type: ignore[assignment]
     renamed = {part.name: name for name, parts in sharded_parameters(model) for part in parts}
     return Shards(model, group, pattern, shape, renamed)
 

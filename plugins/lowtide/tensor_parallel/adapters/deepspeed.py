@@ -11,15 +11,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowtide.core.errors import ConfigError
+from lowtide.core.errors import ConfigError, ModelError
 from lowtide.core.lifecycle import Moment
+from lowtide.core.restart import read_record
 from lowtide.tensor_parallel.adapters.mpu import ModelParallelUnit
+from lowtide.tensor_parallel.config import TensorParallelConfig
 from lowtide.tensor_parallel.layers import Part
 from lowtide.tensor_parallel.layout import Layout, build_layout
 from lowtide.tensor_parallel.sharding import Shards, sharded_parameters
@@ -133,6 +136,69 @@ def _whole_shape(parameter: Tensor, parts: tuple[Part, ...], degree: int) -> lis
     if parts[0].dim is not None:
         shape[parts[0].dim] *= degree
     return shape
+
+
+_DECIDING = ("degree", "activation", "mlp_activation", "crossing")
+
+
+def check_saved(moment: Moment, config: TensorParallelConfig) -> None:
+    """Refuse a checkpoint of another degree, or of layers that computed something else.
+
+    Raises:
+        ConfigError: the record beside the checkpoint says so. Universal checkpoints fit any
+            degree, and what has no record is left to DeepSpeed.
+    """
+    engine, tag = moment.data["engine"], moment.data["tag"]
+    folder = Path(moment.data["path"])
+    if engine.load_universal_checkpoint():
+        return
+    latest = folder / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+    record = None if tag is None else read_record(folder / tag)
+    saved = ((record or {}).get("config") or {}).get("tensor_parallel")
+    if saved is None:
+        return
+    for name in _DECIDING:
+        found, wanted = saved.get(name), getattr(config, name)
+        if name in saved and found != wanted:
+            remedy = (
+                "convert it with deepspeed.checkpoint.ds_to_universal and load it with "
+                '"checkpoint": {"load_universal": true}'
+                if name == "degree"
+                else "set it to what was trained"
+            )
+            raise ConfigError(
+                f"lowtide.tensor_parallel.{name}: got {wanted}, but checkpoint {folder / tag} was "
+                f"saved with {found}; {remedy}"
+            )
+
+
+def replace_savers(engine: Any, save: Callable[[Path], None]) -> None:
+    """Have what writes one rank's part under the whole model's names write the whole, or refuse.
+
+    Args:
+        engine: The engine.
+        save: Writes the unsharded state dict to a file; all ranks call it.
+    """
+
+    def save_16bit_model(
+        save_dir: str, save_filename: str = "pytorch_model.bin", **_options: Any
+    ) -> bool:
+        save(Path(save_dir) / save_filename)
+        return True
+
+    engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
+    model = engine.module
+    if hasattr(model, "save_pretrained"):
+
+        def save_pretrained(*_args: Any, **_kwargs: Any) -> None:
+            raise ModelError(
+                "save_pretrained: the model is spread over ranks, and this one has a part of it; "
+                "write engine.lowtide.tensor_parallel.state_dict(), which all ranks have to call"
+            )
+
+        model.save_pretrained = save_pretrained
 
 
 def mark_gradients(engine: Any) -> None:
