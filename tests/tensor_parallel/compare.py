@@ -225,3 +225,16 @@ def summary(found: dict[str, float]) -> dict[str, Any]:
     # NaN compares with nothing: the worst of all.
     name = max(weights, key=lambda each: (weights[each] != weights[each], weights[each]))
     return {**ends, "dW": weights[name], "worst": name}
+
+
+def pooled(results: list[dict[str, dict[str, float]]]) -> Any:
+    """Root mean square of errors over runs, then the summary."""
+    found = {}
+    for kind in results[0]:
+        names = results[0][kind]
+        means = {
+            name: (sum(run[kind][name] ** 2 for run in results) / len(results)) ** 0.5
+            for name in names
+        }
+        found[kind] = summary(means)
+    return found

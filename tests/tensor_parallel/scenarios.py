@@ -26,6 +26,7 @@ from tests.tensor_parallel.compare import (
     gradient,
     of_reference,
     parameter_pairs,
+    pooled,
     run_pair,
     sharded,
     step,
@@ -218,19 +219,6 @@ def frozen(group: TensorGroup) -> Any:
 
             result = run_pair(sizes, data, group, tier=tier, edit=freeze)["sharded"]
             found[f"{name}, {tier}"] = summary(result)
-    return found
-
-
-def pooled(results: list[dict[str, dict[str, float]]]) -> Any:
-    """Root mean square of errors over runs, then the summary."""
-    found = {}
-    for kind in results[0]:
-        names = results[0][kind]
-        means = {
-            name: (sum(run[kind][name] ** 2 for run in results) / len(results)) ** 0.5
-            for name in names
-        }
-        found[kind] = summary(means)
     return found
 
 
