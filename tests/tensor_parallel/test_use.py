@@ -133,5 +133,5 @@ def test_each_rank_uses_its_own_gpu_from_the_first_message(monkeypatch: pytest.M
 
 def test_checkpointing_of_transformers_is_refused_after_the_conversion_too() -> None:
     model = convert(hugging_face("llama"))
-    with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
         model.gradient_checkpointing_enable()
