@@ -82,7 +82,7 @@ class HuggingFacePattern(ModelPattern):
                 f"{where}: config.pretraining_tp is {slices}, allowed is 1; set it to 1, the "
                 f"function stays the same"
             )
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ModelError(
                 f"{where}: gradient checkpointing of transformers is on, and the layers that do it "
                 f"are replaced; leave it off and set "
