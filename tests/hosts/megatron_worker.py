@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,24 +18,15 @@ from lowtide.core.errors import LowtideError
 from lowtide.core.lifecycle import Event
 from lowtide.core.registry import plugins
 from lowtide.hosts import megatron
+from tests.helpers.examples import load_example
 from tests.helpers.probe_plugin import ProbePlugin
-from tests.helpers.ranks import REPOSITORY, leave_result
+from tests.helpers.ranks import leave_result
 
 STEPS = 3
 CONFIG: dict[str, Any] = {"lowtide": {"probe": {}}}
 
 
-def load_example() -> Any:
-    path = REPOSITORY / "examples" / "megatron_core" / "train.py"
-    spec = importlib.util.spec_from_file_location("megatron_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load_example()
+example = load_example("megatron_core")
 
 
 class Run:

@@ -186,6 +186,21 @@ def lazy(folder: Path, degree: int) -> dict[str, Any]:
     return {"expected": expected, "found": found}
 
 
+def offload(_folder: Path, degree: int) -> dict[str, Any]:
+    """Train with DeepSpeed's CPU offload, as it is and planned."""
+    facts: dict[str, Any] = {}
+    for name, block in (("stock", {}), ("planned", {"offload": {}})):
+        config = settings(Case(stage=3, dtype="bf16"), degree)
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        del config["optimizer"]["params"]["torch_adam"]
+        config["lowtide"] |= block
+        net = model()
+        engine = lowtide.initialize(model=net, model_parameters=groups(net), config=config)[0]
+        facts[name] = train(engine, 5)
+        engine.destroy()
+    return facts
+
+
 def stock(_folder: Path, _degree: int) -> dict[str, Any]:
     """Full rank from SVD, at degree 2, against the model as it was under stock DeepSpeed."""
     config = settings(Case(stage=0, clip=0.0), 2)
@@ -291,9 +306,10 @@ def faults(folder: Path, _degree: int) -> dict[str, Any]:
     engine.save_checkpoint(str(folder / "other"))
     engine.destroy()
 
-    def load_with(degree: int, **more: Any) -> None:
+    def load_with(degree: int, plugins: dict[str, Any] | None = None, **more: Any) -> None:
         config = settings(Case(), degree)
         config["lowtide"]["tensor_parallel"] |= more
+        config["lowtide"] |= plugins or {}
         net = model()
         engine = lowtide.initialize(model=net, model_parameters=groups(net), config=config)[0]
         try:
@@ -302,6 +318,7 @@ def faults(folder: Path, _degree: int) -> dict[str, Any]:
             engine.destroy()
 
     facts["other degree"] = _said(lambda: load_with(1))
+    facts["other degree, lazy"] = _said(lambda: load_with(1, plugins={"checkpoint": {}}))
     facts["other activation"] = _said(lambda: load_with(2, activation="silu"))
     facts["same again"] = _said(lambda: load_with(2))
 
@@ -311,7 +328,11 @@ def faults(folder: Path, _degree: int) -> dict[str, Any]:
     config = settings(Case(stage=0), 2)
     del config["optimizer"]
     del config["lowtide"]["tensor_parallel"]["rank"]
-    engine = lowtide.initialize(model=net, optimizer=optimizer, config=config)[0]
+    data = list(torch.arange(8 * LENGTH).remainder(VOCABULARY).view(8, LENGTH))
+    engine, _, loader, _ = lowtide.initialize(
+        model=net, optimizer=optimizer, config=config, training_data=data
+    )
+    facts["own loader"] = [batch.tolist() for batch in loader]
     facts["own optimizer"] = train(engine, 3)["losses"]
     engine.destroy()
     return facts
@@ -319,6 +340,8 @@ def faults(folder: Path, _degree: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     deepspeed.init_distributed()
-    action = {f.__name__: f for f in (matrix, save, load, lazy, stock, faults)}[sys.argv[1]]
+    action = {f.__name__: f for f in (matrix, save, load, lazy, offload, stock, faults)}[
+        sys.argv[1]
+    ]
     leave_result(action(Path(sys.argv[2]), int(sys.argv[3])))
     dist.destroy_process_group()

@@ -6,7 +6,6 @@ train on the same batches.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -30,24 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowtide.core.errors import LowtideError
 from lowtide.tensor_parallel.adapters.megatron import bottleneck_layer_spec, traffic
-from tests.helpers.ranks import REPOSITORY, leave_result
+from tests.helpers.examples import load_example
+from tests.helpers.ranks import leave_result
 from tests.tensor_parallel import megatron_reference as reference
 
 STEPS, MORE_STEPS, MICRO_BATCHES = 5, 3, 2
 TRAINED = "cola"
 
 
-def load_example() -> Any:
-    path = REPOSITORY / "examples" / "megatron_core" / "train.py"
-    spec = importlib.util.spec_from_file_location("megatron_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load_example()
+example = load_example("megatron_core")
 
 
 def build(

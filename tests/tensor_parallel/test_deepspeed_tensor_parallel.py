@@ -96,6 +96,12 @@ def test_together_with_lazy_checkpoints(tmp_path: Path) -> None:
         assert facts["found"] == facts["expected"]
 
 
+def test_together_with_planned_updates(tmp_path: Path) -> None:
+    for facts in results("offload", tmp_path, nproc=2, degree=2):
+        assert facts["planned"] == facts["stock"], "bit for bit"
+        assert len(set(facts["stock"]["losses"])) == 5
+
+
 def test_faults_are_told_on_every_rank_and_leave_a_working_process(tmp_path: Path) -> None:
     wanted = {
         "degree": "ConfigError: lowtide.tensor_parallel.degree: got 3, which does not divide the 2",
@@ -109,6 +115,7 @@ def test_faults_are_told_on_every_rank_and_leave_a_working_process(tmp_path: Pat
         "got different labels",
         "save_pretrained": "ModelError: save_pretrained: the model is spread over ranks",
         "other degree": "ConfigError: lowtide.tensor_parallel.degree: got 1, but checkpoint",
+        "other degree, lazy": "ConfigError: lowtide.tensor_parallel.degree: got 1, but checkpoint",
         "other activation": "ConfigError: lowtide.tensor_parallel.activation: got silu, but",
         "same again": "nothing",
         "foreign": "ModelError: a parameter of shape (101, 64) in model_parameters or in the "
@@ -124,5 +131,7 @@ def test_faults_are_told_on_every_rank_and_leave_a_working_process(tmp_path: Pat
             assert facts[fault].startswith(text), fault
         assert facts["own optimizer"] == ranks[0]["own optimizer"]
         assert len(set(facts["own optimizer"])) == 3
+        assert facts["own loader"] == ranks[0]["own loader"], "DeepSpeed's loader goes by the mpu"
+        assert len(facts["own loader"]) == 2
         assert facts["compiled"] == facts["not compiled"]
         assert facts["whole"]

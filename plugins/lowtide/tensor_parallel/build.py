@@ -101,7 +101,7 @@ class Builder:
         name = f"{pattern.embedding}.weight"
         rows = -(-shape.vocabulary // group.size) * group.size
         head_part = Part(f"{pattern.head}.weight", slice(None), (shape.vocabulary,), 0, padded=rows)
-        embedding: TiedEmbedding | ParallelEmbedding
+        embedding: ParallelEmbedding
         by_token = Part(name, slice(None), (shape.vocabulary,), 0, padded=rows)
         if shape.is_tied:
             embedding = TiedEmbedding(group, self._cut(by_token), by_token, padding)

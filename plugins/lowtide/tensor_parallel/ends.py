@@ -16,7 +16,13 @@ from torch.autograd import Function
 from lowtide.tensor_parallel import statistic
 from lowtide.tensor_parallel.functions import rms_norm
 from lowtide.tensor_parallel.group import TensorGroup
-from lowtide.tensor_parallel.layers import NormSetting, Part, Sharded, check_same_data
+from lowtide.tensor_parallel.layers import (
+    NormSetting,
+    ParallelEmbedding,
+    Part,
+    Sharded,
+    check_same_data,
+)
 
 
 class _ScatterSum(Function):
@@ -30,27 +36,12 @@ class _ScatterSum(Function):
         return ctx.group.gather_columns(d_mine, phase="backward"), None
 
 
-class TiedEmbedding(Sharded):
+class TiedEmbedding(ParallelEmbedding):
     """Token embedding that is the head's matrix too, so each rank holds a slice of the vocabulary.
 
     The ranks' terms (a token's vector on one rank, zero on the others) are summed and spread over
-    the width in one reduce-scatter, half of an all-reduce.
-
-    Args:
-        group: The ranks.
-        weight: ``[ceil(V / p), d]``.
-        part: Where it comes from.
-        padding: Token id whose vector gets no gradient, or None.
+    the width in one reduce-scatter, half of an all-reduce. Its weight is ``[ceil(V / p), d]``.
     """
-
-    weight: Tensor
-
-    def __init__(
-        self, group: TensorGroup, weight: Tensor, part: Part, padding: int | None = None
-    ) -> None:
-        super().__init__(group)
-        self.padding = padding
-        self.own("weight", weight, part)
 
     @torch.compiler.disable
     def forward(self, tokens: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class TensorGroup:
         size: Number of ranks (p).
         rank: This process's place among them.
         traffic: What was sent.
-        phase: "forward", "backward" or "recompute": who sends now, for the counters.
+        check_data: Whether different tokens or labels on the ranks are looked for.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:

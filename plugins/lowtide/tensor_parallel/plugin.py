@@ -23,6 +23,7 @@ from lowtide.tensor_parallel.sharding import Shards, shard, unsharded_state_dict
 logger = logging.getLogger("lowtide")
 
 _BEFORE_OTHERS = -100  # all that others see of the model is the converted one
+_BEFORE_LOADERS = -200  # whoever loads by itself must not load what does not fit
 
 
 class TensorParallelPlugin(Plugin):
@@ -46,9 +47,12 @@ class TensorParallelPlugin(Plugin):
     @property
     def group(self) -> TensorGroup:
         """The ranks that hold one model together."""
+        return self._converted().group
+
+    def _converted(self) -> Shards:
         if self._shards is None:
             raise ModelError("lowtide.tensor_parallel: no model has been converted")
-        return self._shards.group
+        return self._shards
 
     def state_dict(self, *, on_rank: int | None = 0) -> dict[str, Tensor]:
         """Return the unsharded low-rank model's state dict. Every rank calls it.
@@ -61,22 +65,17 @@ class TensorParallelPlugin(Plugin):
             Tensors in host memory, by the names of the model before it was sharded (each linear
             as ``down.weight``, ``up.weight`` of a `BottleneckLinear`).
         """
-        if self._shards is None:
-            raise ModelError("lowtide.tensor_parallel: no model has been converted")
+        shards = self._converted()
         if self._is_pipeline:
             from lowtide.tensor_parallel.adapters import pipeline
 
-            return pipeline.whole_state_dict(
-                self._shards.model, self._shards.group, on_rank=on_rank
-            )
+            return pipeline.whole_state_dict(shards.model, shards.group, on_rank=on_rank)
         fetch: Callable[[Tensor], Tensor] = Tensor.detach
         if self._engine is not None:
             from lowtide.tensor_parallel.adapters.deepspeed import fetcher
 
             fetch = fetcher(self._engine)
-        return unsharded_state_dict(
-            self._shards.model, self._shards.group, fetch=fetch, on_rank=on_rank
-        )
+        return unsharded_state_dict(shards.model, shards.group, fetch=fetch, on_rank=on_rank)
 
     # -- lifecycle --------------------------------------------------------------------------
 
@@ -92,9 +91,17 @@ class TensorParallelPlugin(Plugin):
         on = session.hooks.on
         on(Event.MODEL_BUILT, self._convert, plugin=self.name, order=_BEFORE_OTHERS)
         on(Event.OPTIMIZER_BUILT, self._built, plugin=self.name)
-        on(Event.BEFORE_LOAD, self._before_load, plugin=self.name)
+        on(Event.BEFORE_LOAD, self._before_load, plugin=self.name, order=_BEFORE_LOADERS)
         on(Event.BEFORE_UPDATE, self._before_update, plugin=self.name)
         on(Event.AFTER_UPDATE, self._updated, plugin=self.name)
+
+    def detach(self) -> None:
+        """Give the engine its own ways to save back, and let go of it."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            from lowtide.tensor_parallel.adapters import deepspeed
+
+            deepspeed.restore_savers(engine)
 
     def summary(self) -> dict[str, Any]:
         """Return sizes, ranks and what was sent."""

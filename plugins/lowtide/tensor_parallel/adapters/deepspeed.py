@@ -201,19 +201,29 @@ def replace_savers(engine: Any, save: Callable[[Path], None]) -> None:
         model.save_pretrained = save_pretrained
 
 
+def restore_savers(engine: Any) -> None:
+    """Undo `replace_savers`."""
+    for owner, name in (
+        (engine, "save_16bit_model"),
+        (engine, "save_fp16_model"),
+        (engine.module, "save_pretrained"),
+    ):
+        owner.__dict__.pop(name, None)
+
+
 def mark_gradients(engine: Any) -> None:
     """Tell gradients what their parameters are told: whether they differ between ranks.
 
     Without ZeRO, DeepSpeed's unfused 16-bit optimizer hands gradients, not parameters, to what
     sums their norms; of those that bear no mark it counts the first rank's alone.
     """
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
     if engine.zero_optimization_stage() > 0:
         return
     for parameter in engine.module.parameters():
         if parameter.grad is not None:
-            parameter.grad.tensor_model_parallel = getattr(
-                parameter, "tensor_model_parallel", False
-            )
+            parameter.grad.tensor_model_parallel = is_model_parallel_parameter(parameter)
 
 
 def fetcher(engine: Any) -> Callable[[Tensor], Tensor]:
