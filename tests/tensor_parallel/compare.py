@@ -74,9 +74,13 @@ def step(
 
 
 def sharded(
-    model: LowRankDecoder, group: TensorGroup, tier: str = "none", training: bool = True
+    model: LowRankDecoder,
+    group: TensorGroup,
+    tier: str = "none",
+    training: bool = True,
+    overlaps: bool = False,
 ) -> LowRankDecoder:
-    shard(model, group, tier=tier)
+    shard(model, group, tier=tier, overlaps_forward=overlaps)
     return model.train(training)
 
 
@@ -175,6 +179,7 @@ def run_pair(
     tier: str = "none",
     edit: Edit = lambda model: None,
     seed: int = 0,
+    overlaps: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Return the errors against float64 of the sharded model and of the unsharded one in `dtype`.
 
@@ -186,7 +191,8 @@ def run_pair(
         edit(model)
         return model.to(dtype).to(of)
 
-    return compare(make(torch.float64), make(dtype), make(dtype), data, group, tier=tier)
+    models = make(torch.float64), make(dtype), make(dtype)
+    return compare(*models, data, group, tier=tier, overlaps=overlaps)
 
 
 def compare(
@@ -197,12 +203,13 @@ def compare(
     group: TensorGroup,
     *,
     tier: str = "none",
+    overlaps: bool = False,
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, dict[str, float]]:
     """Shard `ours` and return its errors and those of `single`, the same model on one rank."""
     sizes = reference.sizes
     want = step(reference, data)
-    sharded(ours, group, tier)
+    sharded(ours, group, tier, overlaps=overlaps)
     got = step(ours, data, forward=forward)
     result = {"sharded": step_errors(ours, got, reference, want, sizes, group)}
     if next(single.parameters()).dtype == torch.float64:

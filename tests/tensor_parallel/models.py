@@ -20,7 +20,10 @@ from lowtide.tensor_parallel.patterns import (
 )
 
 VOCABULARY = 61
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = {
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo": "Olmo",
+    "stablelm": "StableLm",
+}  # fmt: skip
 
 
 def hugging_face(family: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -41,6 +44,8 @@ def hugging_face(family: str, *, seed: int = 0, **changes: Any) -> Any:
     }
     if family == "qwen3":
         sizes["head_dim"] = 8
+    if family == "stablelm":  # by default 2 of the 8 columns of a head would turn
+        sizes |= {"partial_rotary_factor": 0.5, "use_qkv_bias": True}
     config = getattr(transformers, f"{stem}Config")(**(sizes | changes))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{stem}ForCausalLM")(config)
@@ -59,6 +64,9 @@ def in_float64(model: Any) -> Any:
         if type(module).__name__.endswith("RMSNorm"):
             norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
             norm.weight = module.weight
+            model.set_submodule(path, norm)
+        elif type(module).__name__ == "OlmoLayerNorm":
+            norm = nn.LayerNorm(module.normalized_shape, elementwise_affine=False)
             model.set_submodule(path, norm)
     return model
 

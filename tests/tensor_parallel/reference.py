@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class Sizes:
     has_biases: bool = False
     has_head_norms: bool = False
     has_head_bias: bool = False
+    norm: Literal["rms", "layer", "layer without gain"] = "rms"
     padding: int | None = None
 
 
@@ -72,6 +73,29 @@ class Norm(nn.Module):
         full = wide(x)
         mean_square = (full * full).mean(-1, keepdim=True)
         return (full / torch.sqrt(mean_square + self.epsilon) * wide(self.weight)).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width: int, epsilon: float, has_parameters: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if has_parameters else None
+        self.bias = nn.Parameter(torch.zeros(width)) if has_parameters else None
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = wide(x)
+        centred = full - full.mean(-1, keepdim=True)
+        variance = (centred * centred).mean(-1, keepdim=True)
+        normed = centred / torch.sqrt(variance + self.epsilon)
+        if self.weight is not None and self.bias is not None:
+            normed = normed * wide(self.weight) + wide(self.bias)
+        return normed.to(x.dtype)
+
+
+def norm_of(sizes: Sizes) -> nn.Module:
+    if sizes.norm == "rms":
+        return Norm(sizes.width, sizes.epsilon)
+    return LayerNorm(sizes.width, sizes.epsilon, sizes.norm == "layer")
 
 
 def low_rank(layer: BottleneckLinear, x: Tensor) -> Tensor:
@@ -100,8 +124,8 @@ class Layer(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = s = sizes
-        self.attention_norm = Norm(s.width, s.epsilon)
-        self.mlp_norm = Norm(s.width, s.epsilon)
+        self.attention_norm = norm_of(s)
+        self.mlp_norm = norm_of(s)
 
         def bottleneck(inputs: int, rank: int, outputs: int) -> BottleneckLinear:
             return BottleneckLinear(
@@ -190,7 +214,7 @@ class LowRankDecoder(nn.Module):
         self.sizes = sizes
         self.embedding = nn.Embedding(sizes.vocabulary, sizes.width, sizes.padding)
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.layers))
-        self.norm = Norm(sizes.width, sizes.epsilon)
+        self.norm = norm_of(sizes)
         self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=sizes.has_head_bias)
         if sizes.is_tied:
             self.head.weight = self.embedding.weight
@@ -263,7 +287,7 @@ class ReferencePattern(ModelPattern):
             head_width=s.head_width,
             mlp_width=s.mlp_width,
             vocabulary=s.vocabulary,
-            norm="rms",
+            norm="rms" if s.norm == "rms" else "layer",
             epsilon=s.epsilon,
             mlp_activation=s.gate_activation,
             is_tied=s.is_tied,

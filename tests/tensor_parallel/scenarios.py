@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowtide.core.errors import ModelError
-from lowtide.tensor_parallel.functions import partial_down, reduce
+from lowtide.tensor_parallel.functions import partial_down
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.loss import vocabulary_cross_entropy
+from lowtide.tensor_parallel.norms import NormSetting
+from lowtide.tensor_parallel.reduction import reduce
 from lowtide.tensor_parallel.sharding import load_unsharded_state_dict, shard, unsharded_state_dict
 from tests.tensor_parallel.compare import (
     Batch,
@@ -44,7 +46,11 @@ FUSED = Sizes(
 )  # fmt: skip
 MANY_HEADS = Sizes(kv_heads=8, attention_rank=12, is_tied=True, has_head_norms=True, padding=3)
 SHORT = replace(PLAIN, layers=2)
-LAYOUTS = {"plain": PLAIN, "cola": COLA, "fused": FUSED, "many heads": MANY_HEADS}
+LAYER_NORM = Sizes(norm="layer", activation="silu", has_biases=True, has_head_bias=True)
+LAYOUTS = {
+    "plain": PLAIN, "cola": COLA, "fused": FUSED, "many heads": MANY_HEADS,
+    "layer norm": LAYER_NORM,
+}  # fmt: skip
 
 
 def exact(group: TensorGroup) -> Any:
@@ -62,6 +68,12 @@ def _tiny(model: LowRankDecoder) -> None:
 
 def _outlier(model: LowRankDecoder) -> None:
     model.embedding.weight[:, 5] *= 300
+
+
+def _large_means(model: LowRankDecoder) -> None:
+    # Of all columns, and other ones of each half: where they are taken away late, digits are lost.
+    model.embedding.weight.add_(30)
+    model.embedding.weight[:, : model.sizes.width // 2] += 20
 
 
 def _zero_token(model: LowRankDecoder) -> None:
@@ -92,6 +104,12 @@ def hard_inputs(group: TensorGroup) -> Any:
     zeros.tokens[0, :4] = 7
     zeros.tokens[1] = 7
     cases["zero tokens"] = (SHORT, zeros, _zero_token)
+    centred = replace(LAYER_NORM, layers=2)
+    cases["layer: tiny"] = (centred, batch(centred), _tiny)
+    for norm in ("layer", "layer without gain"):
+        for name, edit in {"outlier": _outlier, "means": _large_means}.items():
+            cases[f"{norm}: {name}"] = (replace(centred, norm=norm), batch(centred), edit)
+    cases["layer: tied"] = (replace(centred, is_tied=True), batch(centred), _large_means)
     for name, mask in _masks(SHORT, data).items():
         cases[f"mask: {name}"] = (SHORT, replace(data, mask=mask), lambda model: None)
     turned = Batch(data.tokens.T, data.labels.T)
@@ -225,7 +243,7 @@ def frozen(group: TensorGroup) -> Any:
 def precision(group: TensorGroup) -> Any:
     """float32, bfloat16 and float16 against float64, beside a single rank of the same precision."""
     found = {}
-    for name in LAYOUTS if group.size < 4 else ("plain", "cola"):
+    for name in LAYOUTS if group.size < 4 else ("plain", "cola", "layer norm"):
         sizes = LAYOUTS[name]
         for dtype, runs in ((torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 2)):
             results = [
@@ -239,15 +257,34 @@ def precision(group: TensorGroup) -> Any:
 def outliers(group: TensorGroup) -> Any:
     """One channel 300 times larger than the others, in lower precisions."""
     found = {}
-    for dtype, runs in ((torch.float32, 1), (torch.bfloat16, 4)):
-        results = [
-            run_pair(
-                PLAIN, batch(PLAIN, (3, 16), seed), group,
-                dtype=dtype, seed=seed, edit=_without_gradients(_outlier),
-            )
-            for seed in range(runs)
-        ]  # fmt: skip
-        found[str(dtype)[6:]] = pooled(results)
+    for dtype, runs in ((torch.float32, 4), (torch.bfloat16, 4)):
+        for name, sizes, edit in (
+            ("", PLAIN, _outlier),
+            ("layer norm, ", LAYER_NORM, _outlier),
+            ("means, ", LAYER_NORM, _large_means),
+        ):
+            results = [
+                run_pair(
+                    sizes, batch(sizes, (3, 16), seed), group,
+                    dtype=dtype, seed=seed, edit=_without_gradients(edit),
+                )
+                for seed in range(runs)
+            ]  # fmt: skip
+            found[f"{name}{str(dtype)[6:]}"] = pooled(results)
+    return found
+
+
+def overlap(group: TensorGroup) -> Any:
+    """Halves of the batch that take turns, in float64: an odd batch, a mask of its own per row."""
+    found = {}
+    for name, sizes in LAYOUTS.items():
+        data = batch(sizes)
+        masked = replace(data, mask=_masks(sizes, data)["padding"])
+        for tier, given in {"none": data, "latents": masked, "sharded_latents": data}.items():
+            result = run_pair(replace(sizes, layers=2), given, group, tier=tier, overlaps=True)
+            found[f"{name}, {tier}"] = summary(result["sharded"])
+    alone = Batch(data.tokens[:1], data.tokens[:1])
+    found["one row"] = summary(run_pair(PLAIN, alone, group, overlaps=True)["sharded"])
     return found
 
 
@@ -305,7 +342,7 @@ def tiers(group: TensorGroup) -> Any:
     found = {}
     for name, dtypes in {
         "cola": (torch.float64, torch.bfloat16), "fused": (torch.float16,),
-        "plain": (torch.bfloat16,),
+        "plain": (torch.bfloat16,), "layer norm": (torch.bfloat16,),
     }.items():  # fmt: skip
         sizes = replace(LAYOUTS[name], layers=2)
         for dtype in dtypes:
@@ -348,8 +385,9 @@ def replicas(group: TensorGroup) -> Any:
         mine = x.chunk(group.size, -1)[group.rank].contiguous()
         weight = torch.eye(FUSED.width, dtype=dtype).chunk(group.size, 1)[group.rank].contiguous()
         gain = torch.ones(mine.shape[-1], dtype=dtype)
-        total, squares = reduce(*partial_down(mine, weight, gain, group), group)
-        assert squares is not None
+        norm = NormSetting(FUSED.width, FUSED.epsilon)
+        partial, *statistics = partial_down(mine, weight, group, norm, gain)
+        total, (squares,) = reduce(partial, tuple(statistics), group)
         bits = [_everywhere(each, group) for each in (total.contiguous(), squares)]
         found[str(dtype)[6:]] = {
             "differing": differing,
@@ -585,7 +623,7 @@ def replaced_loss(group: TensorGroup) -> Any:
 _UP_TO_TWO = (layer_calls, whole_logits, frozen, mixed_precision, decoding, replaced_loss)
 _ANY = (
     exact, hard_inputs, optimizer_steps, precision, outliers, large_halves, tiers, replicas, losses,
-    out_of_range, state_dicts, subgroups, late_ranks, different_data,
+    out_of_range, state_dicts, subgroups, late_ranks, different_data, overlap,
 )  # fmt: skip
 
 

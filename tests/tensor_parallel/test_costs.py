@@ -32,6 +32,8 @@ from lowtide.tensor_parallel.traffic import (
     SCHEMES,
     BlockShape,
     Kind,
+    Scheme,
+    in_turns,
 )
 from lowtide.tensor_parallel.work import (
     PASSES,
@@ -279,6 +281,37 @@ def test_a_message_hides_at_most_the_gemm_beside_it(message_s: float, hidden_s: 
     later = block_time(shape, 2, exposed, batch=BATCH, machine=made)
     assert later.backward.hidden_s == 0.0
     assert later.total_s - found.total_s == pytest.approx(4 * hidden_s)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message_s", "hidden_s"),
+    [
+        # GEMMs before, between and after its messages: 1, 2, 2, 2 and 1 of one second each.
+        (BOTTLENECK, 0.25, 2.0),
+        (BOTTLENECK, 1.5, 2.5 + 3.0 + 3.0 + 2.5),
+        (BOTTLENECK, 40.0, 3.0 + 4.0 + 4.0 + 3.0),
+        # Both factors before each of its messages, nothing after the last.
+        (NAIVE, 40.0, 4.0 + 4.0 + 4.0 + 2.0),
+        # Gathered, both GEMMs, scattered; twice. The first and the last have one neighbour.
+        (FULL_RANK, 40.0, 2.0 + 2.0 + 2.0 + 2.0),
+    ],
+)
+def test_halves_hide_what_the_other_half_computes(
+    scheme: Scheme, message_s: float, hidden_s: float
+) -> None:
+    steps = 1 if scheme is FULL_RANK else 2  # of a ring of two
+    made = flat(link=Link(alpha_s=message_s / steps, beta_bytes_per_s=1e30))
+    shape = dataclasses.replace(BLOCK, kv_heads=8)
+    found = block_time(shape, 2, in_turns(scheme), batch=BATCH, machine=made)
+    plain = block_time(shape, 2, scheme, batch=BATCH, machine=made)
+    assert found.forward.message_s == pytest.approx(8 * message_s)
+    assert found.forward.hidden_s == pytest.approx(hidden_s)
+    assert found.forward.gemm_s == 2 * plain.forward.gemm_s  # here GEMMs do not get shorter
+    assert found.backward == plain.backward
+    alone = Batch(micro_batch=1, sequence=128)
+    assert block_time(shape, 2, in_turns(scheme), batch=alone, machine=made) == block_time(
+        shape, 2, scheme, batch=alone, machine=made
+    )
 
 
 def test_recomputation_costs_what_runs_again() -> None:

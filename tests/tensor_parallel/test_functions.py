@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lowtide.tensor_parallel.decoder import rotate
-from lowtide.tensor_parallel.functions import partial_down, recover, rms_norm, up
+from lowtide.tensor_parallel.functions import partial_down, up
 from lowtide.tensor_parallel.group import TensorGroup
+from lowtide.tensor_parallel.norms import NormSetting, rms_norm
+from lowtide.tensor_parallel.reduction import recover
 
 ALONE = TensorGroup()
 
@@ -28,9 +30,9 @@ def test_derivatives_of_the_norm_and_a(trained: tuple[bool, ...]) -> None:
         each.requires_grad_(is_trained)
 
     def whole(x: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
-        total, squares = partial_down(x, weight, gain, ALONE)
-        assert squares is not None
-        return recover(total, squares, 6, 0.3, x.dtype)
+        norm = NormSetting(6, 0.3)
+        total, *statistics = partial_down(x, weight, ALONE, norm, gain)
+        return recover(total, tuple(statistics), norm, x.dtype)
 
     assert torch.autograd.gradcheck(whole, inputs)
 
@@ -54,7 +56,7 @@ def test_division_by_the_norm_rounds_once(dtype: torch.dtype) -> None:
     total = drawn(64, 32, dtype=dtype).requires_grad_()
     squares = (drawn(64, seed=1).abs() * 100 + 1).float().requires_grad_()
     gradient = drawn(64, 32, seed=2, dtype=dtype)
-    latent = recover(total, squares, 48, 1e-5, dtype)
+    latent = recover(total, (squares,), NormSetting(48, 1e-5), dtype)
     latent.backward(gradient)
     assert total.grad is not None
     assert squares.grad is not None

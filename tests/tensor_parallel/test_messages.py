@@ -60,6 +60,35 @@ def test_elements_and_bytes_per_token_and_block(nproc: int) -> None:
             assert per_block(case, "backward", "all_reduce", "nbytes") == nbytes, name
 
 
+def test_a_layer_norm_needs_no_message_of_its_own(nproc: int) -> None:
+    """Each rank's mean travels too, and once in a message A times gain (p rows) and bias."""
+    rank = EQUAL_RANKS.mlp_rank
+    for found in of_each(nproc, "other_messages"):
+        for dtype, columns in (("bfloat16", 6 * nproc), ("float32", 1 + nproc)):
+            case = found[f"layer norm, {dtype}"]
+            for way in WAYS:
+                assert per_block(case, way, "all_reduce", "messages") == 4
+            rows = nproc + 1
+            extra = 2 * TOKENS * columns + rows * (3 * rank + columns + 2 * rank + columns)
+            elements = per_block(case, "forward", "all_reduce", "elements")
+            assert elements == TOKENS * 7 * rank + extra
+            assert per_block(case, "backward", "all_reduce", "elements") == TOKENS * 7 * rank
+            forward, backward = (case["3"][way]["messages"] for way in WAYS)
+            assert forward["all_gather"] == 3  # the stream, once; the last norm's gain and bias
+            assert backward["reduce_scatter"] == 1
+
+
+def test_overlap_sends_the_same_in_twice_as_many_messages(nproc: int) -> None:
+    for found in of_each(nproc, "other_messages"):
+        case = found["overlap, bfloat16"]
+        plain = of_each(nproc, "messages")[0]["equal ranks, bfloat16, none"]
+        for way in WAYS:
+            assert per_block(case, way, "all_reduce", "messages") == 8
+            for what in ("elements", "nbytes"):
+                both = [per_block(each, way, "all_reduce", what) for each in (case, plain)]
+                assert both[0] == both[1]
+
+
 def test_checkpointing_sends_nothing_more_or_only_its_gathers(nproc: int) -> None:
     for found in of_each(nproc, "messages"):
         none, kept, shared = (

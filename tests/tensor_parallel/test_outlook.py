@@ -31,6 +31,7 @@ def outlook_of(
     gpu: str = "A100",
     sequences: int = 4,
     tier: Tier = "none",
+    overlap: bool = False,
 ) -> Outlook:
     return look_ahead(
         preset(model).decoder(rank),
@@ -38,6 +39,7 @@ def outlook_of(
         machine=machine(gpu),
         batch=Batch(micro_batch=sequences, sequence=4096),
         tier=tier,
+        overlap_forward=overlap,
     )
 
 
@@ -70,6 +72,25 @@ def test_iteration_is_blocks_and_ends_and_update() -> None:
         whole_s = 32 * forecast.block.total_s + forecast.ends.total_s + forecast.update_s
         assert forecast.iteration_s == pytest.approx(whole_s)
         assert min(forecast.ends.total_s, forecast.update_s) > 0
+
+
+def test_overlap_is_shown_for_all_ways() -> None:
+    plain, found = outlook_of(), outlook_of(overlap=True)
+    names = [forecast.name for forecast in plain.forecasts]
+    assert [forecast.name for forecast in found.forecasts] == [
+        *names[:-1], *(f"{name} *" for name in names)
+    ]  # fmt: skip
+    assert found.forecasts[:3] == plain.forecasts[:3]
+    ours = found.ours
+    assert (ours.forward_messages, ours.backward_messages) == (8, 8)
+    assert ours.block_bytes == plain.ours.block_bytes
+    assert ours.block.total_s < plain.ours.block.total_s
+    # Against naive low rank whose backward overlaps as ours does, and against one that takes turns.
+    assert found.block_ratio(NAIVE.name) >= 2.6
+    assert found.block_ratio(f"{NAIVE.name} *") >= 2.3
+    assert found.block_ratio(FULL_RANK.name) >= 1.5
+    alone = outlook_of(sequences=1, overlap=True)
+    assert alone.ours.forward_messages == 4
 
 
 def test_ratios_are_over_ours() -> None:

@@ -50,7 +50,12 @@ def own_layer(pattern: Any, layer: Any, shape: ModelShape, inputs: LayerInputs) 
     parts = pattern.layer
 
     def norm(path: str, x: Tensor) -> Tensor:
-        weight = layer.get_submodule(path).weight
+        module = layer.get_submodule(path)
+        weight = getattr(module, "weight", None)
+        if shape.norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.epsilon)
+            return x if weight is None else x * weight + module.bias
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.epsilon) * weight
 
     def project(projections: Any, x: Tensor) -> dict[str, Tensor]:
@@ -63,8 +68,9 @@ def own_layer(pattern: Any, layer: Any, shape: ModelShape, inputs: LayerInputs) 
 
     def turn(x: Tensor) -> Tensor:
         cos, sin = (t if t.dim() == 2 else t[:, None] for t in (inputs.cos, inputs.sin))
+        x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         low, high = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-high, low), dim=-1) * sin
+        return torch.cat((x * cos + torch.cat((-high, low), dim=-1) * sin, rest), -1)
 
     x = inputs.hidden
     batch, length, _ = x.shape
@@ -119,9 +125,13 @@ def test_a_layer_is_what_its_pattern_says(family: str) -> None:
     bound = compare_layers(pattern, model, tokens(), attention_mask=padding)
     assert all(each.attention_mask is not None for each in bound)
     shape = pattern.shape(model)
+    config = model.config
+    norm, epsilon = {
+        "olmo": ("layer", 1e-5), "stablelm": ("layer", getattr(config, "layer_norm_eps", 0.0)),
+    }.get(family, ("rms", getattr(config, "rms_norm_eps", 0.0)))  # fmt: skip
     assert shape == ModelShape(
         width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=56,
-        vocabulary=VOCABULARY, norm="rms", epsilon=model.config.rms_norm_eps,
+        vocabulary=VOCABULARY, norm=norm, epsilon=epsilon,  # type: ignore[arg-type]
         mlp_activation="silu", is_tied=False, attention_scale=8**-0.5,
     )  # fmt: skip
 
@@ -212,6 +222,21 @@ def test_the_loss_function_is_set_and_put_back() -> None:
 def test_features_without_a_shape_are_refused(changes: dict[str, Any], message: str) -> None:
     with refused(message):
         find_pattern(hugging_face("llama", **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("olmo", {"clip_qkv": 3.0}, "config.clip_qkv is 3.0, allowed is None"),
+        ("stablelm", {"qk_layernorm": True}, "config.qk_layernorm is True, allowed is False"),
+        ("stablelm", {"hidden_dropout": 0.1}, "config.hidden_dropout is 0.1, allowed is 0.0"),
+    ],
+)
+def test_features_of_other_families_are_refused(
+    family: str, changes: dict[str, Any], message: str
+) -> None:
+    with refused(message):
+        find_pattern(hugging_face(family, **changes))
 
 
 def test_attention_without_dense_masks_is_refused() -> None:

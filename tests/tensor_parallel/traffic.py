@@ -62,9 +62,13 @@ class Watch(TorchDispatchMode):
 
 
 def _watched(
-    sizes: Sizes, group: TensorGroup, dtype: torch.dtype = torch.float32, tier: str = "none"
+    sizes: Sizes,
+    group: TensorGroup,
+    dtype: torch.dtype = torch.float32,
+    tier: str = "none",
+    overlaps: bool = False,
 ) -> dict[str, Any]:
-    model = sharded(build(sizes, dtype=dtype), group, tier)
+    model = sharded(build(sizes, dtype=dtype), group, tier, overlaps=overlaps)
     data = batch(sizes, BATCH)
     group.traffic.messages.clear()
     group.traffic.payload_bytes.clear()
@@ -94,6 +98,23 @@ def messages(group: TensorGroup) -> Any:
             for layers in (1, 3)
         }
         for layout, dtype, tier in cases
+    }
+
+
+def other_messages(group: TensorGroup) -> Any:
+    """The same with LayerNorm, and with halves of the batch that take turns."""
+    of_norm = replace(EQUAL_RANKS, norm="layer")
+    cases = {
+        f"layer norm, {dtype}": (of_norm, dtype, False) for dtype in ("bfloat16", "float32")
+    } | {"overlap, bfloat16": (EQUAL_RANKS, "bfloat16", True)}
+    return {
+        name: {
+            str(layers): _watched(
+                replace(sizes, layers=layers), group, getattr(torch, dtype), overlaps=overlaps
+            )
+            for layers in (1, 3)
+        }
+        for name, (sizes, dtype, overlaps) in cases.items()
     }
 
 
@@ -141,5 +162,5 @@ def frozen_messages(group: TensorGroup) -> Any:
 
 
 ALL: dict[str, Callable[[TensorGroup], Any]] = {
-    each.__name__: each for each in (messages, message_ends, frozen_messages)
+    each.__name__: each for each in (messages, other_messages, message_ends, frozen_messages)
 }

@@ -16,12 +16,12 @@ from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import (
     CrossingGates,
     DownProjection,
-    NormSetting,
     ParallelEmbedding,
     Part,
     Sharded,
     UpProjection,
 )
+from lowtide.tensor_parallel.norms import NormSetting
 from lowtide.tensor_parallel.patterns import LayerInputs, ModelPattern, ModelShape, Projection
 
 _ORDER = {role: place for place, role in enumerate(("q", "k", "v", "gate", "up", "o", "down"))}
@@ -36,6 +36,7 @@ class Builder:
         shape: Its sizes.
         group: The ranks.
         tier: Of activation checkpointing.
+        overlaps_forward: Whether layers let halves of the batch take turns.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class Builder:
         shape: ModelShape,
         group: TensorGroup,
         tier: str,
+        overlaps_forward: bool = False,
     ) -> None:
         self.model = model
         self.pattern = pattern
         self.shape = shape
         self.group = group
         self.tier = tier
-        self.norm = NormSetting(shape.width, shape.epsilon)
+        self.overlaps_forward = overlaps_forward
+        self.norm = NormSetting(shape.width, shape.epsilon, shape.norm)
 
     def layer(self, index: int) -> DecoderLayer:
         """Return the replacement of decoder layer `index`."""
@@ -73,6 +76,7 @@ class Builder:
             bind=bind,
             head_norms=self._head_norms(path),
             tier=self.tier,
+            overlaps_forward=self.overlaps_forward,
             layer_index=index,
         )
         layer.train(self.model.training)
@@ -110,8 +114,7 @@ class Builder:
             part = Part(name, slice(None), (shape.width,), 1)
             embedding = ParallelEmbedding(group, self._cut(part), part, padding)
             head_weight = self._cut(head_part)
-        gain = Part(f"{pattern.final_norm}.weight", slice(None), (shape.width,), 0)
-        norm = GatherNorm(group, self._cut(gain), gain, self.norm)
+        norm = GatherNorm(group, self.norm, *self._of_norm(pattern.final_norm))
         bias = bias_part = None
         if getattr(model.get_submodule(pattern.head), "bias", None) is not None:
             bias_part = Part(f"{pattern.head}.bias", slice(None), (shape.vocabulary,), 0, rows)
@@ -136,22 +139,29 @@ class Builder:
             Part(f"{path}.down.weight", slice(i * rank, (i + 1) * rank), (columns,), 1)
             for i, path in enumerate(paths)
         ]
-        gain_part = gain = None
-        if norm is not None:
-            gain_part = Part(f"{layer}.{norm}.weight", slice(None), (self.shape.width,), 0)
-            gain = self._cut(gain_part)
+        of_norm = self._of_norm(f"{layer}.{norm}") if norm is not None else ()
         down = DownProjection(
             self.group,
             torch.cat([self._cut(part) for part in a_parts]),
             a_parts,
-            gain,
-            gain_part,
             self.norm if norm is not None else None,
+            *of_norm,
         )
         up = self._up(paths, projections, sources, norm is not None, activation)
         for module in (down, up):
             self._freeze_as_before(module)
         return Bottleneck(down, up)
+
+    def _of_norm(self, path: str) -> tuple[Tensor | None, Part | None, Tensor | None, Part | None]:
+        """Return gain and bias of a norm over the model width, each with where it comes from."""
+        found: list[Any] = []
+        for name in ("weight", "bias"):
+            part = None
+            if getattr(self.model.get_submodule(path), name, None) is not None:
+                part = Part(f"{path}.{name}", slice(None), (self.shape.width,), 0)
+            found += [None if part is None else self._cut(part), part]
+        gain, gain_part, bias, bias_part = found
+        return gain, gain_part, bias, bias_part
 
     def _up(
         self,

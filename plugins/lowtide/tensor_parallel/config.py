@@ -134,6 +134,11 @@ class TensorParallelConfig(PluginConfig):
     """Latents: keep only the latents and recompute the rest in backward, without communication.
     Sharded_latents: keep one share of each latent per rank and gather it in backward."""
 
+    overlap_forward: bool = False
+    """Two halves of each micro-batch take turns in every layer, so that the messages of one are
+    under way while the other computes. Twice as many messages, each half as long; for
+    micro-batches of two sequences or more."""
+
     check_data: bool = True
     """Refuse a step in which the ranks of one group were given different batches."""
 

@@ -6,7 +6,7 @@ and up (2r), down (r). The residual stream stays spread over its width from laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.crossing import ARGUMENT, Latents
-from lowtide.tensor_parallel.functions import reduce, rms_norm, shared
+from lowtide.tensor_parallel.functions import shared
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Activation, DownProjection, Part, Sharded, UpProjection
+from lowtide.tensor_parallel.norms import rms_norm
 from lowtide.tensor_parallel.patterns import LayerInputs
 from lowtide.tensor_parallel.recompute import run_segment
+from lowtide.tensor_parallel.reduction import Reduction
 
 Modules = tuple[nn.Module | None, ...]
 
@@ -93,6 +95,8 @@ class DecoderLayer(nn.Module):
         mlp_activation: On the gate; None multiplies gate and up as they are.
         head_norms: Gains of the query and key norms and their epsilon, or None.
         tier: Of activation checkpointing, one of `recompute.TIERS`.
+        overlaps_forward: Whether two halves of the batch take turns, so that the messages of one
+            are under way while the other computes.
         bind: Turns the arguments of a call into `LayerInputs`.
         layer_index: For the cache of keys and values.
     """
@@ -110,6 +114,7 @@ class DecoderLayer(nn.Module):
         bind: Callable[[tuple[Any, ...], dict[str, Any]], LayerInputs],
         head_norms: HeadNorms | None = None,
         tier: str = "none",
+        overlaps_forward: bool = False,
         layer_index: int = 0,
     ) -> None:
         super().__init__()
@@ -122,6 +127,7 @@ class DecoderLayer(nn.Module):
         self.attention = attention
         self.mlp_activation = mlp_activation
         self.tier = tier
+        self.overlaps_forward = overlaps_forward
         self.bind = bind
         self.layer_index = layer_index
 
@@ -166,6 +172,41 @@ class DecoderLayer(nn.Module):
             inputs = replace(inputs, cache=None)  # models fill one by habit; nobody will read it
         # A second run of attention would put the same keys into a cache once more.
         tier = self.tier if inputs.cache is None else "none"
+        parts = self._halves(inputs, previous)
+        results = _in_turn([self._block(part, latents, tier) for part, latents in parts])
+        if len(results) == 1:
+            return results[0]
+        x = torch.cat([each for each, _ in results])
+        return x, tuple(map(torch.cat, zip(*(own for _, own in results), strict=True)))
+
+    def _halves(
+        self, inputs: LayerInputs, previous: tuple[Tensor, ...]
+    ) -> list[tuple[LayerInputs, tuple[Tensor, ...]]]:
+        """Return the inputs of the halves of the batch that take turns, or of all of it."""
+        batch = inputs.hidden.shape[0]
+        can = inputs.hidden.ndim == 3 and batch > 1 and inputs.cache is None
+        if not (self.overlaps_forward and can) or self.group.size == 1:
+            return [(inputs, previous)]
+
+        def halves(each: Any, ndim: int) -> Sequence[Any]:
+            is_of_batch = each is not None and each.ndim == ndim and each.shape[0] == batch
+            return each.chunk(2) if is_of_batch else (each, each)
+
+        latents = zip(*(each.chunk(2) for each in previous), strict=True) if previous else ((), ())
+        parts = zip(
+            halves(inputs.hidden, 3), halves(inputs.cos, 3), halves(inputs.sin, 3),
+            halves(inputs.attention_mask, 4), latents, strict=True,
+        )  # fmt: skip
+        return [
+            (replace(inputs, hidden=x, cos=cos, sin=sin, attention_mask=mask), before)
+            for x, cos, sin, mask, before in parts
+        ]
+
+    def _block(
+        self, inputs: LayerInputs, previous: tuple[Tensor, ...], tier: str
+    ) -> Generator[None, None, tuple[Tensor, tuple[Tensor, ...]]]:
+        """Compute the block, and give way whenever a message is under way."""
+        group, x = self.group, inputs.hidden
         of_qkv, of_o, of_mlp, of_down = previous or (None,) * 4
 
         def run(segment: Callable[..., Any], *inputs: Tensor | None, modules: Modules) -> Any:
@@ -173,25 +214,32 @@ class DecoderLayer(nn.Module):
                 segment, *inputs, replicated=2, tier=tier, group=group, modules=modules
             )
 
-        partial, squares = self.attention_in.down(x)
-        total, squares = reduce(partial, squares, group)
+        def send(partial: Tensor, *statistics: Tensor) -> Reduction:
+            return Reduction(partial, statistics, group)
 
-        def attend(
-            total: Tensor, before: Tensor | None, squares: Tensor | None
-        ) -> tuple[Tensor, ...]:
-            return self._attend(total, before, squares, inputs)
+        def attend(total: Tensor, before: Tensor | None, *statistics: Tensor) -> tuple[Tensor, ...]:
+            return self._attend(total, before, statistics, inputs)
 
+        sent = send(*self.attention_in.down(x))
+        yield
+        total, statistics = sent.finish()
         inner: Modules = (self.attention_in.up, self.head_norms, self.attention_out.down)
-        partial, *own_qkv = run(attend, total, of_qkv, squares, modules=inner)
-        total, _ = reduce(partial, None, group)
-        x, partial, squares, *own_o = run(
-            self._middle, total, of_o, x, modules=(self.attention_out.up, self.mlp_in.down)
-        )
-        total, squares = reduce(partial, squares, group)
-        partial, *own_mlp = run(
-            self._multiply, total, of_mlp, squares, modules=(self.mlp_in.up, self.mlp_out.down)
-        )
-        total, _ = reduce(partial, None, group)
+        partial, *own_qkv = run(attend, total, of_qkv, *statistics, modules=inner)
+        sent = send(partial)
+        yield
+        total, _ = sent.finish()
+        inner = (self.attention_out.up, self.mlp_in.down)
+        x, *rest = run(self._middle, total, of_o, x, modules=inner)
+        passed = 1 if self.attention_out.up.passes_on else 0
+        own_o, rest = rest[:passed], rest[passed:]
+        sent = send(*rest)
+        yield
+        total, statistics = sent.finish()
+        inner = (self.mlp_in.up, self.mlp_out.down)
+        partial, *own_mlp = run(self._multiply, total, of_mlp, *statistics, modules=inner)
+        sent = send(partial)
+        yield
+        total, _ = sent.finish()
         out, *own_down = run(self._leave, total, of_down, modules=(self.mlp_out.up,))
         # The sum stands outside: its backward reads nothing, so x is not kept for it.
         return x + out, (*own_qkv, *own_o, *own_mlp, *own_down)
@@ -202,9 +250,13 @@ class DecoderLayer(nn.Module):
         return self.attention_in.up.gates is not None
 
     def _attend(
-        self, total: Tensor, before: Tensor | None, squares: Tensor | None, inputs: LayerInputs
+        self,
+        total: Tensor,
+        before: Tensor | None,
+        statistics: tuple[Tensor, ...],
+        inputs: LayerInputs,
     ) -> tuple[Tensor, ...]:
-        q, k, v, *own = self.attention_in.up(total, squares, before)
+        q, k, v, *own = self.attention_in.up(total, statistics, before)
         q, k, v = (self._heads(each) for each in (q, k, v))
         if self.head_norms is not None:
             q, k = self.head_norms(q, k)
@@ -227,40 +279,56 @@ class DecoderLayer(nn.Module):
             scale=self.attention.scale,
             enable_gqa=is_grouped,
         )  # fmt: skip
-        partial, _ = self.attention_out.down(context.transpose(-3, -2).flatten(-2))
+        (partial,) = self.attention_out.down(context.transpose(-3, -2).flatten(-2))
         return (partial, *own)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.attention.head_width)).transpose(-3, -2)
 
-    def _middle(self, total: Tensor, before: Tensor | None, x: Tensor) -> tuple[Tensor | None, ...]:
-        out, *own = self.attention_out.up(total, None, before)
+    def _middle(self, total: Tensor, before: Tensor | None, x: Tensor) -> tuple[Tensor, ...]:
+        out, *own = self.attention_out.up(total, (), before)
         x = x + out
-        partial, squares = self.mlp_in.down(x)
-        return (x, partial, squares, *own)
+        return (x, *own, *self.mlp_in.down(x))
 
     def _multiply(
-        self, total: Tensor, before: Tensor | None, squares: Tensor | None
+        self, total: Tensor, before: Tensor | None, *statistics: Tensor
     ) -> tuple[Tensor, ...]:
-        gate, value, *own = self.mlp_in.up(total, squares, before)
+        gate, value, *own = self.mlp_in.up(total, statistics, before)
         if self.mlp_activation is not None:
             gate = self.mlp_activation(gate)
-        partial, _ = self.mlp_out.down(gate * value)
+        (partial,) = self.mlp_out.down(gate * value)
         return (partial, *own)
 
     def _leave(self, total: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = self.mlp_out.up(total, None, before, is_last=True)
+        outputs: tuple[Tensor, ...] = self.mlp_out.up(total, (), before, is_last=True)
         return outputs
 
 
+def _in_turn(flows: Sequence[Generator[None, None, Any]]) -> list[Any]:
+    """Run generators step by step, one after the other, and return what they return."""
+    results: dict[int, Any] = {}
+    while len(results) < len(flows):
+        for place, flow in enumerate(flows):
+            if place in results:
+                continue
+            try:
+                next(flow)
+            except StopIteration as end:
+                results[place] = end.value
+    return [results[place] for place in range(len(flows))]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (k, k + K/2) of a head by its position's angle (rotary embedding).
+    """Turn each pair (k, k + R/2) of a head by its position's angle (rotary embedding).
 
     Args:
         x: ``[B, H, T, K]``.
-        cos: ``[T, K]`` or ``[B, T, K]``.
+        cos: ``[T, R]`` or ``[B, T, R]``; what is behind the first R of K stays as it is.
         sin: As `cos`.
     """
+    turning = cos.shape[-1]
+    if turning < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turning], cos, sin), x[..., turning:]), dim=-1)
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     low, high = x.chunk(2, dim=-1)

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lowtide.tensor_parallel import statistic
-from lowtide.tensor_parallel.functions import rms_norm
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import (
-    NormSetting,
     ParallelEmbedding,
     Part,
     Sharded,
     check_same_data,
 )
+from lowtide.tensor_parallel.norms import NormSetting, normalised
 
 
 class _ScatterSum(Function):
@@ -67,56 +66,110 @@ class TiedEmbedding(ParallelEmbedding):
 
 class _GatherNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, norm: NormSetting, group: TensorGroup) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        norm: NormSetting,
+        group: TensorGroup,
+    ) -> Tensor:
         wide = statistic.statistic_dtype(x.dtype)
-        squares = torch.linalg.vector_norm(x, dim=-1, dtype=wide).square_()
+        centred, numbers = x, []
+        if norm.is_centred:
+            numbers = [x.mean(-1, dtype=wide)]
+            centred = x.to(wide) - numbers[0].unsqueeze(-1)
+        squares = torch.linalg.vector_norm(centred, dim=-1, dtype=wide).square_()
         is_half = x.dtype == torch.float16
-        scaled = x / statistic.local_scale(squares, x.shape[-1]) if is_half else x
+        scaled = centred / statistic.local_scale(squares, x.shape[-1]) if is_half else centred
+        if gain is not None and not norm.is_centred:
+            scaled = scaled * gain
         # Bits, not values: a gather does no arithmetic, so a wide number travels as narrow ones.
-        bits = squares.unsqueeze(-1).view(x.dtype)
-        message = torch.cat(((scaled * gain).to(x.dtype), bits), -1)
+        bits = torch.stack((squares, *numbers), -1).view(x.dtype)
+        message = torch.cat((scaled.to(x.dtype), bits), -1)
         both = group.gather_columns(message, phase="forward").unflatten(-1, (group.size, -1))
         scaled, bits = both.split((x.shape[-1], bits.shape[-1]), -1)
-        by_rank = bits.contiguous().view(wide).squeeze(-1)
-        rms = (by_rank.sum(-1) / norm.width + norm.epsilon).sqrt_().unsqueeze(-1)
+        squares, *numbers = bits.contiguous().view(wide).unbind(-1)  # [..., p] each
         scaled = scaled.to(wide)
         if is_half:
-            scaled.mul_(statistic.local_scale(by_rank, x.shape[-1]))
-        normed = (scaled.flatten(-2) / rms).to(x.dtype)
-        ctx.save_for_backward(x, gain, normed, rms)
+            scaled.mul_(statistic.local_scale(squares, x.shape[-1]))
+        mean, total = None, squares.sum(-1)
+        if norm.is_centred:
+            mean = numbers[0].mean(-1, keepdim=True)
+            deviations = numbers[0] - mean
+            total = total + x.shape[-1] * deviations.square().sum(-1)
+            scaled = scaled + deviations.unsqueeze(-1)
+        root = (total / norm.width + norm.epsilon).sqrt_().unsqueeze(-1)
+        normed = scaled.flatten(-2) / root
+        whole_gain = whole_bias = None
+        if norm.is_centred:
+            whole_gain, whole_bias = _gathered(gain, group, wide), _gathered(bias, group, wide)
+            normed = normed if whole_gain is None else normed * whole_gain
+            normed = normed if whole_bias is None else normed + whole_bias
+        normed = normed.to(x.dtype)
+        ctx.save_for_backward(x, gain, bias, normed, root, mean, whole_gain, whole_bias)
         ctx.norm, ctx.group = norm, group
         return normed
 
     @staticmethod
     def backward(ctx: Any, d_normed: Tensor) -> Any:
-        x, gain, normed, rms = ctx.saved_tensors
+        x, gain, bias, normed, root, mean, whole_gain, whole_bias = ctx.saved_tensors
         norm: NormSetting = ctx.norm
         group: TensorGroup = ctx.group
-        wide = rms.dtype
+        wide = root.dtype
         # The head's gradient is this rank's term of a sum, over parts of the vocabulary. So is
         # its product with the normed stream, which travels with it.
         d_normed = d_normed.reshape(-1, d_normed.shape[-1])
-        inner = torch.linalg.vecdot(d_normed.to(wide), normed.view_as(d_normed).to(wide))
-        columns = max(statistic.columns(x.dtype, group.size), 1)
-        message = torch.empty(
-            (d_normed.shape[0], group.size, x.shape[-1] + columns),
-            dtype=statistic.message_dtype(x.dtype), device=x.device,
-        )  # fmt: skip
-        message[..., :-columns] = d_normed.unflatten(-1, (group.size, -1))
-        room = torch.empty_like(message[:, 0, -columns:])
-        statistic.write(room, inner, group.rank)
-        message[..., -columns:] = room.unsqueeze(1)
-        mine = group.scatter_sum_columns(message.flatten(-2), phase="backward")
-        inner = statistic.read(mine[:, -columns:]).to(wide).view_as(rms)
-        back = mine[:, :-columns].view(x.shape).to(wide) / rms
-        d_gain = d_x = None
-        if ctx.needs_input_grad[1]:
-            rows, back_rows = x.reshape(-1, x.shape[-1]), back.reshape(-1, x.shape[-1])
-            d_gain = torch.linalg.vecdot(rows.to(wide), back_rows, dim=0).to(gain.dtype)
+        wide_d, flat = d_normed.to(wide), normed.view_as(d_normed).to(wide)
+        sums = [torch.linalg.vecdot(wide_d, flat if whole_bias is None else flat - whole_bias)]
+        if norm.is_centred:
+            sums.append(wide_d.sum(-1) if whole_gain is None else wide_d @ whole_gain)
+        back, sums = _scatter(d_normed, sums, x, group)
+        centred = (x.to(wide) if mean is None else x.to(wide) - mean) / root
+        back = back.view(x.shape).to(wide)
+        inner, *level = [each.view_as(root) / norm.width for each in sums]
+        d_gain = d_bias = d_x = None
+        _, need_gain, need_bias = ctx.needs_input_grad[:3]
+        flat_back = back.reshape(-1, x.shape[-1])
+        if need_gain:
+            d_gain = torch.linalg.vecdot(centred.reshape(flat_back.shape), flat_back, dim=0)
+            d_gain = d_gain.to(gain.dtype)
+        if need_bias:
+            d_bias = flat_back.sum(0).to(bias.dtype)
         if ctx.needs_input_grad[0]:
-            correction = inner.div_(rms.square()).div_(norm.width)
-            d_x = (back * gain).addcmul_(x.to(wide), correction, value=-1).to(x.dtype)
-        return d_x, d_gain, None, None
+            d_x = back if gain is None else back * gain
+            d_x = torch.addcmul(d_x, centred, inner, value=-1)
+            d_x = ((d_x - level[0] if level else d_x) / root).to(x.dtype)
+        return d_x, d_gain, d_bias, None, None
+
+
+def _gathered(mine: Tensor | None, group: TensorGroup, dtype: torch.dtype) -> Tensor | None:
+    """Return ``[d]`` of ``[n]`` on each rank."""
+    return None if mine is None else group.gather_columns(mine.to(dtype), phase="forward")
+
+
+def _scatter(
+    d_normed: Tensor, sums: list[Tensor], x: Tensor, group: TensorGroup
+) -> tuple[Tensor, list[Tensor]]:
+    """Sum gradients ``[T, d]`` and numbers per token over the ranks, in one message.
+
+    Returns:
+        This rank's columns of the sum, ``[T, n]``, and the sums of the numbers, ``[T]``.
+    """
+    width, each = x.shape[-1], max(statistic.columns(x.dtype, group.size), 1)
+    columns = each * len(sums)
+    message = torch.empty(
+        (d_normed.shape[0], group.size, width + columns),
+        dtype=statistic.message_dtype(x.dtype), device=x.device,
+    )  # fmt: skip
+    message[..., :width] = d_normed.unflatten(-1, (group.size, -1))
+    room = torch.empty_like(message[:, 0, width:])
+    for part, number in zip(room.split(each, -1), sums, strict=True):
+        statistic.write(part, number, group.rank)
+    message[..., width:] = room.unsqueeze(1)
+    mine = group.scatter_sum_columns(message.flatten(-2), phase="backward")
+    read = [statistic.read(part).to(sums[0].dtype) for part in mine[:, width:].split(each, -1)]
+    return mine[:, :width], read
 
 
 class GatherNorm(Sharded):
@@ -124,17 +177,29 @@ class GatherNorm(Sharded):
 
     Args:
         group: The ranks.
-        gain: ``[n]``.
-        part: Where it comes from.
-        norm: Width and epsilon.
+        norm: Kind, width and epsilon.
+        gain: ``[n]``, or None where the norm has none.
+        gain_part: Where it comes from.
+        bias: ``[n]``, or None.
+        bias_part: Where it comes from.
     """
 
-    gain: Tensor
+    gain: Tensor | None
+    bias: Tensor | None
 
-    def __init__(self, group: TensorGroup, gain: Tensor, part: Part, norm: NormSetting) -> None:
+    def __init__(
+        self,
+        group: TensorGroup,
+        norm: NormSetting,
+        gain: Tensor | None = None,
+        gain_part: Part | None = None,
+        bias: Tensor | None = None,
+        bias_part: Part | None = None,
+    ) -> None:
         super().__init__(group)
         self.norm = norm
-        self.own("gain", gain, part)
+        self.own("gain", gain, *([gain_part] if gain_part is not None else []))
+        self.own("bias", bias, *([bias_part] if bias_part is not None else []))
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -144,8 +209,8 @@ class GatherNorm(Sharded):
         is what `VocabularyHead` gives.
         """
         if self.group.size == 1:
-            return rms_norm(x, self.gain, self.norm.epsilon)
-        normed: Tensor = _GatherNorm.apply(x, self.gain, self.norm, self.group)
+            return normalised(x, self.gain, self.bias, self.norm)
+        normed: Tensor = _GatherNorm.apply(x, self.gain, self.bias, self.norm, self.group)
         return normed
 
 

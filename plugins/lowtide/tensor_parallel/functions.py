@@ -9,8 +9,8 @@ the latent's gradient stands the only one backward:
     recover        z = U / sqrt(S/d + eps)                             local, replicated
     up             y_i = B_i sigma(z); backward: dz = sum B_i^T dy_i   one all-reduce, under dB_i
 
-The gradient that arrives at z is complete and the same on all ranks, so `reduce` and the norm need
-no collective backward (BOOST's online RMSNorm: the division commutes with A; brief, section 4).
+`reduce` and `recover` stand in reduction.py, with LayerNorm's algebra. The gradient that arrives at
+z is complete and the same on all ranks, so they need no collective backward.
 
 Shapes: T tokens (all leading dimensions flattened), n = d/p local width, R latents of a group.
 """
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from lowtide.tensor_parallel import statistic
+from lowtide.tensor_parallel import reduction, statistic
 from lowtide.tensor_parallel.group import TensorGroup
+from lowtide.tensor_parallel.norms import NormSetting
 
 _recomputing = threading.local()
 
@@ -45,72 +46,151 @@ def is_recomputing() -> bool:
 class _PartialDown(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gain: Tensor | None, room: int
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(x, weight, gain)
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        norm: NormSetting | None,
+        room: tuple[int, int],
+    ) -> tuple[Tensor, ...]:
+        wide = statistic.statistic_dtype(x.dtype)
+        rows, width = x.numel() // max(x.shape[-1], 1), weight.shape[0]
         dtype = statistic.message_dtype(x.dtype)
-        buffer = torch.empty((*x.shape[:-1], weight.shape[0] + room), dtype=dtype, device=x.device)
-        partial = buffer[..., : weight.shape[0]]
-        squares = None
-        if gain is not None:
-            kind = statistic.statistic_dtype(x.dtype)
-            squares = torch.linalg.vector_norm(x, dim=-1, dtype=kind).square_()
+        buffer = torch.empty((rows + room[0], width + room[1]), dtype=dtype, device=x.device)
+        by_token = buffer[:rows, :width]
+        viewed = by_token.view(*x.shape[:-1], width)
+        # To autograd no view: the sum over the ranks overwrites it before anything else reads it.
+        partial = buffer.new_empty(0).set_(
+            buffer.untyped_storage(), 0, viewed.shape, viewed.stride()
+        )
+        statistics: tuple[Tensor, ...] = ()
+        mean = None
+        if norm is not None:
+            centred = x
+            if norm.is_centred:
+                mean = x.mean(-1, dtype=wide)
+                centred = x.to(wide) - mean.unsqueeze(-1)
+            squares = torch.linalg.vector_norm(centred, dim=-1, dtype=wide).square_()
+            statistics = (squares,)
+            if mean is not None:
+                statistics = (squares, mean, _constants(weight, gain, bias, wide))
+        ctx.save_for_backward(x, weight, gain, bias, mean)
+        ctx.has_norm = norm is not None
         if not is_recomputing():  # the sum was kept: this product would be thrown away
-            _product(x, weight, gain, squares, partial)
-        return partial, squares
+            squares = statistics[0] if statistics else None
+            _product(_scaled(x, gain, mean, weight, squares), weight, by_token)
+        return (partial, *statistics)
 
     @staticmethod
-    def backward(ctx: Any, d_partial: Tensor, d_squares: Tensor | None) -> Any:
-        x, weight, gain = ctx.saved_tensors
-        need_x, need_weight, need_gain, _ = ctx.needs_input_grad
-        d_weight = d_x = d_gain = None
-        if need_weight:
-            d_weight = _weight_gradient(d_partial, x, weight, gain)
-        if not (need_x or need_gain):
-            return None, d_weight, None, None
-        if gain is None:
-            return d_partial.to(weight.dtype) @ weight, d_weight, None, None
+    def backward(ctx: Any, d_partial: Tensor, *d_statistics: Tensor | None) -> Any:
+        x, weight, gain, bias, mean = ctx.saved_tensors
+        need_x, need_weight, need_gain, need_bias, _, _ = ctx.needs_input_grad
+        d_weight = d_x = d_gain = d_bias = None
         wide = statistic.statistic_dtype(x.dtype)
+        d_constants = d_statistics[2] if len(d_statistics) > 1 else None
+        if need_weight:
+            d_weight = _weight_gradient(d_partial, x, weight, gain, mean, ctx.has_norm)
+            if d_constants is not None:
+                d_weight += _of_constants(d_constants, gain, bias, x).to(d_weight.dtype)
+        if not ctx.has_norm:
+            d_x = d_partial.to(weight.dtype) @ weight if need_x else None
+            return d_x, d_weight, None, None, None, None
+        both = d_constants @ weight.to(wide) if d_constants is not None else None  # [2, n]
+        if need_bias and both is not None:
+            d_bias = both[1].to(bias.dtype)
+        if not (need_x or need_gain):
+            return None, d_weight, None, d_bias, None, None
         back = _input_gradient(d_partial, weight)
+        centred = x.to(wide) if mean is None else x.to(wide) - mean.unsqueeze(-1)
         if need_gain:
-            d_gain = torch.linalg.vecdot(_flat(x).to(wide), _flat(back).to(wide), dim=0)
+            d_gain = torch.linalg.vecdot(_flat(centred), _flat(back).to(wide), dim=0)
+            if both is not None:
+                d_gain = d_gain + both[0]
             d_gain = d_gain.to(gain.dtype)
         if need_x:
-            d_x = back.to(wide) * gain
-            if d_squares is not None:
-                d_x.addcmul_(x.to(wide), 2 * d_squares.unsqueeze(-1))
+            d_x = back.to(wide) if gain is None else back.to(wide) * gain
+            if d_statistics[0] is not None:
+                d_x.addcmul_(centred, 2 * d_statistics[0].unsqueeze(-1))
+            if mean is not None:
+                # What reaches x through its mean: all columns alike.
+                d_mean = d_statistics[1] if d_statistics[1] is not None else 0.0
+                level = d_mean / x.shape[-1] - d_x.mean(-1)
+                d_x += level.unsqueeze(-1)
             d_x = d_x.to(x.dtype)
-        return d_x, d_weight, d_gain, None
+        return d_x, d_weight, d_gain, d_bias, None, None
+
+
+def _constants(
+    weight: Tensor, gain: Tensor | None, bias: Tensor | None, wide: torch.dtype
+) -> Tensor:
+    """Return ``[2, R]``: A times the gain, and A times the norm's bias."""
+    wide_weight = weight.to(wide)
+    of_gain = wide_weight.sum(-1) if gain is None else wide_weight @ gain.to(wide)
+    of_bias = torch.zeros_like(of_gain) if bias is None else wide_weight @ bias.to(wide)
+    return torch.stack((of_gain, of_bias))
+
+
+def _of_constants(
+    d_constants: Tensor, gain: Tensor | None, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    """Return the part of A's gradient that comes from `_constants`, ``[R, n]``."""
+    of_gain, of_bias = d_constants
+    wide = d_constants.dtype
+    gain = torch.ones(x.shape[-1], dtype=wide, device=x.device) if gain is None else gain.to(wide)
+    result = torch.outer(of_gain, gain)
+    return result if bias is None else result.addr_(of_bias, bias.to(wide))
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _product(
-    x: Tensor, weight: Tensor, gain: Tensor | None, squares: Tensor | None, out: Tensor
-) -> None:
-    """Write ``(gain * x) weight^T`` to `out`, ``[..., R]`` with any distance between rows."""
-    if x.dtype == torch.float16 and gain is not None and squares is not None:
+def _scaled(
+    x: Tensor, gain: Tensor | None, mean: Tensor | None, weight: Tensor, squares: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``gain * (x - mean)`` in A's dtype, and by what each token was divided, if it was.
+
+    `squares`, ``[...]``, are the sums of squares where there is a norm.
+    """
+    if x.dtype == torch.float16 and squares is not None:
         scale = statistic.local_scale(squares, x.shape[-1])
-        scaled = (x.float() / scale * gain).to(x.dtype)
-        torch.mul((scaled @ weight.T).float(), scale, out=out)
-        return
-    scaled = x if gain is None else (x * gain).to(weight.dtype)
-    if out.dtype == weight.dtype == scaled.dtype and not torch.is_autocast_enabled(x.device.type):
-        rows = out.view(-1, out.shape[-1]) if out.is_contiguous() else _rows(out)
-        torch.mm(_flat(scaled), weight.T, out=rows)
-    else:
-        out.copy_(scaled @ weight.T)
-
-
-def _weight_gradient(d_partial: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
-    """Return ``d_partial^T (gain * x)``, ``[R, n]``."""
+        wide = x.float() if mean is None else x.float() - mean.unsqueeze(-1)
+        wide = wide / scale
+        return (wide if gain is None else wide * gain).to(x.dtype), scale
+    if mean is not None:
+        x = x.to(mean.dtype) - mean.unsqueeze(-1)
     scaled = x if gain is None else x * gain
-    if x.dtype == torch.float16 and gain is not None:
-        squares = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()
-        scale = statistic.local_scale(squares, x.shape[-1])
-        scaled = x.float() / scale * gain
+    return (scaled if squares is None else scaled.to(weight.dtype)), None
+
+
+def _product(scaled: tuple[Tensor, Tensor | None], weight: Tensor, out: Tensor) -> None:
+    """Write ``scaled weight^T`` to `out`, ``[T, R]`` with any distance between rows."""
+    x, scale = scaled
+    x = _flat(x)
+    if scale is not None:
+        torch.mul((x @ weight.T).float(), scale.view(-1, 1), out=out)
+    elif out.dtype == weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        torch.mm(x, weight.T, out=out)
+    else:
+        out.copy_(x @ weight.T)
+
+
+def _weight_gradient(
+    d_partial: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    mean: Tensor | None,
+    has_norm: bool,
+) -> Tensor:
+    """Return ``d_partial^T (gain * (x - mean))``, ``[R, n]``."""
+    squares = None
+    if has_norm and x.dtype == torch.float16:
+        centred = x if mean is None else x.float() - mean.unsqueeze(-1)
+        squares = torch.linalg.vector_norm(centred, dim=-1, dtype=torch.float32).square_()
+    scaled, scale = _scaled(x, gain, mean, weight, squares)
+    if scale is not None:
         d_partial = d_partial * scale
     return _flat(d_partial.to(weight.dtype)).T @ _flat(scaled.to(weight.dtype))
 
@@ -124,110 +204,33 @@ def _input_gradient(d_partial: Tensor, weight: Tensor) -> Tensor:
     return ((d_partial / level).to(weight.dtype) @ weight).float().mul_(level)
 
 
-def _rows(strided: Tensor) -> Tensor:
-    """Return ``[..., R]`` whose rows are all the same distance apart as ``[T, R]``, no copy."""
-    width = strided.shape[-1]
-    return strided.as_strided((strided.numel() // max(width, 1), width), strided.stride()[-2:])
-
-
 def partial_down(
-    x: Tensor, weight: Tensor, gain: Tensor | None, group: TensorGroup
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor,
+    weight: Tensor,
+    group: TensorGroup,
+    norm: NormSetting | None = None,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Multiply this rank's part of the width by its part of A.
 
     Args:
         x: ``[..., n]``, this rank's part.
         weight: ``[R, n]``.
-        gain: ``[n]``, the norm's gain, or None where there is no norm.
         group: The ranks.
+        norm: The norm before A, or None.
+        gain: ``[n]``, the norm's gain; None is 1 (LayerNorm only).
+        bias: ``[n]``, a LayerNorm's bias; None is 0.
 
     Returns:
-        ``u`` of shape ``[..., R]`` (followed in memory by room for the statistic), and
-        ``s`` of shape ``[...]``, the sum of squares, or None without a norm.
+        ``u`` of shape ``[..., R]`` (with room for the statistics behind it in memory), and the
+        statistics. Without a norm none; with RMSNorm the sums of squares ``[...]``; with LayerNorm
+        those of ``x - mean``, the means of this rank's columns ``[...]``, and ``[2, R]``, A times
+        gain and A times bias. All but u are float32 (float64 where x is).
     """
-    room = 0 if gain is None else statistic.columns(x.dtype, group.size)
-    partial, squares = _PartialDown.apply(x, weight, gain, room)
-    return partial, squares
-
-
-class _Reduce(Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, squares: Tensor | None, group: TensorGroup) -> Any:
-        ctx.set_materialize_grads(False)
-        if squares is None:
-            return group.sum(partial.detach(), phase="forward"), None
-        width = partial.shape[-1]
-        room = statistic.columns(partial.dtype, group.size)
-        rows = partial.numel() // max(width, 1)
-        message = partial.as_strided((rows, width + room), (width + room, 1))
-        statistic.write(message[:, width:], squares.flatten(), group.rank)
-        group.sum(message, phase="forward")
-        total = statistic.read(message[:, width:]).to(squares.dtype).view(squares.shape)
-        return message[:, :width].unflatten(0, partial.shape[:-1]), total
-
-    @staticmethod
-    def backward(_ctx: Any, d_sum: Tensor | None, d_total: Tensor | None) -> Any:
-        return d_sum, d_total, None
-
-
-def reduce(
-    partial: Tensor, squares: Tensor | None, group: TensorGroup
-) -> tuple[Tensor, Tensor | None]:
-    """Sum what `partial_down` returned over the ranks, in one message.
-
-    The buffer of `partial` is used up. Backward this is the identity: what follows is computed
-    alike on all ranks, so the gradient is already complete.
-
-    Returns:
-        ``U`` of shape ``[..., R]`` and ``S`` of shape ``[...]``, the same bits on all ranks.
-    """
-    if group.size == 1:
-        return partial, squares
-    total, squares = _Reduce.apply(partial, squares, group)
-    return total, squares
-
-
-class _Recover(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, total: Tensor, squares: Tensor, width: int, epsilon: float, dtype: torch.dtype
-    ) -> Tensor:
-        rms = (squares / width + epsilon).sqrt_().unsqueeze(-1)
-        latent = (total.to(rms.dtype) / rms).to(dtype)
-        ctx.save_for_backward(latent, rms)
-        ctx.width, ctx.dtype = width, total.dtype
-        return latent
-
-    @staticmethod
-    def backward(ctx: Any, d_latent: Tensor) -> Any:
-        latent, rms = ctx.saved_tensors
-        wide = d_latent.to(rms.dtype)
-        # All columns that this norm feeds, before bias and activation.
-        inner = torch.linalg.vecdot(wide, latent.to(rms.dtype))
-        d_squares = inner.div_(rms.squeeze(-1).square()).mul_(-0.5 / ctx.width)
-        return (wide / rms).to(ctx.dtype), d_squares, None, None, None
-
-
-def recover(
-    total: Tensor, squares: Tensor, width: int, epsilon: float, dtype: torch.dtype
-) -> Tensor:
-    """Divide by the root mean square that the whole width has: ``z = U / sqrt(S/d + eps)``.
-
-    Args:
-        total: ``[..., R]``.
-        squares: ``[...]``, float32 or float64, the sum over the whole width.
-        width: d, the whole width.
-        epsilon: Of the norm.
-        dtype: Of the result.
-    """
-    latent: Tensor = _Recover.apply(total, squares, width, epsilon, dtype)
-    return latent
-
-
-def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """Normalise the last dimension, all of which is here; gains may be of a wider dtype than x."""
-    wide = torch.promote_types(x.dtype, gain.dtype)
-    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), epsilon).to(x.dtype)
+    room = (0, 0) if norm is None else reduction.room(x.dtype, group.size, norm)
+    result: tuple[Tensor, ...] = _PartialDown.apply(x, weight, gain, bias, norm, room)
+    return result
 
 
 class _Up(Function):

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.crossing import gated
-from lowtide.tensor_parallel.functions import partial_down, recover, rms_norm, up
+from lowtide.tensor_parallel.functions import partial_down, up
 from lowtide.tensor_parallel.group import TensorGroup, fingerprint
+from lowtide.tensor_parallel.norms import NormSetting, normalised
+from lowtide.tensor_parallel.reduction import Statistics, recover
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -104,19 +106,6 @@ class Sharded(nn.Module):
         self.parts[name] = parts
 
 
-@dataclass(frozen=True)
-class NormSetting:
-    """A norm over a width that is spread over ranks.
-
-    Attributes:
-        width: The whole width.
-        epsilon: Added to the mean square.
-    """
-
-    width: int
-    epsilon: float
-
-
 class DownProjection(Sharded):
     """The A of projections that share an input, with the norm before it.
 
@@ -124,42 +113,48 @@ class DownProjection(Sharded):
         group: The ranks.
         weight: ``[R, n]``, this rank's columns.
         weight_parts: One for each projection.
-        gain: ``[n]``, this rank's part of the norm's gain; None without a norm.
+        norm: The norm before it, or None.
+        gain: ``[n]``, this rank's part of the norm's gain; None: the norm has none.
         gain_part: Where it comes from.
-        norm: The norm, for a group of one, which computes it here.
+        norm_bias: ``[n]``, of the norm's bias, or None.
+        norm_bias_part: Where it comes from.
     """
 
     weight: Tensor
     gain: Tensor | None
+    norm_bias: Tensor | None
 
     def __init__(
         self,
         group: TensorGroup,
         weight: Tensor,
         weight_parts: Sequence[Part],
+        norm: NormSetting | None = None,
         gain: Tensor | None = None,
         gain_part: Part | None = None,
-        norm: NormSetting | None = None,
+        norm_bias: Tensor | None = None,
+        norm_bias_part: Part | None = None,
     ) -> None:
         super().__init__(group)
         self.norm = norm
         self.own("weight", weight, *weight_parts)
         self.own("gain", gain, *([gain_part] if gain_part is not None else []))
+        self.own("norm_bias", norm_bias, *([norm_bias_part] if norm_bias_part is not None else []))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return this rank's term of the latents and of the statistic.
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return this rank's term of the latents and the statistics, for `reduction.Reduction`.
 
         Args:
             x: ``[..., n]``.
 
         Returns:
-            ``[..., R]`` and ``[...]`` (None without a norm), to be given to `functions.reduce`.
+            As `functions.partial_down`; on one rank the latents alone.
         """
         if self.group.size == 1:  # nothing to put off: torch's own operations are the fastest
-            if self.norm is not None and self.gain is not None:
-                x = rms_norm(x, self.gain, self.norm.epsilon)
-            return F.linear(x, self.weight), None
-        return partial_down(x, self.weight, self.gain, self.group)
+            if self.norm is not None:
+                x = normalised(x, self.gain, self.norm_bias, self.norm)
+            return (F.linear(x, self.weight),)
+        return partial_down(x, self.weight, self.group, self.norm, self.gain, self.norm_bias)
 
 
 class CrossingGates(Sharded):
@@ -251,7 +246,7 @@ class UpProjection(Sharded):
     def forward(
         self,
         total: Tensor,
-        squares: Tensor | None,
+        statistics: Statistics = (),
         previous: Tensor | None = None,
         *,
         is_last: bool = False,
@@ -260,14 +255,14 @@ class UpProjection(Sharded):
 
         Args:
             total: ``[..., R]``, reduced.
-            squares: ``[...]``, reduced; None without a norm.
+            statistics: Reduced; empty without a norm, and on one rank.
             previous: ``[..., S]``, the latents that cross in; None without gates.
             is_last: Nothing in the checkpointed segment reads the outputs, so the second run does
                 not compute them.
         """
         dtype = self.weight.dtype
-        if self.norm is not None and squares is not None:
-            latent = recover(total, squares, self.norm.width, self.norm.epsilon, dtype)
+        if self.norm is not None and statistics:
+            latent = recover(total, statistics, self.norm, dtype)
         else:
             latent = total.to(dtype)
         if self.latent_bias is not None:

@@ -36,6 +36,7 @@ from lowtide.tensor_parallel.traffic import (
     Tier,
     block_messages,
     end_messages,
+    in_turns,
     recompute_messages,
     reduced_elements,
     whole,
@@ -136,6 +137,7 @@ def look_ahead(
     machine: Machine,
     batch: Batch,
     tier: str = "none",
+    overlap_forward: bool = False,
 ) -> Outlook:
     """Compare all ways of sharding a model over `ranks` ranks.
 
@@ -145,6 +147,8 @@ def look_ahead(
         machine: What times are made from.
         batch: One micro-batch.
         tier: Of activation checkpointing; the others checkpoint whole blocks at any but "none".
+        overlap_forward: Whether halves of the micro-batch take turns in ours; then the others are
+            shown both with and without it.
 
     Raises:
         ConfigError: A number is not a whole number from 1, or there is no such tier.
@@ -156,7 +160,7 @@ def look_ahead(
         raise ConfigError(f"tier: got {tier!r}.{near(tier, TIERS)} Known: {listed(TIERS)}")
     forecasts = tuple(
         _forecast(decoder, ranks, scheme, machine=machine, batch=batch, tier=tier)
-        for scheme in SCHEMES
+        for scheme in _schemes(overlap_forward)
     )
     outlook = Outlook(
         decoder=decoder,
@@ -168,6 +172,13 @@ def look_ahead(
         warnings=(),
     )
     return dataclasses.replace(outlook, warnings=tuple(_warnings(outlook)))
+
+
+def _schemes(overlap_forward: bool) -> tuple[Scheme, ...]:
+    if not overlap_forward:
+        return SCHEMES
+    others = SCHEMES[:-1]
+    return (*others, *map(in_turns, others), in_turns(SCHEMES[-1]))
 
 
 def _forecast(
@@ -183,6 +194,7 @@ def _forecast(
     forward, backward = block_messages(block, ranks, scheme)
     again = recompute_messages(block, ranks, scheme, tier)
     first, last = end_messages(block.width, ranks, scheme, is_tied=decoder.is_tied)
+    halves = 2 if scheme.takes_turns and batch.micro_batch > 1 else 1
     time = block_time(block, ranks, scheme, batch=batch, machine=machine, tier=tier)
     ends = end_time(decoder, ranks, scheme, batch=batch, machine=machine)
     update = update_s(decoder, ranks, scheme, machine)
@@ -193,9 +205,9 @@ def _forecast(
     block_bytes = sent([*forward, *again, *backward])
     return Forecast(
         name=scheme.name,
-        forward_messages=len(forward),
-        backward_messages=len(backward),
-        recompute_messages=len(again),
+        forward_messages=halves * len(forward),
+        backward_messages=halves * len(backward),
+        recompute_messages=halves * len(again),
         forward_elements=reduced_elements(forward),
         backward_elements=reduced_elements(backward),
         block_bytes=block_bytes,

@@ -164,8 +164,13 @@ def _check_projection(
 def _check_norm(root: nn.Module, path: str, where: str, width: int, kind: str) -> None:
     place = f"{where}.{path}" if where else path
     module: Any = root.get_submodule(path)
-    _expect(place, "weight", _weight_shape(root, path), (width,))
-    is_layer_norm = isinstance(module, nn.LayerNorm) or getattr(module, "bias", None) is not None
+    has_no_gain = getattr(module, "weight", None) is None
+    if kind != "layer" or not has_no_gain:
+        _expect(place, "weight", _weight_shape(root, path), (width,))
+    has_bias = getattr(module, "bias", None) is not None
+    is_layer_norm = isinstance(module, nn.LayerNorm) or has_bias or has_no_gain
+    if kind == "layer" and not is_layer_norm:  # a LayerNorm of its own class, without a bias
+        is_layer_norm = "LayerNorm" in type(module).__name__
     _expect(place, "norm", "layer" if is_layer_norm else "rms", kind)
 
 

@@ -148,8 +148,9 @@ class LayerInputs:
 
     Attributes:
         hidden: Residual stream, (B, T, D) in the ordinary model.
-        cos: Cosines of the rotary embedding, (T, K), (1, T, K) or (B, T, K); the second half of K
-            repeats the first. Element k turns together with element k + K/2.
+        cos: Cosines of the rotary embedding, (T, R), (1, T, R) or (B, T, R); the second half of R
+            repeats the first. Element k turns together with element k + R/2. R is K, or less: then
+            the rest of each head does not turn.
         sin: Sines, alike.
         attention_mask: What scaled dot-product attention takes: (B or 1, heads or 1, T, S), bool
             or added to the scores. None: causal.

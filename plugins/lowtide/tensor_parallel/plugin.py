@@ -140,6 +140,7 @@ class TensorParallelPlugin(Plugin):
             moment.model,
             group,
             tier=self.config.activation_checkpointing,
+            overlaps_forward=self.config.overlap_forward,
             shape=factorisation.shape,
         )
         successors.follow(

@@ -49,6 +49,7 @@ def shard(
     group: TensorGroup,
     *,
     tier: str = "none",
+    overlaps_forward: bool = False,
     shape: ModelShape | None = None,
 ) -> Shards:
     """Replace the parts of a low-rank `model` by this rank's share of them, in place.
@@ -57,6 +58,8 @@ def shard(
         model: All projections are `BottleneckLinear` (see `factorise`), the same on all ranks.
         group: The ranks.
         tier: Of activation checkpointing, one of `recompute.TIERS`.
+        overlaps_forward: Whether halves of the batch take turns in each layer, see
+            `decoder.DecoderLayer`.
         shape: What `factorise` returned; None: what the model's pattern says.
 
     Raises:
@@ -72,7 +75,7 @@ def shard(
     pattern = find_pattern(model)
     shape = pattern.shape(model) if shape is None else shape
     check_division(pattern, shape, group.size)
-    builder = Builder(model, pattern, shape, group, tier)
+    builder = Builder(model, pattern, shape, group, tier, overlaps_forward)
     layers = model.get_submodule(pattern.layers)
     built = [builder.layer(index) for index in range(shape.layers)]
     embedding, norm, head = builder.ends()
@@ -100,7 +103,7 @@ def check_division(pattern: ModelPattern, shape: ModelShape, size: int) -> None:
     """Refuse a model whose sizes do not divide among `size` ranks.
 
     Raises:
-        ModelError: One does not, or the norms cannot be spread.
+        ModelError: One does not.
     """
     for what, length in (
         ("width", shape.width),
@@ -114,11 +117,6 @@ def check_division(pattern: ModelPattern, shape: ModelShape, size: int) -> None:
                 f"{pattern.name} model: {length} {what} cannot be divided among {size} ranks; "
                 f"lowtide.tensor_parallel.degree may be one of {allowed} as far as this goes"
             )
-    if shape.norm != "rms":
-        raise ModelError(
-            f"{pattern.name} model: its norms are LayerNorm, and only RMSNorm can be spread over "
-            f"ranks; use a model with RMSNorm"
-        )
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -49,6 +49,31 @@ def columns(dtype: torch.dtype, size: int) -> int:
     return PIECES * size if message_dtype(dtype) == torch.bfloat16 else 1
 
 
+def columns_of_each(dtype: torch.dtype, size: int) -> int:
+    """Return how many columns it takes if every rank's own number is to be read (a mean)."""
+    return PIECES * size if message_dtype(dtype) == torch.bfloat16 else size
+
+
+def write_each(room: Tensor, local: Tensor, rank: int) -> None:
+    """Write this rank's number for each token, to be read beside the others'.
+
+    Args:
+        room: ``[T, columns_of_each]``.
+        local: ``[T]``, float32 or float64.
+        rank: Whose columns.
+    """
+    if room.dtype == torch.bfloat16:
+        write(room, local, rank)
+        return
+    room.zero_()
+    room[:, rank] = local
+
+
+def read_each(room: Tensor) -> Tensor:
+    """Return ``[T, p]``, every rank's number, from the reduced columns."""
+    return _by_rank(room) if room.dtype == torch.bfloat16 else room.clone()
+
+
 def write(room: Tensor, local: Tensor, rank: int) -> None:
     """Write this rank's sums into the message.
 
@@ -74,7 +99,11 @@ def read(room: Tensor) -> Tensor:
     """Return ``[T]``, the sum over the ranks, from the reduced columns."""
     if room.dtype != torch.bfloat16:
         return room[:, 0].clone()
-    # Pieces of one rank first, then ranks in order: the same order, and bits, everywhere. The
-    # small pieces first: high and middle together may round up to infinity.
+    # Pieces of one rank first, then ranks in order: the same order, and bits, everywhere.
+    return _by_rank(room).sum(-1)
+
+
+def _by_rank(room: Tensor) -> Tensor:
+    # The small pieces first: high and middle together may round up to infinity.
     high, middle, low = room.to(torch.float32).unflatten(-1, (-1, PIECES)).unbind(-1)
-    return (high + (middle + low)).sum(-1)
+    return high + (middle + low)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lowtide.tensor_parallel.costs import Machine
 from lowtide.tensor_parallel.footprint import (
@@ -163,6 +164,12 @@ def block_time(
         )
 
     forward_s = forward_sweeps(shape, ranks, scheme)
+    if scheme.takes_turns and batch.micro_batch > 1 and ranks > 1:
+        in_forward = _in_turns(
+            scheme, linears, forward_s, forward, attention_s, ranks, batch, machine
+        )
+    else:
+        in_forward = phase(linears, ("forward",), forward_s, forward, 1)
     recompute = Phase()
     if tier != "none":
         again = recompute_messages(shape, ranks, scheme, tier)
@@ -173,10 +180,69 @@ def block_time(
             recompute = phase(linears, ("forward",), forward_s, again, 1)
     backward_s = backward_sweeps(shape, ranks, scheme)
     return BlockTime(
-        forward=phase(linears, ("forward",), forward_s, forward, 1),
+        forward=in_forward,
         recompute=recompute,
         backward=phase(linears, BACKWARD, backward_s, backward, BACKWARD_ATTENTION),
     )
+
+
+def _in_turns(
+    scheme: Scheme,
+    linears: Sequence[Linear],
+    sweeps: Sequence[Sweep],
+    messages: Sequence[Message],
+    attention_s: float,
+    ranks: int,
+    batch: Batch,
+    machine: Machine,
+) -> Phase:
+    """Return the forward of a block whose two halves of the micro-batch take turns.
+
+    Every kernel and message runs twice, on half of the tokens. A half's message runs beside what
+    the other half computes at that time, of which only GEMMs and attention are counted: the first
+    half's beside what the second has still to do before its own, the second half's beside what the
+    first does next.
+    """
+    half = -(-batch.tokens // 2)
+    message_s = hidden_s = 0.0
+    spans = _spans(scheme, linears, messages, attention_s / 2, half, machine)
+    for message, before_s, after_s in zip(messages, spans, spans[1:], strict=False):
+        seconds = machine.link.seconds(message.kind, message.payload_bytes(half), ranks)
+        message_s += 2 * seconds
+        hidden_s += min(seconds, before_s) + min(seconds, after_s)
+    return Phase(
+        gemm_s=2 * _gemms_s(linears, ("forward",), half, machine),
+        attention_s=attention_s + machine.kernel_s,
+        sweep_s=2 * _sweeps_s(sweeps, half, machine),
+        message_s=message_s,
+        hidden_s=hidden_s,
+    )
+
+
+def _spans(
+    scheme: Scheme,
+    linears: Sequence[Linear],
+    messages: Sequence[Message],
+    attention_s: float,
+    tokens: int,
+    machine: Machine,
+) -> list[float]:
+    """Return the time of GEMMs and attention before, between and after the messages."""
+    work = [(layer.where, layer.part, _gemms_s([layer], ("forward",), tokens, machine))
+            for layer in linears]  # fmt: skip
+    first_of = {where: i for i, (where, _, _) in reversed(list(enumerate(work)))}
+    work.insert(first_of["o"], ("attention", "W", attention_s))
+    last_part = "A" if scheme.layout == "bottleneck" else linears[-1].part
+    ends = []
+    for message in messages:
+        wheres = [where for where, _, _ in work]
+        if message.kind == "all_gather":  # of what goes in
+            ends.append(wheres.index(message.where))
+        else:
+            whole = [(where, part) for where, part, _ in work]
+            ends.append(len(whole) - whole[::-1].index((message.where, last_part)))
+    bounds = [0, *ends, len(work)]
+    return [sum(seconds for _, _, seconds in work[begin:end]) for begin, end in pairwise(bounds)]
 
 
 def end_time(

@@ -106,6 +106,8 @@ class Scheme:
             scattered and the result is gathered; else all ranks attend with all heads.
         has_joint_outputs: Naive only: outputs of q, k, v, and of gate and up, travel together.
         is_overlapped: The backward's messages run beside the GEMM that does not wait for them.
+        takes_turns: Two halves of the micro-batch take turns in the forward, so that the messages
+            of one run beside what the other computes.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Scheme:
     has_split_heads: bool = False
     has_joint_outputs: bool = True
     is_overlapped: bool = True
+    takes_turns: bool = False
 
 
 FULL_RANK = Scheme(name="full rank", layout="full", has_sequence_parallel=True)
@@ -121,6 +124,11 @@ NAIVE = Scheme(name="naive low rank", layout="naive")
 NAIVE_SPLIT = Scheme(name="naive, heads split", layout="naive", has_split_heads=True)
 BOTTLENECK = Scheme(name="bottleneck-aware", layout="bottleneck")
 SCHEMES = (FULL_RANK, NAIVE, NAIVE_SPLIT, BOTTLENECK)
+
+
+def in_turns(scheme: Scheme) -> Scheme:
+    """Return the same with halves of the micro-batch that take turns, its name marked by ``*``."""
+    return dataclasses.replace(scheme, name=f"{scheme.name} *", takes_turns=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

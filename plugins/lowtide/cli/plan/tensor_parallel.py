@@ -44,6 +44,10 @@ Tier = Annotated[
     str,
     typer.Option("--tier", help="Checkpointing: none, latents or sharded_latents."),
 ]
+Overlap = Annotated[
+    bool,
+    typer.Option("--overlap-forward", help="Halves of the micro-batch take turns in ours."),
+]
 LinkGbPerS = Annotated[
     float | None, typer.Option("--link-gb-per-s", help="What a ring reaches per GPU.")
 ]
@@ -60,6 +64,7 @@ def tensor_parallel(
     sequence: Sequence = 4096,
     micro_batch: MicroBatch = 4,
     tier: Tier = "none",
+    overlap_forward: Overlap = False,
     width: Width = None,
     mlp_width: MlpWidth = None,
     layers: Layers = None,
@@ -97,7 +102,9 @@ def tensor_parallel(
         hop_s=HOP_S if hop_us is None else hop_us * 1e-6,
     )
     batch = Batch(micro_batch=micro_batch, sequence=sequence)
-    outlook = look_ahead(decoder, gpus, machine=made, batch=batch, tier=tier)
+    outlook = look_ahead(
+        decoder, gpus, machine=made, batch=batch, tier=tier, overlap_forward=overlap_forward
+    )
     if as_json:
         print_json(outlook.as_dict())
         return
@@ -160,6 +167,10 @@ def _print_outlook(outlook: Outlook, name: str) -> None:
         "time.",
         highlight=False,
     )
+    if outlook.ours.name.endswith("*"):
+        console.print(
+            "*: with halves of the micro-batch that take turns in the forward.", highlight=False
+        )
     console.print(
         "Times are modelled from data sheets, with constants fitted on published figures of "
         "A100: measure before you believe them.",

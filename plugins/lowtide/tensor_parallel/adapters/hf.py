@@ -1,4 +1,4 @@
-"""Patterns of Hugging Face decoders: Llama, Mistral, Qwen 2 and Qwen 3 (transformers 5).
+"""Patterns of Hugging Face decoders (transformers 5): Llama, Mistral, Qwen 2 and 3, OLMo, StableLM.
 
 Nothing here imports transformers: a model that arrives has imported it already.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.norms import NormKind
 from lowtide.tensor_parallel.patterns import (
     LayerInputs,
     LayerPattern,
@@ -25,24 +26,38 @@ from lowtide.tensor_parallel.patterns import (
 from lowtide.tensor_parallel.recognise import activation_name
 
 _DENSE_MASKS = ("sdpa", "eager", None)
+# Of some families: what their layers would do besides, by the config's name for it.
+_NOT_THERE: tuple[tuple[str, Any, str], ...] = (
+    ("clip_qkv", None, "queries, keys and values are not clamped"),
+    ("qk_layernorm", False, "a LayerNorm of each head's own is not supported"),
+    ("use_parallel_residual", False, "attention and feed-forward block follow one another"),
+    ("hidden_dropout", 0.0, "the ranks share no random numbers"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFacePattern(ModelPattern):
     """A decoder whose modules are named as in Llama.
 
+    Attributes:
+        norm: Kind of the norms over the model width.
+        epsilon: Of these norms: the config's name for it, or the number itself.
+
     A sliding window needs nothing here: it is part of the dense mask that the model gives its
     layers. Scaled rotary embeddings need nothing either, since cosines and sines come from the
     model.
     """
 
+    norm: NormKind = "rms"
+    epsilon: str | float = "rms_norm_eps"
+
     def shape(self, model: nn.Module) -> ModelShape:
         """Return the sizes of `model`.
 
         Raises:
-            ModelError: Attention dropout, ``pretraining_tp`` above 1, gradient checkpointing of
-                transformers, an attention implementation without dense masks, or an unknown
-                activation.
+            ModelError: Dropout, ``pretraining_tp`` above 1, clamped or layer-normed queries,
+                parallel attention and feed-forward, gradient checkpointing of transformers, an
+                attention implementation without dense masks, or an unknown activation.
         """
         config: Any = model.config
         self._refuse(model, config)
@@ -50,7 +65,7 @@ class HuggingFacePattern(ModelPattern):
         first = layers.get_submodule("0")
         embedding: Any = model.get_submodule(self.embedding)
         head: Any = model.get_submodule(self.head)
-        path = str(self.layer.mlp_activation)
+        path, epsilon = str(self.layer.mlp_activation), self.epsilon
         head_width = getattr(config, "head_dim", None)
         head_width = head_width or config.hidden_size // config.num_attention_heads
         return ModelShape(
@@ -61,8 +76,8 @@ class HuggingFacePattern(ModelPattern):
             head_width=head_width,
             mlp_width=config.intermediate_size,
             vocabulary=embedding.num_embeddings,  # what resize_token_embeddings left
-            norm="rms",
-            epsilon=config.rms_norm_eps,
+            norm=self.norm,
+            epsilon=getattr(config, epsilon) if isinstance(epsilon, str) else epsilon,
             mlp_activation=activation_name(first.get_submodule(path), f"{self.layers}.0.{path}"),
             is_tied=head.weight is embedding.weight,
             attention_scale=head_width**-0.5,
@@ -76,6 +91,13 @@ class HuggingFacePattern(ModelPattern):
                 f"{where}: config.attention_dropout is {dropout}, allowed is 0: the ranks share "
                 f"no random numbers for attention; set it to 0"
             )
+        for name, allowed, why in _NOT_THERE:
+            found = getattr(config, name, allowed)
+            if found != allowed:
+                raise ModelError(
+                    f"{where}: config.{name} is {found}, allowed is {allowed}: {why}; set it to "
+                    f"{allowed}"
+                )
         slices = getattr(config, "pretraining_tp", 1)
         if slices not in (None, 1):
             raise ModelError(
@@ -214,4 +236,13 @@ QWEN3 = replace(
     classes=("Qwen3ForCausalLM",),
     layer=replace(_LAYER, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
 )
-PATTERNS: tuple[ModelPattern, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+# Its norms have no parameters, and their epsilon stands in the code.
+OLMO = replace(LLAMA, name="olmo", classes=("OlmoForCausalLM",), norm="layer", epsilon=1e-5)
+STABLELM = replace(
+    LLAMA,
+    name="stablelm",
+    classes=("StableLmForCausalLM",),
+    norm="layer",
+    epsilon="layer_norm_eps",
+)
+PATTERNS: tuple[ModelPattern, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO, STABLELM)

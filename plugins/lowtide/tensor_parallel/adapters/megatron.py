@@ -36,11 +36,12 @@ def bottleneck_layer_spec(
     keep_mlp_activation: bool = True,
     latent_bias: bool = False,
     activation_checkpointing: str | None = None,
+    overlap_forward: bool = False,
     seed: int = 0,
 ) -> Any:
     """Return the spec of a low-rank layer for ``GPTModel(transformer_layer_spec=...)``.
 
-    The sizes, the norm's epsilon, biases, ``activation_func``, ``qk_layernorm`` and
+    The sizes, the norm and its epsilon, biases, ``activation_func``, ``qk_layernorm`` and
     ``softmax_scale`` are those of the model's `TransformerConfig`. Factors are drawn with CoLA's
     standard deviation (arXiv 2502.10940), not by the config's ``init_method``. An attention mask
     is used as it is given; without one attention is causal.
@@ -55,6 +56,8 @@ def bottleneck_layer_spec(
         latent_bias: Whether latents have a bias, the same on all ranks.
         activation_checkpointing: "none", "latents" or "sharded_latents"; None is "latents" under
             ``recompute_granularity="selective"``, else "none".
+        overlap_forward: Whether halves of the batch take turns in each layer, so that messages are
+            under way during computation; for micro-batches of two sequences or more.
         seed: Of the factors; they do not depend on the number of ranks.
 
     Returns:
@@ -75,6 +78,7 @@ def bottleneck_layer_spec(
         keeps_mlp_activation=keep_mlp_activation,
         latent_bias=latent_bias,
         tier=activation_checkpointing,
+        overlaps_forward=overlap_forward,
         seed=seed,
     )
     module = layer_class()

@@ -5,7 +5,8 @@ name, and then cut: the model is the same for every number of tensor-parallel ra
 
 Names of the whole tensors, relative to ``decoder.layers.<index>.``: ``input_layernorm.weight``,
 ``self_attention.linear_q`` (k, v, proj), ``pre_mlp_layernorm.weight``, ``mlp.linear_gate`` (up,
-down), each linear as ``down.weight`` (A), ``up.weight`` (B), ``down.bias``, ``up.bias``.
+down), each linear as ``down.weight`` (A), ``up.weight`` (B), ``down.bias``, ``up.bias``. LayerNorms
+have a ``bias`` too.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from lowtide.tensor_parallel.factors import random_factors
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import (
     DownProjection,
-    NormSetting,
     Part,
     Sharded,
     UpProjection,
 )
+from lowtide.tensor_parallel.norms import NormKind, NormSetting
 from lowtide.tensor_parallel.patterns import LayerInputs
 
 
@@ -54,7 +55,8 @@ class LayerParts:
         self.group = group
         self.index = index
         self.sizes = LayerSizes.of(config, group.size)
-        self.norm = NormSetting(self.sizes.width, config.layernorm_epsilon)
+        kind: NormKind = "layer" if config.normalization == "LayerNorm" else "rms"
+        self.norm = NormSetting(self.sizes.width, config.layernorm_epsilon, kind)
         self.place = {
             "dtype": config.params_dtype,
             "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
@@ -89,6 +91,7 @@ class LayerParts:
             bind=_bind,
             head_norms=self._head_norms() if config.qk_layernorm else None,
             tier=tier_of(setting, config),
+            overlaps_forward=setting.overlaps_forward,
             layer_index=self.index,
         )  # fmt: skip
         _mark(layer)
@@ -113,13 +116,21 @@ class LayerParts:
         a_cut, b_cut = self._factors(names, rows, columns, rank, (a_parts, b_parts))
         biases = [Part(f"{name}.up.bias", at, (length,), 0) for name, length, _, at in named]
         latents = [Part(f"{name}.down.bias", at, (rank,), None) for name, _, at, _ in named]
-        gain = gain_part = None
-        if norm is not None:
-            gain_part = Part(f"{norm}.weight", slice(None), (columns,), 0)
-            gain = torch.ones(columns // group.size, **self.place)
         has_latent_bias = self.setting.latent_bias
         activation = self.setting.activation
         of_norm = None if norm is None else self.norm
+        parameters: list[Any] = []  # gain and bias of the norm, each with where it comes from
+        if norm is not None:
+            local_width = columns // group.size
+            parameters = [
+                torch.ones(local_width, **self.place),
+                Part(f"{norm}.weight", slice(None), (columns,), 0),
+            ]
+            if self.norm.is_centred:
+                parameters += [
+                    torch.zeros(local_width, **self.place),
+                    Part(f"{norm}.bias", slice(None), (columns,), 0),
+                ]
         up = UpProjection(
             group, b_cut, b_parts, local,
             latent_bias=torch.zeros(rank * len(names), **self.place) if has_latent_bias else None,
@@ -129,7 +140,7 @@ class LayerParts:
             norm=of_norm,
             activation=None if activation is None else ACTIVATIONS[activation],
         )  # fmt: skip
-        down = DownProjection(group, a_cut, a_parts, gain, gain_part, of_norm)
+        down = DownProjection(group, a_cut, a_parts, of_norm, *parameters)
         return Bottleneck(down, up)
 
     def _factors(

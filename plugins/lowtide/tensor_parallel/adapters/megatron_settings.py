@@ -15,7 +15,6 @@ from lowtide.tensor_parallel.recompute import TIERS
 _NOT_THERE = "a bottleneck layer does not have it"
 _SPREAD = "the residual stream is spread over its width, not over tokens"
 _REQUIRED: tuple[tuple[str, Any, str], ...] = (
-    ("normalization", "RMSNorm", "the norm of a spread width is one sum per token"),
     ("gated_linear_unit", True, "the feed-forward block multiplies gate and up"),
     ("hidden_dropout", 0.0, _NOT_THERE),
     ("attention_dropout", 0.0, _NOT_THERE),
@@ -62,6 +61,7 @@ class BottleneckSetting:
         keeps_mlp_activation: Whether the config's ``activation_func`` stands on the gate.
         latent_bias: Whether there is a bias on the latents.
         tier: Of activation checkpointing, or None: by the config's ``recompute_granularity``.
+        overlaps_forward: Whether halves of the batch take turns in each layer.
         seed: Of the factors.
 
     Raises:
@@ -74,6 +74,7 @@ class BottleneckSetting:
     keeps_mlp_activation: bool = True
     latent_bias: bool = False
     tier: str | None = None
+    overlaps_forward: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -154,6 +155,12 @@ def check_config(config: Any) -> None:
                 f"TransformerConfig.{name}: got {found!r}, allowed with bottleneck layers is "
                 f"{required!r} ({why}); change it, or use Megatron-core's own layer spec"
             )
+    if config.normalization not in ("RMSNorm", "LayerNorm"):
+        raise ModelError(
+            f"TransformerConfig.normalization: got {config.normalization!r}, allowed with "
+            f"bottleneck layers are 'RMSNorm' and 'LayerNorm'; change it, or use Megatron-core's "
+            f"own layer spec"
+        )
     if config.recompute_granularity == "full":
         raise ModelError(
             'TransformerConfig.recompute_granularity: got "full", which would repeat all messages '

@@ -157,7 +157,10 @@ def _convert(
     bind = pattern.inputs_of_layers(model)
     everyone = dist.group.WORLD if dist.get_world_size() > 1 else None
     factorisation = factorise(model, settings, group=everyone)
-    builder = Builder(model, pattern, factorisation.shape, group, settings.activation_checkpointing)
+    builder = Builder(
+        model, pattern, factorisation.shape, group,
+        settings.activation_checkpointing, settings.overlap_forward,
+    )  # fmt: skip
     return Stages(
         config=settings,
         group=group,
