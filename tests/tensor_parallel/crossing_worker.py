@@ -53,10 +53,11 @@ def run(
     expected: dict[str, Tensor],
     tier: str,
     group: TensorGroup,
+    overlaps: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Shard a model, run one step, compare with the expected loss and gradients."""
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    shard(model, group, tier=tier)
+    shard(model, group, tier=tier, overlaps_forward=overlaps)
     exported = unsharded_state_dict(model, group)
     group.traffic.messages.clear()
     group.traffic.payload_bytes.clear()
@@ -94,6 +95,8 @@ def compare(gates: Sequence[str], group: TensorGroup) -> dict[str, Any]:
         by_tier = {tier: run(copy.deepcopy(source), loss, expected, tier, group) for tier in TIERS}
         plain = by_tier["none"][1]
         result[gate] = {tier: report for tier, (report, _) in by_tier.items()}
+        in_turns, _ = run(source, loss, expected, "none", group, overlaps=True)
+        result[gate]["in turns"] = {key: in_turns[key] for key in ("loss", "gradient", "spread")}
         result[gate]["tiers_equal"] = all(
             torch.equal(plain[name], gradients[name])
             for _, gradients in by_tier.values()

@@ -33,11 +33,13 @@ class Case:
     accumulation: int = 1
     is_tied: bool = False
     clip: float = 0.5
+    overlaps: bool = False  # where a rank has two sequences or more
 
     @property
     def name(self) -> str:
         tied = " tied" if self.is_tied else ""
-        return f"ZeRO {self.stage} {self.dtype} {self.tier} x{self.accumulation}{tied}"
+        turns = " in turns" if self.overlaps else ""
+        return f"ZeRO {self.stage} {self.dtype} {self.tier} x{self.accumulation}{tied}{turns}"
 
 
 CASES = (
@@ -45,8 +47,9 @@ CASES = (
     Case(stage=1, tier="latents", is_tied=True),
     Case(stage=2, accumulation=2),
     Case(stage=3, tier="sharded_latents"),
+    Case(stage=3, overlaps=True),
     Case(stage=3, dtype="bf16", tier="latents", is_tied=True),
-    Case(stage=1, dtype="bf16"),
+    Case(stage=1, dtype="bf16", overlaps=True),
     Case(stage=0, dtype="bf16"),
 )
 
@@ -79,7 +82,12 @@ def settings(case: Case, degree: int, **more: Any) -> dict[str, Any]:
             "params": {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.1, "torch_adam": True},
         },
         "lowtide": {
-            "tensor_parallel": {"degree": degree, "rank": 32, "activation_checkpointing": case.tier}
+            "tensor_parallel": {
+                "degree": degree,
+                "rank": 32,
+                "activation_checkpointing": case.tier,
+                "overlap_forward": case.overlaps,
+            }
         },
         **more,
     }

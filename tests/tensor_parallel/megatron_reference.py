@@ -24,9 +24,10 @@ LABELS_SEED = 5
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {
-        "spec": {"attention_rank": 8, "mlp_rank": 12},
-        "config": {"add_bias_linear": False},
-        "backward": 4,  # messages of a layer
+        "spec": {"attention_rank": 8, "mlp_rank": 12, "overlap_forward": True},
+        "config": {"add_bias_linear": False, "normalization": "LayerNorm"},
+        "rotary_percent": 0.5,
+        "forward": 8, "backward": 8,  # messages of a layer, twice as many for halves of the batch
     },
     "cola": {
         "spec": {
@@ -34,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "activation_checkpointing": "latents",
         },
         "config": {"add_bias_linear": True, "qk_layernorm": True},
-        "backward": 5,  # and the gains of the head norms
+        "forward": 4, "backward": 5,  # and the gains of the head norms
     },
 }  # fmt: skip
 
@@ -59,6 +60,8 @@ def _layout() -> dict[str, tuple[list[str], int | None]]:
     layout: dict[str, tuple[list[str], int | None]] = {
         "attention_in.down.gain": (["input_layernorm.weight"], 0),
         "mlp_in.down.gain": (["pre_mlp_layernorm.weight"], 0),
+        "attention_in.down.norm_bias": (["input_layernorm.bias"], 0),
+        "mlp_in.down.norm_bias": (["pre_mlp_layernorm.bias"], 0),
         "head_norms.query_gain": (["self_attention.q_layernorm.weight"], None),
         "head_norms.key_gain": (["self_attention.k_layernorm.weight"], None),
     }
@@ -74,9 +77,15 @@ LAYOUT = _layout()
 """For each parameter of a layer: the whole tensors in it, and the dimension that ranks share."""
 
 
+def is_centred(variant: Mapping[str, Any]) -> bool:
+    return bool(variant["config"].get("normalization") == "LayerNorm")
+
+
 def layer_names(variant: Mapping[str, Any]) -> list[str]:
     """Names of the whole tensors of one layer."""
     names = ["input_layernorm.weight", "pre_mlp_layernorm.weight"]
+    if is_centred(variant):
+        names += ["input_layernorm.bias", "pre_mlp_layernorm.bias"]
     if variant["config"].get("qk_layernorm"):
         names += [f"self_attention.{each}_layernorm.weight" for each in "qk"]
     for linear in _LINEARS:
@@ -153,13 +162,13 @@ class Reference:
         x = F.embedding(tokens, self.tensors["embedding.word_embeddings.weight"])
         for layer in range(LAYERS):
             x = self._layer(x, f"decoder.layers.{layer}.")
-        x = _rms(x, self.tensors["decoder.final_layernorm.weight"])
+        x = self._norm(x, "decoder.final_layernorm")
         logits = x @ self.tensors["output_layer.weight"].T
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def _layer(self, x: Tensor, at: str) -> Tensor:
         variant = self.variant
-        normed = _rms(x, self.tensors[f"{at}input_layernorm.weight"])
+        normed = self._norm(x, f"{at}input_layernorm")
         q, k, v = (
             self._linear(f"{at}self_attention.linear_{each}", normed)
             .unflatten(-1, (-1, HEAD)).transpose(1, 2)
@@ -168,19 +177,26 @@ class Reference:
         if variant["config"].get("qk_layernorm"):
             q = _rms(q, self.tensors[f"{at}self_attention.q_layernorm.weight"])
             k = _rms(k, self.tensors[f"{at}self_attention.k_layernorm.weight"])
-        q, k = _turned(q), _turned(k)
+        turning = int(HEAD * variant.get("rotary_percent", 1.0))
+        q, k = _turned(q, turning), _turned(k, turning)
         k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD)
         later = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
         context = scores.masked_fill(later, -math.inf).softmax(-1) @ v
         heads = context.transpose(1, 2).flatten(-2)
         x = x + self._linear(f"{at}self_attention.linear_proj", heads)
-        normed = _rms(x, self.tensors[f"{at}pre_mlp_layernorm.weight"])
+        normed = self._norm(x, f"{at}pre_mlp_layernorm")
         gate = self._linear(f"{at}mlp.linear_gate", normed)
         if variant["spec"].get("keep_mlp_activation", True):
             gate = gate * gate.sigmoid()
         product = gate * self._linear(f"{at}mlp.linear_up", normed)
         return x + self._linear(f"{at}mlp.linear_down", product)
+
+    def _norm(self, x: Tensor, at: str) -> Tensor:
+        gain = self.tensors[f"{at}.weight"]
+        if not is_centred(self.variant):
+            return _rms(x, gain)
+        return _rms(x - x.mean(-1, keepdim=True), gain) + self.tensors[f"{at}.bias"]
 
     def _linear(self, at: str, x: Tensor) -> Tensor:
         down, up = self.tensors[f"{at}.down.weight"], self.tensors[f"{at}.up.weight"]
@@ -198,12 +214,13 @@ def _rms(x: Tensor, gain: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt() * gain
 
 
-def _turned(x: Tensor) -> Tensor:
+def _turned(x: Tensor, turning: int) -> Tensor:
     """Rotary embedding: complex numbers of elements half a head apart, times e^(i angle)."""
+    x, rest = x[..., :turning], x[..., turning:]
     # In float32, as Megatron-core does it.
-    frequency = 10000.0 ** (-torch.arange(0, HEAD, 2) / HEAD)
+    frequency = 10000.0 ** (-torch.arange(0, turning, 2) / turning)
     angles = torch.outer(torch.arange(SEQUENCE).float(), frequency)
     turns = torch.complex(angles.cos(), angles.sin()).to(torch.complex128)
     low, high = x.chunk(2, -1)
     turned = torch.complex(low, high) * turns
-    return torch.cat((turned.real, turned.imag), -1)
+    return torch.cat((turned.real, turned.imag, rest), -1)

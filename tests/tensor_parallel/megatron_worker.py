@@ -82,6 +82,7 @@ def build(
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=parallel_output,
         position_embedding_type="rope",
+        rotary_percent=variant.get("rotary_percent", 1.0),
     )
     return model.to(dtype)
 
@@ -230,12 +231,12 @@ def refusals() -> dict[str, str]:
     model = build(variant, torch.float32)
     layer = model.decoder.layers[0]
     hidden = torch.zeros(reference.SEQUENCE, reference.BATCH, reference.WIDTH)
-    half = torch.zeros(reference.SEQUENCE, 1, 1, reference.HEAD // 2)
+    wide = torch.zeros(reference.SEQUENCE, 1, 1, 2 * reference.HEAD)
     attempts = {
-        "norm": lambda: build(variant, torch.float32, normalization="LayerNorm"),
+        "norm": lambda: build(variant, torch.float32, normalization="L2Norm"),
         "rank": lambda: build(variant | {"spec": {"rank": 99}}, torch.float32),
         "packed": lambda: layer(hidden, packed_seq_params=object()),
-        "rotary": lambda: layer(hidden, rotary_pos_emb=half),
+        "rotary": lambda: layer(hidden, rotary_pos_emb=wide),
     }
     texts = {}
     for name, attempt in attempts.items():

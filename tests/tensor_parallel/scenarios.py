@@ -280,9 +280,9 @@ def overlap(group: TensorGroup) -> Any:
     for name, sizes in LAYOUTS.items():
         data = batch(sizes)
         masked = replace(data, mask=_masks(sizes, data)["padding"])
-        for tier, given in {"none": data, "latents": masked, "sharded_latents": data}.items():
-            result = run_pair(replace(sizes, layers=2), given, group, tier=tier, overlaps=True)
-            found[f"{name}, {tier}"] = summary(result["sharded"])
+        for kind, given in {"causal": data, "masked": masked}.items():
+            result = run_pair(replace(sizes, layers=2), given, group, overlaps=True)
+            found[f"{name}, {kind}"] = summary(result["sharded"])
     alone = Batch(data.tokens[:1], data.tokens[:1])
     found["one row"] = summary(run_pair(PLAIN, alone, group, overlaps=True)["sharded"])
     return found

@@ -55,6 +55,10 @@ def test_a_family_overrides_the_rank_of_all() -> None:
         ({"mlp": {"ranks": 8}}, "mlp.ranks"),
         ({"init": "svd2"}, "init"),
         ({"init": "random", "energy": 0.9}, '"energy" measures the weights'),
+        (
+            {"rank": 8, "overlap_forward": True, "activation_checkpointing": "latents"},
+            '"overlap_forward" goes with "activation_checkpointing": "none" only, got "latents"',
+        ),
         ({"init": "random", "rank": 8, "mlp": {"energy": 0.9}}, '"energy" measures the weights'),
         ({"activation": "swish"}, "activation"),
         ({"mlp_activation": "drop"}, "mlp_activation"),

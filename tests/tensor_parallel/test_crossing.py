@@ -175,6 +175,9 @@ def test_sharded_equals_reference(ranks: int, gates: tuple[str, ...]) -> None:
         results = run_ranks([WORKER, *gates], nproc=ranks, timeout_s=100).check().results
     for found, gate, tier in ((r[g], g, t) for r in results for g in gates for t in TIERS):
         assert found["tiers_equal"]
+        assert found["in turns"]["loss"] <= 1e-12
+        assert found["in turns"]["gradient"] <= 1e-12
+        assert found["in turns"]["spread"] == 0.0
         report = found[tier]
         assert report["loss"] <= 1e-12
         assert report["gradient"] <= 1e-12

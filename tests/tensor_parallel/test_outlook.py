@@ -91,6 +91,8 @@ def test_overlap_is_shown_for_all_ways() -> None:
     assert found.block_ratio(FULL_RANK.name) >= 1.5
     alone = outlook_of(sequences=1, overlap=True)
     assert alone.ours.forward_messages == 4
+    with pytest.raises(ConfigError, match='got "latents" with overlap_forward'):
+        outlook_of(tier="latents", overlap=True)
 
 
 def test_ratios_are_over_ours() -> None:

@@ -137,7 +137,7 @@ class TensorParallelConfig(PluginConfig):
     overlap_forward: bool = False
     """Two halves of each micro-batch take turns in every layer, so that the messages of one are
     under way while the other computes. Twice as many messages, each half as long; for
-    micro-batches of two sequences or more."""
+    micro-batches of two sequences or more, without `activation_checkpointing`."""
 
     check_data: bool = True
     """Refuse a step in which the ranks of one group were given different batches."""
@@ -152,6 +152,12 @@ class TensorParallelConfig(PluginConfig):
             raise ValueError(
                 '"energy" measures the weights but "init": "random" replaces them; give "rank" or '
                 '"rank_ratio", or set "init" to "svd"'
+            )
+        if self.overlap_forward and self.activation_checkpointing != "none":
+            raise ValueError(
+                f'"overlap_forward" goes with "activation_checkpointing": "none" only, got '
+                f'"{self.activation_checkpointing}": each half would send its gradients to the '
+                f"optimizer for itself; leave one of them out"
             )
         if self.crossing in ("identity", "scalar") and any(e is not None for e in energies):
             raise ValueError(

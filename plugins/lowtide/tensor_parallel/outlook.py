@@ -151,13 +151,18 @@ def look_ahead(
             shown both with and without it.
 
     Raises:
-        ConfigError: A number is not a whole number from 1, or there is no such tier.
+        ConfigError: A number is not a whole number from 1, there is no such tier, or it does not
+            go with `overlap_forward`.
         ModelError: The ranks cannot hold equal parts.
     """
     whole("micro_batch", batch.micro_batch)
     whole("sequence", batch.sequence)
     if tier not in TIERS:
         raise ConfigError(f"tier: got {tier!r}.{near(tier, TIERS)} Known: {listed(TIERS)}")
+    if overlap_forward and tier != "none":
+        raise ConfigError(
+            f'tier: got "{tier}" with overlap_forward, allowed is "none" with it; leave one out'
+        )
     forecasts = tuple(
         _forecast(decoder, ranks, scheme, machine=machine, batch=batch, tier=tier)
         for scheme in _schemes(overlap_forward)

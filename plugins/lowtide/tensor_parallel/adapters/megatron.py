@@ -188,20 +188,20 @@ def _refuse(number: int, **given: Any) -> None:
 
 
 def _rotary(angles: Any, config: Any) -> tuple[Any, Any]:
-    """Return cosines and sines, ``[1 or b, s, K]``, of Megatron-core's angles.
+    """Return cosines and sines, ``[1 or b, s, R]``, of Megatron-core's angles.
 
-    They are ``[s, 1 or b, 1, K]``, the second half of K repeating the first.
+    They are ``[s, 1 or b, 1, R]``, the second half of R repeating the first; R of each head turn.
 
     Raises:
-        ModelError: only part of each head turns, or queries and keys have different angles.
+        ModelError: more than a head would turn, or queries and keys have different angles.
     """
     if angles is None:
         return None, None
-    if not isinstance(angles, Tensor) or angles.shape[-1] != config.kv_channels:
+    if not isinstance(angles, Tensor) or angles.shape[-1] > config.kv_channels:
         found = tuple(angles.shape) if isinstance(angles, Tensor) else type(angles).__name__
         raise ModelError(
             f"rotary_pos_emb: got {found}, allowed with bottleneck layers is one tensor of shape "
-            f"(s, 1, 1, {config.kv_channels}); set rotary_percent to 1.0"
+            f"(s, 1, 1, R), R at most {config.kv_channels}: the same angles for queries and keys"
         )
     by_batch = angles.squeeze(2).transpose(0, 1)
     return by_batch.cos(), by_batch.sin()

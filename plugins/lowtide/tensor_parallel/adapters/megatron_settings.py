@@ -175,7 +175,17 @@ def check_config(config: Any) -> None:
 
 
 def tier_of(setting: BottleneckSetting, config: Any) -> str:
-    """Return the tier of activation checkpointing."""
-    if setting.tier is not None:
-        return setting.tier
-    return "latents" if config.recompute_granularity == "selective" else "none"
+    """Return the tier of activation checkpointing.
+
+    Raises:
+        ConfigError: it does not go with halves of the batch that take turns.
+    """
+    by_config = "latents" if config.recompute_granularity == "selective" else "none"
+    tier = by_config if setting.tier is None else setting.tier
+    if setting.overlaps_forward and tier != "none":
+        raise ConfigError(
+            f'bottleneck_layer_spec: overlap_forward goes with activation_checkpointing "none" '
+            f'only, got "{tier}": each half would hand in its gradients for itself; leave one of '
+            f"them out"
+        )
+    return tier
