@@ -233,6 +233,7 @@ def refusals() -> dict[str, str]:
     hidden = torch.zeros(reference.SEQUENCE, reference.BATCH, reference.WIDTH)
     wide = torch.zeros(reference.SEQUENCE, 1, 1, 2 * reference.HEAD)
     attempts = {
+        "head norms": lambda: build(variant, torch.float32, qk_layernorm=True),
         "norm": lambda: build(variant, torch.float32, normalization="L2Norm"),
         "rank": lambda: build(variant | {"spec": {"rank": 99}}, torch.float32),
         "packed": lambda: layer(hidden, packed_seq_params=object()),

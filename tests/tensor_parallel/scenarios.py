@@ -314,8 +314,8 @@ def mixed_precision(group: TensorGroup) -> Any:
     """Gains kept in float32 in a bfloat16 model, and autocast over a float32 model."""
     found = {}
 
-    def make(seed: int, has_wide_gains: bool) -> LowRankDecoder:
-        model = build(PLAIN, seed).to(torch.bfloat16)
+    def make(sizes: Sizes, seed: int, has_wide_gains: bool) -> LowRankDecoder:
+        model = build(sizes, seed).to(torch.bfloat16)
         if not has_wide_gains:
             return model.float()
         for name, parameter in model.named_parameters():
@@ -323,14 +323,18 @@ def mixed_precision(group: TensorGroup) -> Any:
                 parameter.data = parameter.data.float()
         return model
 
-    for name, has_wide_gains in (("float32 gains", True), ("autocast", False)):
+    for name, sizes, has_wide_gains in (
+        ("float32 gains", PLAIN, True), ("autocast", PLAIN, False),
+        ("layer norm, float32 gains", LAYER_NORM, True),
+        ("layer norm, autocast", LAYER_NORM, False),
+    ):  # fmt: skip
 
         def forward(is_on: bool = not has_wide_gains) -> Any:
             return torch.autocast("cpu", torch.bfloat16, enabled=is_on)
 
         results = []
         for seed in range(3):
-            reference, ours, single = (make(seed, has_wide_gains) for _ in range(3))
+            reference, ours, single = (make(sizes, seed, has_wide_gains) for _ in range(3))
             data = batch(PLAIN, (3, 16), seed)
             reference.double()
             results.append(compare(reference, ours, single, data, group, forward=forward))
@@ -388,7 +392,7 @@ def replicas(group: TensorGroup) -> Any:
         gain = torch.ones(mine.shape[-1], dtype=dtype)
         norm = NormSetting(FUSED.width, FUSED.epsilon)
         partial, *statistics = partial_down(mine, weight, group, norm, gain)
-        total, (squares,) = reduce(partial, tuple(statistics), group)
+        total, (squares,) = reduce(partial, tuple(statistics), group, norm)
         bits = [_everywhere(each, group) for each in (total.contiguous(), squares)]
         found[str(dtype)[6:]] = {
             "differing": differing,

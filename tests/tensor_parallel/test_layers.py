@@ -127,7 +127,10 @@ def test_float16_where_gain_times_x_overflows(nproc: int, model: str) -> None:
 
 
 @up_to_two
-@pytest.mark.parametrize("kind", ["float32 gains", "autocast"])
+@pytest.mark.parametrize(
+    "kind",
+    ["float32 gains", "autocast", "layer norm, float32 gains", "layer norm, autocast"],
+)
 def test_mixed_precision(nproc: int, kind: str) -> None:
     for found in of_each(nproc, "mixed_precision"):
         assert_same_class(kind, found[kind])

@@ -202,6 +202,7 @@ def test_checkpoint_of_two_ranks_goes_on_with_other_numbers_of_ranks(start: Star
 @pytest.mark.parametrize(
     ("attempt", "parts"),
     [
+        ("head norms", ["TransformerConfig.qk_layernorm", "beside LayerNorm", "RMSNorm"]),
         ("norm", ["TransformerConfig.normalization", "'L2Norm'", "'RMSNorm'", "change it"]),
         ("rank", ["decoder.layers.0.self_attention.linear_q", "rank 99", "at most 32"]),
         ("packed", ["decoder.layers.0", "packed_seq_params", "attention mask"]),

@@ -227,9 +227,13 @@ def test_features_without_a_shape_are_refused(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("olmo", {"clip_qkv": 3.0}, "config.clip_qkv is 3.0, allowed is None"),
-        ("stablelm", {"qk_layernorm": True}, "config.qk_layernorm is True, allowed is False"),
-        ("stablelm", {"hidden_dropout": 0.1}, "config.hidden_dropout is 0.1, allowed is 0.0"),
+        ("olmo", {"clip_qkv": 3.0}, "config.clip_qkv is 3.0, and clamped queries"),
+        (
+            "stablelm",
+            {"qk_layernorm": True},
+            "config.qk_layernorm is True, and a LayerNorm of each head",
+        ),
+        ("stablelm", {"hidden_dropout": 0.1}, "config.hidden_dropout is 0.1, allowed is 0"),
     ],
 )
 def test_features_of_other_families_are_refused(

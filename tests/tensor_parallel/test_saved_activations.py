@@ -150,6 +150,33 @@ def test_a_scaled_model_keeps_what_the_formula_says(
         assert kept.saved == kept.alive
 
 
+def small_of_layer_norm(sizes: Sizes, dtype: torch.dtype, tier: str, tokens: int) -> float:
+    """Of both norms: squares and means, A gain and A bias, and the message's room for them.
+
+    And the mean of this rank's columns of x, which the first A takes away again in backward; the
+    second A stands in a segment that runs again.
+    """
+    is_narrow = dtype == torch.bfloat16
+    found = 2.0 if is_narrow else 1.0
+    columns = 6 * RANKS if is_narrow else 1 + RANKS
+    rows = 2 * RANKS * (3 if is_narrow else 1)
+    for latents in (3 * sizes.attention_rank, 2 * sizes.mlp_rank):
+        vectors = (RANKS + 1) * latents / tokens
+        found += (1 + RANKS + vectors) * (2 if is_narrow else 1)
+        if tier == "latents":  # the latents are a view of it
+            found += columns + rows * (latents + columns) / tokens
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tier", ["latents", "sharded_latents"])
+def test_layer_norm_keeps_no_more_than_its_numbers(tier: str, dtype: torch.dtype) -> None:
+    sizes = replace(SCALED, norm="layer")
+    kept = Kept(build(sizes, dtype=dtype), tier, 64, dtype)
+    bound = formula(sizes, tier) + small_of_layer_norm(sizes, dtype, tier, 64)
+    assert formula(sizes, tier) <= kept.alive <= bound
+
+
 def test_tiers_of_a_scaled_model_have_the_same_gradient() -> None:
     tiers = ("none", "latents", "sharded_latents")
     # `AloneGroup` gathers the first rank's tokens in the others' place: no gradient of the last.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from lowtide.core.errors import ModelError
 from lowtide.tensor_parallel.crossing import ARGUMENT, Latents
@@ -174,10 +175,12 @@ class DecoderLayer(nn.Module):
         tier = self.tier if inputs.cache is None else "none"
         parts = self._halves(inputs, previous)
         results = _in_turn([self._block(part, latents, tier) for part, latents in parts])
+        # The sums stand outside of all segments: backward reads nothing of them.
         if len(results) == 1:
-            return results[0]
-        x = torch.cat([each for each, _ in results])
-        return x, tuple(map(torch.cat, zip(*(own for _, own in results), strict=True)))
+            ((x, out, own),) = results
+            return x + out, own
+        joint: Tensor = _JoinedSum.apply(*(each for x, out, _ in results for each in (x, out)))
+        return joint, tuple(map(torch.cat, zip(*(own for _, _, own in results), strict=True)))
 
     def _halves(
         self, inputs: LayerInputs, previous: tuple[Tensor, ...]
@@ -204,8 +207,12 @@ class DecoderLayer(nn.Module):
 
     def _block(
         self, inputs: LayerInputs, previous: tuple[Tensor, ...], tier: str
-    ) -> Generator[None, None, tuple[Tensor, tuple[Tensor, ...]]]:
-        """Compute the block, and give way whenever a message is under way."""
+    ) -> Generator[None, None, tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+        """Compute the block, and give way whenever a message is under way.
+
+        Returns:
+            The residual stream, what is still to be added to it, and the latents that go on.
+        """
         group, x = self.group, inputs.hidden
         of_qkv, of_o, of_mlp, of_down = previous or (None,) * 4
 
@@ -214,35 +221,34 @@ class DecoderLayer(nn.Module):
                 segment, *inputs, replicated=2, tier=tier, group=group, modules=modules
             )
 
-        def send(partial: Tensor, *statistics: Tensor) -> Reduction:
-            return Reduction(partial, statistics, group)
+        def send(down: DownProjection, partial: Tensor, *statistics: Tensor) -> Reduction:
+            return Reduction(partial, statistics, group, down.norm)
 
         def attend(total: Tensor, before: Tensor | None, *statistics: Tensor) -> tuple[Tensor, ...]:
             return self._attend(total, before, statistics, inputs)
 
-        sent = send(*self.attention_in.down(x))
+        sent = send(self.attention_in.down, *self.attention_in.down(x))
         yield
         total, statistics = sent.finish()
         inner: Modules = (self.attention_in.up, self.head_norms, self.attention_out.down)
         partial, *own_qkv = run(attend, total, of_qkv, *statistics, modules=inner)
-        sent = send(partial)
+        sent = send(self.attention_out.down, partial)
         yield
         total, _ = sent.finish()
         inner = (self.attention_out.up, self.mlp_in.down)
         x, *rest = run(self._middle, total, of_o, x, modules=inner)
         passed = 1 if self.attention_out.up.passes_on else 0
         own_o, rest = rest[:passed], rest[passed:]
-        sent = send(*rest)
+        sent = send(self.mlp_in.down, *rest)
         yield
         total, statistics = sent.finish()
         inner = (self.mlp_in.up, self.mlp_out.down)
         partial, *own_mlp = run(self._multiply, total, of_mlp, *statistics, modules=inner)
-        sent = send(partial)
+        sent = send(self.mlp_out.down, partial)
         yield
         total, _ = sent.finish()
         out, *own_down = run(self._leave, total, of_down, modules=(self.mlp_out.up,))
-        # The sum stands outside: its backward reads nothing, so x is not kept for it.
-        return x + out, (*own_qkv, *own_o, *own_mlp, *own_down)
+        return x, out, (*own_qkv, *own_o, *own_mlp, *own_down)
 
     @property
     def reads_latents(self) -> bool:
@@ -302,6 +308,24 @@ class DecoderLayer(nn.Module):
     def _leave(self, total: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.mlp_out.up(total, (), before, is_last=True)
         return outputs
+
+
+class _JoinedSum(Function):
+    """``cat((a + b, c + d))`` without a pass over the result for the joining."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        ctx.lengths = a.shape[0], c.shape[0]
+        result = a.new_empty((sum(ctx.lengths), *a.shape[1:]))
+        first, second = result.split(ctx.lengths)
+        torch.add(a, b, out=first)
+        torch.add(c, d, out=second)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, d_result: Tensor) -> Any:
+        first, second = d_result.split(ctx.lengths)
+        return first, first, second, second
 
 
 def _in_turn(flows: Sequence[Generator[None, None, Any]]) -> list[Any]:

@@ -22,6 +22,7 @@ from lowtide.tensor_parallel.layers import (
     check_same_data,
 )
 from lowtide.tensor_parallel.norms import NormSetting, normalised
+from lowtide.tensor_parallel.reduction import exactly
 
 
 class _ScatterSum(Function):
@@ -86,10 +87,14 @@ class _GatherNorm(Function):
             scaled = scaled * gain
         # Bits, not values: a gather does no arithmetic, so a wide number travels as narrow ones.
         bits = torch.stack((squares, *numbers), -1).view(x.dtype)
-        message = torch.cat((scaled.to(x.dtype), bits), -1)
-        both = group.gather_columns(message, phase="forward").unflatten(-1, (group.size, -1))
+        message = torch.cat((scaled.to(x.dtype), bits), -1).flatten(0, -2)
+        vectors = [each for each in (gain, bias) if each is not None and norm.is_centred]
+        rows = _as_rows(vectors, message, wide)
+        both = group.gather_columns(torch.cat((message, rows)), phase="forward")
+        both = both.unflatten(-1, (group.size, -1))
+        both, rows = both.split((message.shape[0], rows.shape[0]))
         scaled, bits = both.split((x.shape[-1], bits.shape[-1]), -1)
-        squares, *numbers = bits.contiguous().view(wide).unbind(-1)  # [..., p] each
+        squares, *numbers = bits.contiguous().view(wide).unbind(-1)  # [T, p] each
         scaled = scaled.to(wide)
         if is_half:
             scaled.mul_(statistic.local_scale(squares, x.shape[-1]))
@@ -101,51 +106,64 @@ class _GatherNorm(Function):
             scaled = scaled + deviations.unsqueeze(-1)
         root = (total / norm.width + norm.epsilon).sqrt_().unsqueeze(-1)
         normed = scaled.flatten(-2) / root
-        whole_gain = whole_bias = None
-        if norm.is_centred:
-            whole_gain, whole_bias = _gathered(gain, group, wide), _gathered(bias, group, wide)
-            normed = normed if whole_gain is None else normed * whole_gain
-            normed = normed if whole_bias is None else normed + whole_bias
-        normed = normed.to(x.dtype)
-        ctx.save_for_backward(x, gain, bias, normed, root, mean, whole_gain, whole_bias)
+        whole = _from_rows(rows, len(vectors), x.shape[-1], wide)
+        whole_gain = whole.pop(0) if gain is not None and whole else None
+        if whole_gain is not None:
+            normed = normed * whole_gain
+        # Backward needs it without the bias, to its last digit.
+        kept = normed.to(x.dtype)
+        result = (normed + whole[0]).to(x.dtype) if whole else kept
+        shape = (*x.shape[:-1], norm.width)
+        ctx.save_for_backward(x, gain, bias, kept, root, mean, whole_gain)
         ctx.norm, ctx.group = norm, group
-        return normed
+        return result.view(shape)
 
     @staticmethod
     def backward(ctx: Any, d_normed: Tensor) -> Any:
-        x, gain, bias, normed, root, mean, whole_gain, whole_bias = ctx.saved_tensors
+        x, gain, bias, normed, root, mean, whole_gain = ctx.saved_tensors
         norm: NormSetting = ctx.norm
         group: TensorGroup = ctx.group
         wide = root.dtype
         # The head's gradient is this rank's term of a sum, over parts of the vocabulary. So is
         # its product with the normed stream, which travels with it.
-        d_normed = d_normed.reshape(-1, d_normed.shape[-1])
-        wide_d, flat = d_normed.to(wide), normed.view_as(d_normed).to(wide)
-        sums = [torch.linalg.vecdot(wide_d, flat if whole_bias is None else flat - whole_bias)]
+        d_normed = d_normed.reshape(normed.shape)
+        wide_d = d_normed.to(wide)
+        sums = [torch.linalg.vecdot(wide_d, normed.to(wide))]
         if norm.is_centred:
-            sums.append(wide_d.sum(-1) if whole_gain is None else wide_d @ whole_gain)
+            with exactly(x):
+                sums.append(wide_d.sum(-1) if whole_gain is None else wide_d @ whole_gain)
         back, sums = _scatter(d_normed, sums, x, group)
-        centred = (x.to(wide) if mean is None else x.to(wide) - mean) / root
-        back = back.view(x.shape).to(wide)
+        flat = x.reshape(back.shape).to(wide)
+        centred = (flat if mean is None else flat - mean) / root
+        back = back.to(wide)
         inner, *level = [each.view_as(root) / norm.width for each in sums]
         d_gain = d_bias = d_x = None
         _, need_gain, need_bias = ctx.needs_input_grad[:3]
-        flat_back = back.reshape(-1, x.shape[-1])
         if need_gain:
-            d_gain = torch.linalg.vecdot(centred.reshape(flat_back.shape), flat_back, dim=0)
-            d_gain = d_gain.to(gain.dtype)
+            d_gain = torch.linalg.vecdot(centred, back, dim=0).to(gain.dtype)
         if need_bias:
-            d_bias = flat_back.sum(0).to(bias.dtype)
+            d_bias = back.sum(0).to(bias.dtype)
         if ctx.needs_input_grad[0]:
-            d_x = back if gain is None else back * gain
-            d_x = torch.addcmul(d_x, centred, inner, value=-1)
-            d_x = ((d_x - level[0] if level else d_x) / root).to(x.dtype)
+            d_x = (back if gain is None else back * gain).addcmul_(centred, inner, value=-1)
+            d_x = ((d_x - level[0] if level else d_x) / root).to(x.dtype).view(x.shape)
         return d_x, d_gain, d_bias, None, None
 
 
-def _gathered(mine: Tensor | None, group: TensorGroup, dtype: torch.dtype) -> Tensor | None:
-    """Return ``[d]`` of ``[n]`` on each rank."""
-    return None if mine is None else group.gather_columns(mine.to(dtype), phase="forward")
+def _as_rows(vectors: list[Tensor], message: Tensor, wide: torch.dtype) -> Tensor:
+    """Return vectors ``[n]`` as rows of a message ``[T, n + columns]``, by their bits."""
+    narrow = [each.to(wide).view(message.dtype) for each in vectors]
+    if not narrow:
+        return message[:0]
+    rows = torch.cat(narrow).view(-1, vectors[0].shape[0])
+    return F.pad(rows, (0, message.shape[-1] - rows.shape[-1]))
+
+
+def _from_rows(rows: Tensor, count: int, width: int, wide: torch.dtype) -> list[Tensor]:
+    """Return the whole vectors ``[p n]`` that `_as_rows` wrote on each of p ranks."""
+    if not count:
+        return []
+    by_rank = rows[..., :width].unflatten(0, (count, -1)).transpose(1, 2)  # [count, p, parts, n]
+    return list(by_rank.contiguous().flatten(-2).view(wide).flatten(1))
 
 
 def _scatter(

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from lowtide.tensor_parallel import reduction, statistic
+from lowtide.tensor_parallel import statistic
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.norms import NormSetting
+from lowtide.tensor_parallel.reduction import Room, exactly
 
 _recomputing = threading.local()
 
@@ -52,12 +53,14 @@ class _PartialDown(Function):
         gain: Tensor | None,
         bias: Tensor | None,
         norm: NormSetting | None,
-        room: tuple[int, int],
+        room: Room,
     ) -> tuple[Tensor, ...]:
         wide = statistic.statistic_dtype(x.dtype)
         rows, width = x.numel() // max(x.shape[-1], 1), weight.shape[0]
         dtype = statistic.message_dtype(x.dtype)
-        buffer = torch.empty((rows + room[0], width + room[1]), dtype=dtype, device=x.device)
+        buffer = torch.empty(
+            (rows + room.all_rows, width + room.all_columns), dtype=dtype, device=x.device
+        )
         by_token = buffer[:rows, :width]
         viewed = by_token.view(*x.shape[:-1], width)
         # To autograd no view: the sum over the ranks overwrites it before anything else reads it.
@@ -65,81 +68,81 @@ class _PartialDown(Function):
             buffer.untyped_storage(), 0, viewed.shape, viewed.stride()
         )
         statistics: tuple[Tensor, ...] = ()
-        mean = None
+        centred, mean = x, None
         if norm is not None:
-            centred = x
             if norm.is_centred:
                 mean = x.mean(-1, dtype=wide)
                 centred = x.to(wide) - mean.unsqueeze(-1)
             squares = torch.linalg.vector_norm(centred, dim=-1, dtype=wide).square_()
             statistics = (squares,)
             if mean is not None:
-                statistics = (squares, mean, _constants(weight, gain, bias, wide))
+                statistics = (squares, mean, _vectors(weight, gain, bias, wide))
         ctx.save_for_backward(x, weight, gain, bias, mean)
         ctx.has_norm = norm is not None
         if not is_recomputing():  # the sum was kept: this product would be thrown away
-            squares = statistics[0] if statistics else None
-            _product(_scaled(x, gain, mean, weight, squares), weight, by_token)
+            scale = None
+            if statistics and x.dtype == torch.float16:
+                scale = statistic.local_scale(statistics[0], x.shape[-1])
+            _product(
+                _scaled(centred, gain, weight, scale, norm is not None), weight, scale, by_token
+            )
         return (partial, *statistics)
 
     @staticmethod
-    def backward(ctx: Any, d_partial: Tensor, *d_statistics: Tensor | None) -> Any:
+    def backward(ctx: Any, d_partial: Tensor, *d_statistics: Tensor) -> Any:
         x, weight, gain, bias, mean = ctx.saved_tensors
         need_x, need_weight, need_gain, need_bias, _, _ = ctx.needs_input_grad
-        d_weight = d_x = d_gain = d_bias = None
         wide = statistic.statistic_dtype(x.dtype)
-        d_constants = d_statistics[2] if len(d_statistics) > 1 else None
-        if need_weight:
-            d_weight = _weight_gradient(d_partial, x, weight, gain, mean, ctx.has_norm)
-            if d_constants is not None:
-                d_weight += _of_constants(d_constants, gain, bias, x).to(d_weight.dtype)
+        d_weight = d_x = d_gain = d_bias = of_vectors = None
         if not ctx.has_norm:
-            d_x = d_partial.to(weight.dtype) @ weight if need_x else None
-            return d_x, d_weight, None, None, None, None
-        both = d_constants @ weight.to(wide) if d_constants is not None else None  # [2, n]
-        if need_bias and both is not None:
-            d_bias = both[1].to(bias.dtype)
+            d_weight = _weight_gradient(d_partial, x, weight, gain, False) if need_weight else None
+            return d_partial.to(weight.dtype) @ weight if need_x else None, d_weight, *(None,) * 4
+        centred = x if mean is None else x.to(wide) - mean.unsqueeze(-1)
+        if need_weight:
+            d_weight = _weight_gradient(d_partial, centred, weight, gain, True)
+        if mean is not None:
+            d_vectors = d_statistics[2].to(wide)
+            if d_weight is not None:
+                d_weight += _of_vectors(d_vectors, gain, bias, x).to(d_weight.dtype)
+            if need_gain or need_bias:
+                with exactly(x):
+                    of_vectors = d_vectors @ weight.to(wide)  # [1 or 2, n]
+        if need_bias and of_vectors is not None:
+            d_bias = of_vectors[1].to(bias.dtype)
         if not (need_x or need_gain):
             return None, d_weight, None, d_bias, None, None
         back = _input_gradient(d_partial, weight)
-        centred = x.to(wide) if mean is None else x.to(wide) - mean.unsqueeze(-1)
         if need_gain:
-            d_gain = torch.linalg.vecdot(_flat(centred), _flat(back).to(wide), dim=0)
-            if both is not None:
-                d_gain = d_gain + both[0]
+            d_gain = torch.linalg.vecdot(_flat(centred).to(wide), _flat(back).to(wide), dim=0)
+            if of_vectors is not None:
+                d_gain = d_gain + of_vectors[0]
             d_gain = d_gain.to(gain.dtype)
         if need_x:
             d_x = back.to(wide) if gain is None else back.to(wide) * gain
-            if d_statistics[0] is not None:
-                d_x.addcmul_(centred, 2 * d_statistics[0].unsqueeze(-1))
+            d_x.addcmul_(centred.to(wide), 2 * d_statistics[0].unsqueeze(-1))
             if mean is not None:
                 # What reaches x through its mean: all columns alike.
-                d_mean = d_statistics[1] if d_statistics[1] is not None else 0.0
-                level = d_mean / x.shape[-1] - d_x.mean(-1)
-                d_x += level.unsqueeze(-1)
+                d_x += (d_statistics[1] / x.shape[-1] - d_x.mean(-1)).unsqueeze(-1)
             d_x = d_x.to(x.dtype)
         return d_x, d_weight, d_gain, d_bias, None, None
 
 
-def _constants(
-    weight: Tensor, gain: Tensor | None, bias: Tensor | None, wide: torch.dtype
-) -> Tensor:
-    """Return ``[2, R]``: A times the gain, and A times the norm's bias."""
-    wide_weight = weight.to(wide)
-    of_gain = wide_weight.sum(-1) if gain is None else wide_weight @ gain.to(wide)
-    of_bias = torch.zeros_like(of_gain) if bias is None else wide_weight @ bias.to(wide)
-    return torch.stack((of_gain, of_bias))
+def _vectors(weight: Tensor, gain: Tensor | None, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    """Return A times the gain and, if there is one, A times the norm's bias: ``[1 or 2, R]``."""
+    with exactly(weight):
+        wide_weight = weight.to(wide)
+        of_gain = wide_weight.sum(-1) if gain is None else wide_weight @ gain.to(wide)
+        if bias is None:
+            return of_gain.unsqueeze(0)
+        return torch.stack((of_gain, wide_weight @ bias.to(wide)))
 
 
-def _of_constants(
-    d_constants: Tensor, gain: Tensor | None, bias: Tensor | None, x: Tensor
-) -> Tensor:
-    """Return the part of A's gradient that comes from `_constants`, ``[R, n]``."""
-    of_gain, of_bias = d_constants
-    wide = d_constants.dtype
+def _of_vectors(d_vectors: Tensor, gain: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return the part of A's gradient that comes from `_vectors`, ``[R, n]``."""
+    wide = d_vectors.dtype
     gain = torch.ones(x.shape[-1], dtype=wide, device=x.device) if gain is None else gain.to(wide)
-    result = torch.outer(of_gain, gain)
-    return result if bias is None else result.addr_(of_bias, bias.to(wide))
+    result = torch.outer(d_vectors[0], gain)
+    return result if bias is None else result.addr_(d_vectors[1], bias.to(wide))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -147,26 +150,18 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _scaled(
-    x: Tensor, gain: Tensor | None, mean: Tensor | None, weight: Tensor, squares: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return ``gain * (x - mean)`` in A's dtype, and by what each token was divided, if it was.
-
-    `squares`, ``[...]``, are the sums of squares where there is a norm.
-    """
-    if x.dtype == torch.float16 and squares is not None:
-        scale = statistic.local_scale(squares, x.shape[-1])
-        wide = x.float() if mean is None else x.float() - mean.unsqueeze(-1)
-        wide = wide / scale
-        return (wide if gain is None else wide * gain).to(x.dtype), scale
-    if mean is not None:
-        x = x.to(mean.dtype) - mean.unsqueeze(-1)
-    scaled = x if gain is None else x * gain
-    return (scaled if squares is None else scaled.to(weight.dtype)), None
+    centred: Tensor, gain: Tensor | None, weight: Tensor, scale: Tensor | None, has_norm: bool
+) -> Tensor:
+    """Return ``gain * centred`` in A's dtype, each token divided by `scale` if there is one."""
+    if scale is not None:
+        wide = centred.float() / scale
+        return (wide if gain is None else wide * gain).to(weight.dtype)
+    scaled = centred if gain is None else centred * gain
+    return scaled.to(weight.dtype) if has_norm else scaled
 
 
-def _product(scaled: tuple[Tensor, Tensor | None], weight: Tensor, out: Tensor) -> None:
-    """Write ``scaled weight^T`` to `out`, ``[T, R]`` with any distance between rows."""
-    x, scale = scaled
+def _product(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """Write ``scale * x weight^T`` to `out`, ``[T, R]`` with any distance between rows."""
     x = _flat(x)
     if scale is not None:
         torch.mul((x @ weight.T).float(), scale.view(-1, 1), out=out)
@@ -177,21 +172,15 @@ def _product(scaled: tuple[Tensor, Tensor | None], weight: Tensor, out: Tensor) 
 
 
 def _weight_gradient(
-    d_partial: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor | None,
-    mean: Tensor | None,
-    has_norm: bool,
+    d_partial: Tensor, centred: Tensor, weight: Tensor, gain: Tensor | None, has_norm: bool
 ) -> Tensor:
-    """Return ``d_partial^T (gain * (x - mean))``, ``[R, n]``."""
-    squares = None
-    if has_norm and x.dtype == torch.float16:
-        centred = x if mean is None else x.float() - mean.unsqueeze(-1)
+    """Return ``d_partial^T (gain * centred)``, ``[R, n]``."""
+    scale = None
+    if has_norm and weight.dtype == torch.float16:
         squares = torch.linalg.vector_norm(centred, dim=-1, dtype=torch.float32).square_()
-    scaled, scale = _scaled(x, gain, mean, weight, squares)
-    if scale is not None:
+        scale = statistic.local_scale(squares, centred.shape[-1])
         d_partial = d_partial * scale
+    scaled = _scaled(centred, gain, weight, scale, has_norm)
     return _flat(d_partial.to(weight.dtype)).T @ _flat(scaled.to(weight.dtype))
 
 
@@ -225,10 +214,10 @@ def partial_down(
     Returns:
         ``u`` of shape ``[..., R]`` (with room for the statistics behind it in memory), and the
         statistics. Without a norm none; with RMSNorm the sums of squares ``[...]``; with LayerNorm
-        those of ``x - mean``, the means of this rank's columns ``[...]``, and ``[2, R]``, A times
-        gain and A times bias. All but u are float32 (float64 where x is).
+        those of ``x - mean``, the means of this rank's columns ``[...]``, and A times gain, with a
+        bias also A times that: ``[1 or 2, R]``. All but u are float32 (float64 where x is).
     """
-    room = (0, 0) if norm is None else reduction.room(x.dtype, group.size, norm)
+    room = Room.of(x.dtype, group.size, norm, 1 if bias is None else 2)
     result: tuple[Tensor, ...] = _PartialDown.apply(x, weight, gain, bias, norm, room)
     return result
 

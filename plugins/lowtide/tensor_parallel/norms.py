@@ -39,11 +39,11 @@ def normalised(x: Tensor, gain: Tensor | None, bias: Tensor | None, norm: NormSe
 
     Args:
         x: ``[..., d]``.
-        gain: ``[d]``, or None (LayerNorm only): 1.
-        bias: ``[d]``, or None: 0.
+        gain: ``[d]``, or None: 1.
+        bias: ``[d]`` of a LayerNorm, or None: 0.
         norm: Kind and epsilon.
     """
-    if not norm.is_centred and gain is not None:
+    if not norm.is_centred:
         return rms_norm(x, gain, norm.epsilon)
     wide = x.dtype if gain is None else torch.promote_types(x.dtype, gain.dtype)
     gain = None if gain is None else gain.to(wide)
@@ -51,7 +51,9 @@ def normalised(x: Tensor, gain: Tensor | None, bias: Tensor | None, norm: NormSe
     return F.layer_norm(x.to(wide), x.shape[-1:], gain, bias, norm.epsilon).to(x.dtype)
 
 
-def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
     """Normalise the last dimension, all of which is here; gains may be of a wider dtype than x."""
+    if gain is None:
+        return F.rms_norm(x, x.shape[-1:], None, epsilon)
     wide = torch.promote_types(x.dtype, gain.dtype)
     return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), epsilon).to(x.dtype)

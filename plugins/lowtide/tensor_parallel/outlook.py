@@ -24,6 +24,7 @@ from lowtide.tensor_parallel.timing import (
     Phase,
     block_time,
     end_time,
+    takes_turns,
     update_s,
 )
 from lowtide.tensor_parallel.traffic import (
@@ -51,6 +52,7 @@ class Forecast:
 
     Attributes:
         name: Which way.
+        takes_turns: Whether halves of the micro-batch take turns in the forward.
         forward_messages: Of one block, recomputation left out.
         backward_messages: Of one block.
         recompute_messages: Of one block, for activation checkpointing.
@@ -66,6 +68,7 @@ class Forecast:
     """
 
     name: str
+    takes_turns: bool
     forward_messages: int
     backward_messages: int
     recompute_messages: int
@@ -151,8 +154,8 @@ def look_ahead(
             shown both with and without it.
 
     Raises:
-        ConfigError: A number is not a whole number from 1, there is no such tier, or it does not
-            go with `overlap_forward`.
+        ConfigError: A number is not a whole number from 1, there is no such tier, or something does
+            not go with `overlap_forward`.
         ModelError: The ranks cannot hold equal parts.
     """
     whole("micro_batch", batch.micro_batch)
@@ -162,6 +165,12 @@ def look_ahead(
     if overlap_forward and tier != "none":
         raise ConfigError(
             f'tier: got "{tier}" with overlap_forward, allowed is "none" with it; leave one out'
+        )
+    if overlap_forward and (batch.micro_batch < 2 or ranks < 2):
+        raise ConfigError(
+            f"overlap_forward: got a micro-batch of {batch.micro_batch} on {ranks} rank(s), "
+            f"allowed are two sequences and two ranks or more; leave it out, or take a larger "
+            f"micro-batch"
         )
     forecasts = tuple(
         _forecast(decoder, ranks, scheme, machine=machine, batch=batch, tier=tier)
@@ -199,7 +208,7 @@ def _forecast(
     forward, backward = block_messages(block, ranks, scheme)
     again = recompute_messages(block, ranks, scheme, tier)
     first, last = end_messages(block.width, ranks, scheme, is_tied=decoder.is_tied)
-    halves = 2 if scheme.takes_turns and batch.micro_batch > 1 else 1
+    halves = 2 if takes_turns(scheme, batch, ranks) else 1
     time = block_time(block, ranks, scheme, batch=batch, machine=machine, tier=tier)
     ends = end_time(decoder, ranks, scheme, batch=batch, machine=machine)
     update = update_s(decoder, ranks, scheme, machine)
@@ -210,6 +219,7 @@ def _forecast(
     block_bytes = sent([*forward, *again, *backward])
     return Forecast(
         name=scheme.name,
+        takes_turns=scheme.takes_turns,
         forward_messages=halves * len(forward),
         backward_messages=halves * len(backward),
         recompute_messages=halves * len(again),

@@ -15,15 +15,16 @@ than the standard deviation times sqrt(p), so nothing cancels):
     V = (sum_i |x_i - m_i|^2 + n sum_i (m_i - mu)^2) / d
 
 One message, laid out in rows of ``R + columns``: a row per token, the latents first and then the
-statistic; for LayerNorm p + 1 rows more, of which rank i fills row i with a_i, and the last is
-summed to ``A beta``. Backward needs no message: all that follows the sum is computed alike on all
-ranks.
+statistic; for LayerNorm the ranks' a_i and ``A_i beta_i`` in rows of their own. In 16 bits a number
+of the statistic is three numbers, which hold it exactly. Backward needs no message: all that
+follows the sum is computed alike on all ranks.
 
 Shapes: T tokens (all leading dimensions flattened), R latents of a group, p ranks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,20 +38,77 @@ from lowtide.tensor_parallel.norms import NormSetting
 Statistics = tuple[Tensor, ...]
 
 
-def room(dtype: torch.dtype, size: int, norm: NormSetting) -> tuple[int, int]:
-    """Return how many rows and columns a message has beside the latents of its tokens.
+@dataclass(frozen=True)
+class Room:
+    """What a message has beside the latents of its tokens.
 
-    Args:
-        dtype: Of the residual stream.
+    Attributes:
+        columns: Behind each token's latents, for the sum of squares.
+        of_each: Behind those, for every rank's mean.
+        vectors: Of length R that each rank sends.
+        rows: Behind all tokens, for each of these vectors.
         size: Number of ranks.
-        norm: The norm before A.
     """
-    if size == 1:
-        return 0, 0
-    columns = statistic.columns(dtype, size)
-    if not norm.is_centred:
-        return 0, columns
-    return size + 1, columns + statistic.columns_of_each(dtype, size)
+
+    columns: int = 0
+    of_each: int = 0
+    vectors: int = 0
+    rows: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, size: int, norm: NormSetting | None, vectors: int) -> Room:
+        """Return the room of a message.
+
+        Args:
+            dtype: Of the residual stream, or of the message.
+            size: Number of ranks.
+            norm: The norm before A, or None.
+            vectors: That each rank sends with a LayerNorm: 1, or 2 if it has a bias.
+        """
+        if size == 1 or norm is None:
+            return cls()
+        columns = statistic.columns(dtype, size)
+        if not norm.is_centred:
+            return cls(columns, size=size)
+        is_narrow = statistic.message_dtype(dtype) == torch.bfloat16
+        of_each = statistic.columns_of_each(dtype, size)
+        return cls(columns, of_each, vectors, statistic.PIECES if is_narrow else 1, size)
+
+    @property
+    def all_columns(self) -> int:
+        """Columns of a row beside the latents."""
+        return self.columns + self.of_each
+
+    @property
+    def all_rows(self) -> int:
+        """Rows beside those of tokens."""
+        return self.size * self.vectors * self.rows
+
+    def write_vectors(self, block: Tensor, mine: Tensor, rank: int) -> None:
+        """Write this rank's vectors ``[vectors, R]`` to ``[all_rows, R]``, zeros elsewhere."""
+        block.zero_()
+        of_rank = block.unflatten(0, (self.size, self.vectors, self.rows))[rank]
+        for out, vector in zip(of_rank, mine, strict=True):
+            if self.rows == 1:
+                out[0] = vector
+            else:
+                statistic.split(out, vector)
+
+    def read_vectors(self, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the ranks' first vectors and, if there are two, the sum of the second.
+
+        Returns:
+            ``[p, R]`` or ``[p + 1, R]``; no view of the message.
+        """
+        by_rank = block.unflatten(0, (self.size, self.vectors, self.rows))
+        if self.rows == 1:
+            numbers = by_rank[:, :, 0].to(dtype, copy=True)
+        else:
+            numbers = statistic.joined(by_rank.movedim(2, 0)).to(dtype)
+        if self.vectors == 1:
+            return numbers[:, 0]
+        return torch.cat((numbers[:, 0], numbers[:, 1].sum(0, keepdim=True)))
 
 
 class _Reduce(Function):
@@ -59,36 +117,37 @@ class _Reduce(Function):
         ctx: Any,
         group: TensorGroup,
         pending: Pending,
+        room: Room,
         partial: Tensor,
         *statistics: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.group = group
+        ctx.rank, ctx.vectors = group.rank, room.vectors
         message = pending.wait()
         if not statistics:
             return (message.view(partial.shape),)
         width, (tokens, kind) = partial.shape[-1], (statistics[0].numel(), statistics[0].dtype)
         shape = partial.shape[:-1]
         total = message[:tokens, :width].view(partial.shape)
-        columns = statistic.columns(message.dtype, group.size)
         behind = message[:tokens, width:]
-        squares = statistic.read(behind[:, :columns]).to(kind).view(shape)
+        squares = statistic.read(behind[:, : room.columns]).to(kind).view(shape)
         if len(statistics) == 1:
             return total, squares
-        means = statistic.read_each(behind[:, columns:]).to(kind).view(*shape, group.size)
-        return total, squares, means, message[tokens:, :width].to(kind)
+        means = statistic.read_each(behind[:, room.columns :]).to(kind).view(*shape, group.size)
+        return total, squares, means, room.read_vectors(message[tokens:, :width], kind)
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor | None, *d_statistics: Tensor | None) -> Any:
         gradients: tuple[Tensor | None, ...] = d_statistics
         if len(d_statistics) > 1:
-            d_squares, d_means, d_rows = d_statistics
-            rank = ctx.group.rank
-            d_mean = None if d_means is None else d_means[..., rank]
-            # The last row is the sum of all ranks' A beta, the others are one rank's each.
-            d_constants = None if d_rows is None else d_rows[[rank, -1]]
-            gradients = (d_squares, d_mean, d_constants)
-        return None, None, d_total, *gradients
+            d_squares, d_means, d_vectors = d_statistics
+            d_mean = None if d_means is None else d_means[..., ctx.rank]
+            if d_vectors is not None:
+                # The last is the sum of all ranks' A beta, the others are one rank's each.
+                mine = (d_vectors[ctx.rank], d_vectors[-1])[: ctx.vectors]
+                d_vectors = torch.stack(mine)
+            gradients = (d_squares, d_mean, d_vectors)
+        return None, None, None, d_total, *gradients
 
 
 class Reduction:
@@ -98,16 +157,24 @@ class Reduction:
         partial: ``u`` of `functions.partial_down`; its buffer is used up.
         statistics: What came with it.
         group: The ranks.
+        norm: The norm before A, or None.
     """
 
-    def __init__(self, partial: Tensor, statistics: Statistics, group: TensorGroup) -> None:
+    def __init__(
+        self,
+        partial: Tensor,
+        statistics: Statistics,
+        group: TensorGroup,
+        norm: NormSetting | None = None,
+    ) -> None:
         self._partial = partial
         self._statistics = statistics
         self._group = group
         self._pending: Pending | None = None
         if group.size > 1:
-            with torch.no_grad():
-                message = _message(partial.detach(), [s.detach() for s in statistics], group)
+            vectors = len(statistics[2]) if len(statistics) > 1 else 0
+            self._room = Room.of(partial.dtype, group.size, norm, vectors)
+            message = _message(partial.detach(), statistics, self._room, group.rank)
             self._pending = group.start_sum(message, phase="forward")
 
     def finish(self) -> tuple[Tensor, Statistics]:
@@ -120,13 +187,13 @@ class Reduction:
         if self._pending is None:
             return self._partial, self._statistics
         total, *statistics = _Reduce.apply(
-            self._group, self._pending, self._partial, *self._statistics
+            self._group, self._pending, self._room, self._partial, *self._statistics
         )
         return total, tuple(statistics)
 
 
 def reduce(
-    partial: Tensor, statistics: Statistics, group: TensorGroup
+    partial: Tensor, statistics: Statistics, group: TensorGroup, norm: NormSetting | None = None
 ) -> tuple[Tensor, Statistics]:
     """Sum what `functions.partial_down` returned over the ranks, in one message.
 
@@ -136,28 +203,24 @@ def reduce(
     Returns:
         As `Reduction.finish`.
     """
-    return Reduction(partial, statistics, group).finish()
+    return Reduction(partial, statistics, group, norm).finish()
 
 
-def _message(partial: Tensor, statistics: list[Tensor], group: TensorGroup) -> Tensor:
+@torch.no_grad()
+def _message(partial: Tensor, statistics: Statistics, room: Room, rank: int) -> Tensor:
     """Return the buffer that `partial` lies in, with the statistics filled in."""
     if not statistics:
         return partial
-    width, size = partial.shape[-1], group.size
-    tokens = statistics[0].numel()
-    columns = statistic.columns(partial.dtype, size)
-    is_centred = len(statistics) > 1
-    of_each = statistic.columns_of_each(partial.dtype, size) if is_centred else 0
-    extra = size + 1 if is_centred else 0
-    length = width + columns + of_each
-    message = partial.as_strided((tokens + extra, length), (length, 1))
-    statistic.write(message[:tokens, width : width + columns], statistics[0].flatten(), group.rank)
-    if is_centred:
-        _, mean, constants = statistics
-        statistic.write_each(message[:tokens, width + columns :], mean.flatten(), group.rank)
-        rows = message[tokens:].zero_()
-        rows[group.rank, :width] = constants[0]
-        rows[-1, :width] = constants[1]
+    width, tokens = partial.shape[-1], statistics[0].numel()
+    length = width + room.all_columns
+    message = partial.as_strided((tokens + room.all_rows, length), (length, 1))
+    behind = message[:tokens, width:]
+    statistic.write(behind[:, : room.columns], statistics[0].flatten(), rank)
+    if len(statistics) > 1:
+        _, mean, vectors = statistics
+        statistic.write_each(behind[:, room.columns :], mean.flatten(), rank)
+        message[tokens:, width:] = 0
+        room.write_vectors(message[tokens:, :width], vectors, rank)
     return message
 
 
@@ -195,7 +258,8 @@ class _RecoverLayer(Function):
         local = norm.width / means.shape[-1]
         variance = (squares + local * deviations.square().sum(-1)) / norm.width
         deviation = (variance + norm.epsilon).sqrt_().unsqueeze(-1)
-        latent = (total.to(deviation.dtype) + deviations @ slopes).div_(deviation).to(dtype)
+        with exactly(total):
+            latent = (total.to(deviation.dtype) + deviations @ slopes).div_(deviation).to(dtype)
         ctx.save_for_backward(latent, deviation, deviations, slopes)
         ctx.width, ctx.dtype = norm.width, total.dtype
         return latent
@@ -207,13 +271,19 @@ class _RecoverLayer(Function):
         d_squares = _of_squares(wide, latent, deviation, ctx.width)
         d_total = wide / deviation
         by_token = d_total.reshape(-1, d_total.shape[-1])
-        d_slopes = deviations.reshape(-1, deviations.shape[-1]).T @ by_token
-        # Each mean is in the numerator, and in the variance; the mean of all is in each deviation.
-        d_means = d_total @ slopes.T
+        with exactly(d_total):
+            d_slopes = deviations.reshape(-1, deviations.shape[-1]).T @ by_token
+            # Each mean is in the numerator, and in the variance; all of them in each deviation.
+            d_means = d_total @ slopes.T
         d_means -= d_means.mean(-1, keepdim=True)
         local = ctx.width / deviations.shape[-1]
         d_means.addcmul_(deviations, d_squares.unsqueeze(-1), value=2 * local)
         return d_total.to(ctx.dtype), d_squares, d_means, d_slopes, None, None
+
+
+def exactly(tensor: Tensor) -> torch.autocast:
+    """Keep autocast from rounding the statistics' products."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _of_squares(d_latent: Tensor, latent: Tensor, root: Tensor, width: int) -> Tensor:
@@ -229,13 +299,17 @@ def recover(total: Tensor, statistics: Statistics, norm: NormSetting, dtype: tor
     Args:
         total: ``[..., R]``.
         statistics: Of the whole width: squares ``[...]``; for LayerNorm also means ``[..., p]`` and
-            ``[p + 1, R]``, see the head of this file.
+            `Room.read_vectors`.
         norm: The norm.
         dtype: Of the result.
     """
     if not norm.is_centred:
         latent: Tensor = _RecoverRms.apply(total, statistics[0], norm, dtype)
         return latent
-    squares, means, constants = statistics
-    latent = _RecoverLayer.apply(total, squares, means, constants[:-1], norm, dtype)
-    return latent + constants[-1].to(dtype)
+    squares, means, vectors = statistics
+    size = means.shape[-1]
+    latent = _RecoverLayer.apply(total, squares, means, vectors[:size], norm, dtype)
+    if len(vectors) == size:
+        return latent
+    # Added here, not in there: backward needs the latent without it, to its last digit.
+    return latent + vectors[-1].to(dtype)

@@ -86,13 +86,29 @@ def write(room: Tensor, local: Tensor, rank: int) -> None:
         room[:, 0] = local
         return
     room.zero_()
-    rest = local
+    split(room[:, rank * PIECES : (rank + 1) * PIECES].T, local)
+
+
+def split(out: Tensor, numbers: Tensor) -> None:
+    """Write numbers of 32 bits as three of 16, high to low.
+
+    Args:
+        out: ``[PIECES, ...]``, bfloat16.
+        numbers: ``[...]``, float32.
+    """
+    rest = numbers
     # The largest float32 rounds to infinity in bfloat16, and infinity less itself is no number.
     largest = torch.finfo(torch.bfloat16).max
-    for piece in range(PIECES):
-        column = room[:, rank * PIECES + piece]
-        column.copy_(rest.clamp(-largest, largest))
-        rest = rest - column.to(rest.dtype)
+    for piece in out:
+        piece.copy_(rest.clamp(-largest, largest))
+        rest = rest - piece.to(rest.dtype)
+
+
+def joined(pieces: Tensor) -> Tensor:
+    """Return the numbers that `split` wrote to ``[PIECES, ...]``, float32."""
+    high, middle, low = pieces.to(torch.float32)
+    # The small pieces first: high and middle together may round up to infinity.
+    return high + (middle + low)
 
 
 def read(room: Tensor) -> Tensor:
@@ -104,6 +120,4 @@ def read(room: Tensor) -> Tensor:
 
 
 def _by_rank(room: Tensor) -> Tensor:
-    # The small pieces first: high and middle together may round up to infinity.
-    high, middle, low = room.to(torch.float32).unflatten(-1, (-1, PIECES)).unbind(-1)
-    return high + (middle + low)
+    return joined(room.unflatten(-1, (-1, PIECES)).movedim(-1, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -145,7 +146,9 @@ def block_time(
     linears = block_linears(shape, ranks, scheme)
     forward, backward = block_messages(shape, ranks, scheme)
     attention = attention_flops(shape, ranks, scheme, sequence=batch.sequence)
-    attention_s = attention * batch.tokens / machine.attention_flops_per_s + machine.kernel_s
+    parts = 2 if takes_turns(scheme, batch, ranks) else 1
+    tokens = -(-batch.tokens // parts)
+    attention_s = attention * tokens / machine.attention_flops_per_s + machine.kernel_s
 
     def phase(
         layers: Sequence[Linear],
@@ -154,22 +157,16 @@ def block_time(
         messages: Sequence[Message],
         attentions: float,
     ) -> Phase:
-        message_s, hidden_s = _messages_s(messages, linears, ranks, batch.tokens, machine)
+        message_s, hidden_s = _messages_s(messages, linears, ranks, tokens, machine)
         return Phase(
-            gemm_s=_gemms_s(layers, passes, batch.tokens, machine),
-            attention_s=attentions * attention_s,
-            sweep_s=_sweeps_s(sweeps, batch.tokens, machine),
-            message_s=message_s,
-            hidden_s=hidden_s,
+            gemm_s=parts * _gemms_s(layers, passes, tokens, machine),
+            attention_s=parts * attentions * attention_s,
+            sweep_s=parts * _sweeps_s(sweeps, tokens, machine),
+            message_s=parts * message_s,
+            hidden_s=parts * hidden_s,
         )
 
     forward_s = forward_sweeps(shape, ranks, scheme)
-    if scheme.takes_turns and batch.micro_batch > 1 and ranks > 1:
-        in_forward = _in_turns(
-            scheme, linears, forward_s, forward, attention_s, ranks, batch, machine
-        )
-    else:
-        in_forward = phase(linears, ("forward",), forward_s, forward, 1)
     recompute = Phase()
     if tier != "none":
         again = recompute_messages(shape, ranks, scheme, tier)
@@ -179,44 +176,61 @@ def block_time(
         else:
             recompute = phase(linears, ("forward",), forward_s, again, 1)
     backward_s = backward_sweeps(shape, ranks, scheme)
-    return BlockTime(
-        forward=in_forward,
+    result = BlockTime(
+        forward=phase(linears, ("forward",), forward_s, forward, 1),
         recompute=recompute,
         backward=phase(linears, BACKWARD, backward_s, backward, BACKWARD_ATTENTION),
     )
-
-
-def _in_turns(
-    scheme: Scheme,
-    linears: Sequence[Linear],
-    sweeps: Sequence[Sweep],
-    messages: Sequence[Message],
-    attention_s: float,
-    ranks: int,
-    batch: Batch,
-    machine: Machine,
-) -> Phase:
-    """Return the forward of a block whose two halves of the micro-batch take turns.
-
-    Every kernel and message runs twice, on half of the tokens. A half's message runs beside what
-    the other half computes at that time, of which only GEMMs and attention are counted: the first
-    half's beside what the second has still to do before its own, the second half's beside what the
-    first does next.
-    """
-    half = -(-batch.tokens // 2)
-    message_s = hidden_s = 0.0
-    spans = _spans(scheme, linears, messages, attention_s / 2, half, machine)
-    for message, before_s, after_s in zip(messages, spans, spans[1:], strict=False):
-        seconds = machine.link.seconds(message.kind, message.payload_bytes(half), ranks)
-        message_s += 2 * seconds
-        hidden_s += min(seconds, before_s) + min(seconds, after_s)
-    return Phase(
-        gemm_s=2 * _gemms_s(linears, ("forward",), half, machine),
-        attention_s=attention_s + machine.kernel_s,
-        sweep_s=2 * _sweeps_s(sweeps, half, machine),
-        message_s=message_s,
-        hidden_s=hidden_s,
+    if parts == 1:
+        return result
+    # The gradients of both halves are joined before the block, a pass over the residual stream, and
+    # every weight gets the sum of two gradients.
+    joint = Sweep(
+        name="halves", elements=2 * local_widths(shape, ranks, scheme).residual, kernels=1
     )
+    parameters = sum(layer.parameters for layer in linears)
+    joint_s = _sweeps_s([joint], batch.tokens, machine)
+    joint_s += 3 * ELEMENT_BYTES * parameters / machine.stream_bytes_per_s
+    spans = _spans(scheme, linears, forward, attention_s, tokens, machine)
+    return BlockTime(
+        forward=dataclasses.replace(
+            result.forward,
+            hidden_s=_hidden_in_turns(forward, spans, ranks, tokens, machine),
+        ),
+        recompute=recompute,
+        backward=result.backward + Phase(sweep_s=joint_s),
+    )
+
+
+def takes_turns(scheme: Scheme, batch: Batch, ranks: int) -> bool:
+    """Return whether halves of this micro-batch take turns; one sequence has none."""
+    return scheme.takes_turns and batch.micro_batch > 1 and ranks > 1
+
+
+def _hidden_in_turns(
+    messages: Sequence[Message],
+    spans: Sequence[float],
+    ranks: int,
+    tokens: int,
+    machine: Machine,
+) -> float:
+    """Return how much of a forward's messages runs beside GEMMs and attention of the other half.
+
+    The first half's message runs beside what the second has still to do before its own, the second
+    half's beside what the first does next.
+
+    Args:
+        messages: In their order.
+        spans: Of one half, from `_spans`.
+        ranks: Of the group.
+        tokens: Of one half.
+        machine: Where.
+    """
+    hidden_s = 0.0
+    for message, (before_s, after_s) in zip(messages, pairwise(spans), strict=True):
+        seconds = machine.link.seconds(message.kind, message.payload_bytes(tokens), ranks)
+        hidden_s += min(seconds, before_s) + min(seconds, after_s)
+    return hidden_s
 
 
 def _spans(

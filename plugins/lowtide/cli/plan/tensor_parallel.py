@@ -167,7 +167,7 @@ def _print_outlook(outlook: Outlook, name: str) -> None:
         "time.",
         highlight=False,
     )
-    if outlook.ours.name.endswith("*"):
+    if outlook.ours.takes_turns:
         console.print(
             "*: with halves of the micro-batch that take turns in the forward.", highlight=False
         )

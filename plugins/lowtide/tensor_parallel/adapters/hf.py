@@ -28,10 +28,9 @@ from lowtide.tensor_parallel.recognise import activation_name
 _DENSE_MASKS = ("sdpa", "eager", None)
 # Of some families: what their layers would do besides, by the config's name for it.
 _NOT_THERE: tuple[tuple[str, Any, str], ...] = (
-    ("clip_qkv", None, "queries, keys and values are not clamped"),
-    ("qk_layernorm", False, "a LayerNorm of each head's own is not supported"),
-    ("use_parallel_residual", False, "attention and feed-forward block follow one another"),
-    ("hidden_dropout", 0.0, "the ranks share no random numbers"),
+    ("clip_qkv", None, "clamped queries, keys and values"),
+    ("qk_layernorm", False, "a LayerNorm of each head's own"),
+    ("use_parallel_residual", False, "attention and feed-forward block side by side"),
 )
 
 
@@ -85,18 +84,19 @@ class HuggingFacePattern(ModelPattern):
 
     def _refuse(self, model: nn.Module, config: Any) -> None:
         where = type(model).__name__
-        dropout = getattr(config, "attention_dropout", 0.0)
-        if dropout:
-            raise ModelError(
-                f"{where}: config.attention_dropout is {dropout}, allowed is 0: the ranks share "
-                f"no random numbers for attention; set it to 0"
-            )
-        for name, allowed, why in _NOT_THERE:
+        for name in ("attention_dropout", "hidden_dropout"):
+            dropout = getattr(config, name, 0.0)
+            if dropout:
+                raise ModelError(
+                    f"{where}: config.{name} is {dropout}, allowed is 0: the ranks share no random "
+                    f"numbers for it; set it to 0"
+                )
+        for name, allowed, what in _NOT_THERE:
             found = getattr(config, name, allowed)
             if found != allowed:
                 raise ModelError(
-                    f"{where}: config.{name} is {found}, allowed is {allowed}: {why}; set it to "
-                    f"{allowed}"
+                    f"{where}: config.{name} is {found}, and {what} cannot be spread over ranks; "
+                    f"allowed are models with {allowed}"
                 )
         slices = getattr(config, "pretraining_tp", 1)
         if slices not in (None, 1):

@@ -161,6 +161,12 @@ def check_config(config: Any) -> None:
             f"bottleneck layers are 'RMSNorm' and 'LayerNorm'; change it, or use Megatron-core's "
             f"own layer spec"
         )
+    if config.normalization == "LayerNorm" and config.qk_layernorm:
+        raise ModelError(
+            "TransformerConfig.qk_layernorm: got True beside LayerNorm, which would make the norms "
+            "of queries and keys LayerNorms too, and bottleneck layers have RMSNorm there; set "
+            'normalization to "RMSNorm" or qk_layernorm to False'
+        )
     if config.recompute_granularity == "full":
         raise ModelError(
             'TransformerConfig.recompute_granularity: got "full", which would repeat all messages '
