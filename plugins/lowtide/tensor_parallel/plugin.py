@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -202,14 +201,7 @@ class TensorParallelPlugin(Plugin):
         elif self._engine is not None and self.group.size > 1:
             from lowtide.tensor_parallel.adapters import deepspeed
 
-            deepspeed.replace_savers(self._engine, self._save)
-
-    def _save(self, path: Path) -> None:
-        state = self.state_dict(on_rank=0)
-        if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, path)
-        dist.barrier()
+            deepspeed.replace_savers(self._engine, self.state_dict)
 
     def _before_load(self, moment: Moment) -> None:
         if moment.session.host == "deepspeed":

@@ -174,41 +174,61 @@ def check_saved(moment: Moment, config: TensorParallelConfig) -> None:
             )
 
 
-def replace_savers(engine: Any, save: Callable[[Path], None]) -> None:
+def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]]) -> None:
     """Have what writes one rank's part under the whole model's names write the whole, or refuse.
 
     Args:
         engine: The engine.
-        save: Writes the unsharded state dict to a file; all ranks call it.
+        gather: Returns the unsharded state dict on the first rank, an empty one elsewhere; all
+            ranks call it.
     """
 
     def save_16bit_model(
         save_dir: str, save_filename: str = "pytorch_model.bin", **_options: Any
     ) -> bool:
-        save(Path(save_dir) / save_filename)
+        state = gather()
+        if dist.get_rank() == 0:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(state, Path(save_dir) / save_filename)
+        dist.barrier()
         return True
 
     engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
+    # What Accelerate asks of an engine whose weights are spread: whether it may, then for them.
+    engine.zero_gather_16bit_weights_on_model_save = lambda: True
+    engine._consolidated_16bit_state_dict = lambda *_args, **_options: gather()
     model = engine.module
     if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _save_whole(model)
 
-        def save_pretrained(*_args: Any, **_kwargs: Any) -> None:
+
+def _save_whole(model: Any) -> Callable[..., Any]:
+    """Return `save_pretrained` that takes the unsharded state dict and nothing less."""
+    stock = model.save_pretrained
+    names = {part.name for _, parts in sharded_parameters(model) for part in parts}
+
+    def save_pretrained(
+        save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **options: Any
+    ) -> Any:
+        if state_dict is None or not names <= state_dict.keys():
             raise ModelError(
                 "save_pretrained: the model is spread over ranks, and this one has a part of it; "
-                "write engine.lowtide.tensor_parallel.state_dict(), which all ranks have to call"
+                "pass state_dict=engine.lowtide.tensor_parallel.state_dict(), which all ranks have "
+                "to call"
             )
+        return stock(save_directory, *args, state_dict=state_dict, **options)
 
-        model.save_pretrained = save_pretrained
+    return save_pretrained
 
 
 def restore_savers(engine: Any) -> None:
     """Undo `replace_savers`."""
-    for owner, name in (
-        (engine, "save_16bit_model"),
-        (engine, "save_fp16_model"),
-        (engine.module, "save_pretrained"),
-    ):
-        owner.__dict__.pop(name, None)
+    for name in (
+        "save_16bit_model", "save_fp16_model", "zero_gather_16bit_weights_on_model_save",
+        "_consolidated_16bit_state_dict",
+    ):  # fmt: skip
+        engine.__dict__.pop(name, None)
+    engine.module.__dict__.pop("save_pretrained", None)
 
 
 def mark_gradients(engine: Any) -> None:
