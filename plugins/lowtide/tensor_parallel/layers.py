@@ -322,7 +322,7 @@ def check_same_data(tokens: Tensor, group: TensorGroup) -> None:
     Raises:
         ModelError: on every rank of the group.
     """
-    if group.size == 1 or not group.check_data:
+    if not group.must_check():
         return
     shape = [tokens.ndim, *tokens.shape, *[0] * (7 - tokens.ndim)]
     values = torch.tensor([*shape, 0], device=tokens.device)

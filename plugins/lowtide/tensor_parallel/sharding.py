@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowtide.core.errors import ConfigError, ModelError, listed, near
 from lowtide.tensor_parallel.build import Builder
-from lowtide.tensor_parallel.ends import VocabularyHead
+from lowtide.tensor_parallel.calls import CallCheck, SameDraws, SpreadLoss
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Part, Sharded
-from lowtide.tensor_parallel.loss import IGNORED, vocabulary_cross_entropy
 from lowtide.tensor_parallel.patterns import ModelPattern, ModelShape, find_pattern
 from lowtide.tensor_parallel.recompute import TIERS
 
@@ -81,7 +78,12 @@ def shard(
     _replace(model, pattern.embedding, embedding)
     _replace(model, pattern.final_norm, norm)
     _replace(model, pattern.head, head)
-    _spread_loss(model, pattern, shape, head, group)
+    model.register_forward_pre_hook(CallCheck(pattern, group), with_kwargs=True)
+    loss = SpreadLoss(pattern, shape.vocabulary, head, group)
+    if pattern.set_loss(model, loss) is not None:  # else users compute it, from whole logits
+        model.register_forward_pre_hook(loss.choose, with_kwargs=True)
+    if hasattr(model, "generate") and group.size > 1:
+        model.generate = SameDraws(model, group)  # type: ignore[assignment]
     if hasattr(model, "supports_gradient_checkpointing"):  # of transformers: it would do nothing
         model.supports_gradient_checkpointing = False  # type: ignore[assignment]
     renamed = {part.name: name for name, parts in sharded_parameters(model) for part in parts}
@@ -124,47 +126,6 @@ def check_division(pattern: ModelPattern, shape: ModelShape, size: int) -> None:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _spread_loss(
-    model: nn.Module,
-    pattern: ModelPattern,
-    shape: ModelShape,
-    head: VocabularyHead,
-    group: TensorGroup,
-) -> None:
-    alone = TensorGroup()
-
-    def loss(
-        logits: Tensor,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORED,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Stand in for the loss of a Hugging Face model: labels are shifted here."""
-        if shift_labels is None:
-            if labels is None:
-                raise ModelError("a loss was asked for without labels; pass labels to the model")
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        return vocabulary_cross_entropy(
-            logits,
-            shift_labels,
-            shape.vocabulary,
-            group if head.is_spread else alone,
-            ignored=ignore_index,
-            denominator=num_items_in_batch,
-        )
-
-    if pattern.set_loss(model, loss) is None:
-        return  # the model's users compute their loss themselves, from whole logits
-
-    def choose(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hides_logits = module.training or not pattern.gives_logits
-        head.is_spread = hides_logits and pattern.computes_loss(args, kwargs)
-
-    model.register_forward_pre_hook(choose, with_kwargs=True)
 
 
 def unsharded_state_dict(
