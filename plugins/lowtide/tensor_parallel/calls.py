@@ -109,14 +109,11 @@ class CallCheck:
         differing = self.group.where_different(values).any(-1).tolist()
         names = [name for name, differs in zip(inputs, differing, strict=True) if differs]
         if names:
-            shapes = {
-                name: None if (t := inputs[name]) is None else tuple(t.shape) for name in names
-            }
-            found = ", ".join(f"{name} of shape {shape}" for name, shape in shapes.items())
+            found = ", ".join(f"{name} of shape {_shape_text(inputs[name])}" for name in names)
             raise ModelError(
-                f"lowtide.tensor_parallel: the {self.group.size} ranks of one tensor-parallel group "
-                f"got different batches (this rank: {found}); all of them must read the same: let "
-                f"the sampler go by the data-parallel rank, not by the global rank"
+                f"lowtide.tensor_parallel: the {self.group.size} ranks of one tensor-parallel "
+                f"group got different batches (this rank: {found}); all of them must read the "
+                f"same: let the sampler go by the data-parallel rank, not by the global rank"
             )
         # Where there are no tokens, the embedding is called by others, for other calls.
         self.group.is_call_checked = inputs.get(_EMBEDDED) is None
@@ -130,6 +127,10 @@ def _shape(name: str, tensor: Tensor | None) -> list[int]:
         shape = tensor.shape[:-1] if name == _EMBEDDED else tensor.shape
         result[: len(shape) + 1] = [1 + len(shape), *shape]
     return result
+
+
+def _shape_text(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else str(tuple(tensor.shape))
 
 
 class SameDraws:
