@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from lowtide.core.errors import ModelError
 from lowtide.core.lifecycle import Event, Moment
-from lowtide.tensor_parallel import TensorParallelConfig, factorise, shard
+from lowtide.tensor_parallel import TensorParallelConfig, factorisation, factorise, shard
+from lowtide.tensor_parallel.build import Builder
 from lowtide.tensor_parallel.group import TensorGroup, fingerprint
+from lowtide.tensor_parallel.parameters import Successors
 from tests.tensor_parallel.models import hugging_face, tokens
 from tests.tensor_parallel.starts import of_each
 
@@ -182,3 +185,37 @@ def test_checkpointing_of_transformers_is_refused_after_the_conversion_too() -> 
     model = convert(hugging_face("llama"))
     with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
         model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_a_conversion_frees_each_layer_before_it_makes_the_next(
+    monkeypatch: pytest.MonkeyPatch, init: Literal["svd", "random"]
+) -> None:
+    alive: list[list[bool]] = []
+
+    def watch(owner: Any, name: str) -> Any:
+        made = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            alive.append([each() is not None for each in weights])
+            return made(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    model = hugging_face("llama", num_hidden_layers=3)
+    layers = model.model.layers
+    weights = [weakref.ref(each.mlp.down_proj.weight) for each in layers]
+    successors = Successors(model)
+    watch(factorisation, "to_bottleneck")
+    factorise(model, TensorParallelConfig(degree=1, rank=16, init=init))
+    assert len(alive) == 3 * 7
+    assert alive[7 * 1 + 1] == [False, True, True], "the second projection of the second layer"
+    assert alive[7 * 2 + 1] == [False, False, True]
+    alive.clear()
+    weights = [weakref.ref(each.mlp.down_proj.down.weight) for each in layers]
+    watch(Builder, "layer")
+    shard(model, TensorGroup())
+    assert alive[3:] == [[True, True, True], [False, True, True], [False, False, True]]
+    assert alive[:3] == [[True, True, True]] * 3, "a rehearsal, which changes nothing"
+    with pytest.raises(ModelError, match="is not one of the model's"):
+        successors.of(layers[0].mlp_out.up.weight)

@@ -36,6 +36,7 @@ class Builder:
         shape: Its sizes.
         group: The ranks.
         tier: Of activation checkpointing.
+        is_rehearsal: Whether modules are without values, to see whether they can be built.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class Builder:
         shape: ModelShape,
         group: TensorGroup,
         tier: str,
+        *,
+        is_rehearsal: bool = False,
     ) -> None:
         self.model = model
         self.pattern = pattern
         self.shape = shape
         self.group = group
         self.tier = tier
+        self.is_rehearsal = is_rehearsal
         self.norm = NormSetting(shape.width, shape.epsilon)
 
     def layer(self, index: int) -> DecoderLayer:
@@ -278,7 +282,8 @@ class Builder:
         return whole
 
     def _cut(self, part: Part) -> Tensor:
-        return part.cut(self._whole(part.name).detach(), self.group)
+        whole = self._whole(part.name).detach()
+        return part.cut(whole.to("meta") if self.is_rehearsal else whole, self.group)
 
     def _freeze_as_before(self, module: Sharded) -> None:
         for name, parts in module.parts.items():

@@ -69,12 +69,15 @@ def shard(
     pattern = find_pattern(model)
     shape = pattern.shape(model) if shape is None else shape
     check_division(pattern, shape, group.size)
+    rehearsal = Builder(model, pattern, shape, group, tier, is_rehearsal=True)
+    for index in range(shape.layers):
+        rehearsal.layer(index)
+    rehearsal.ends()
     builder = Builder(model, pattern, shape, group, tier)
     layers = model.get_submodule(pattern.layers)
-    built = [builder.layer(index) for index in range(shape.layers)]
+    for index in range(shape.layers):  # one by one: each frees what it was made of
+        layers[index] = builder.layer(index)  # type: ignore[operator]
     embedding, norm, head = builder.ends()
-    for index, layer in enumerate(built):
-        layers[index] = layer  # type: ignore[operator]
     _replace(model, pattern.embedding, embedding)
     _replace(model, pattern.final_norm, norm)
     _replace(model, pattern.head, head)
