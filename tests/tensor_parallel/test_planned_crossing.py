@@ -126,5 +126,5 @@ def test_command_tells_the_gate() -> None:
     result = CliRunner().invoke(app, [*words, "linear"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert "each latent reads that of the block before: linear" in result.stdout
-    wrong = CliRunner().invoke(app, [*words, "linaer"])
-    assert (wrong.exit_code, 'crossing: got "linaer"' in wrong.stderr) == (2, True)
+    wrong = CliRunner().invoke(app, [*words, "matrix"])
+    assert (wrong.exit_code, 'crossing: got "matrix"' in wrong.stderr) == (2, True)

@@ -229,7 +229,9 @@ class ModelPattern(ABC):
             f"ModelPattern.inputs_of_layers"
         )
 
-    def check_call(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # noqa: B027
+    def check_call(  # noqa: B027
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
         """Refuse a call of the sharded model that it cannot answer.
 
         Raises:
@@ -266,7 +268,9 @@ class ModelPattern(ABC):
 
         Args:
             model: The model.
-            function: Called as the model calls its own, with ``logits`` and ``labels``.
+            function: Called as the model calls its own, with ``logits`` and ``labels``. Kept as an
+                attribute or in a ``functools.partial``, not in a closure, it is copied with the
+                model.
 
         Returns:
             What puts the model's own function back. None where the loss is no replaceable part
