@@ -51,7 +51,7 @@ def test_trainer_resumes_bit_for_bit(starts: dict[int, list[dict[str, Any]]]) ->
         assert facts["resumed"] == facts["losses"][worker.SAVED :]
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_trainer_saves_the_whole_low_rank_model(
     starts: dict[int, list[dict[str, Any]]], folder: Path, nproc: int
 ) -> None:

@@ -197,10 +197,10 @@ class TensorParallelPlugin(Plugin):
             from lowtide.tensor_parallel.adapters import pipeline
 
             pipeline.prepare_engine(self._engine)
-        elif self._engine is not None and self.group.size > 1:
+        elif self._engine is not None:
             from lowtide.tensor_parallel.adapters import deepspeed
 
-            deepspeed.replace_savers(self._engine, self.state_dict)
+            deepspeed.replace_savers(self._engine, self.state_dict, self.group.size)
 
     def _before_load(self, moment: Moment) -> None:
         if moment.session.host == "deepspeed":

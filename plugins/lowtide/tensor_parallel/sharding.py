@@ -167,6 +167,32 @@ def unsharded_state_dict(
     return result
 
 
+def whole_of_one(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the unsharded state dict from that of a sharded model on one rank.
+
+    Args:
+        model: Sharded by `shard` over a group of one.
+        state: Its state dict.
+
+    Raises:
+        ModelError: a parameter is missing.
+    """
+    result: dict[str, Tensor] = {}
+    handled: set[str] = set()
+    for name, parts in sharded_parameters(model):
+        if name not in state:
+            raise ModelError(
+                f"{name}: is not in the state dict that was to be saved; it must be the model's "
+                f"own (state_dict) or that of the unsharded low-rank model (unsharded_state_dict)"
+            )
+        handled.add(name)
+        for part in parts:
+            result[part.name] = part.join([state[name][part.rows]]).clone()
+    return result | {
+        name: each for name, each in state.items() if name not in handled | result.keys()
+    }
+
+
 def load_unsharded_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], group: TensorGroup
 ) -> None:

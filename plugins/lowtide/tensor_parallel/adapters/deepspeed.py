@@ -25,7 +25,7 @@ from lowtide.tensor_parallel.adapters.mpu import ModelParallelUnit
 from lowtide.tensor_parallel.config import TensorParallelConfig
 from lowtide.tensor_parallel.layers import Part
 from lowtide.tensor_parallel.layout import Layout, build_layout
-from lowtide.tensor_parallel.sharding import Shards, sharded_parameters
+from lowtide.tensor_parallel.sharding import Shards, sharded_parameters, whole_of_one
 
 
 def layout(moment: Moment, degree: int) -> Layout:
@@ -174,11 +174,12 @@ def check_saved(moment: Moment, config: TensorParallelConfig) -> None:
             )
 
 
-def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]]) -> None:
-    """Have what writes one rank's part under the whole model's names write the whole, or refuse.
+def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]], degree: int) -> None:
+    """Have what would write one rank's part, or names of ours, write the whole model, or refuse.
 
     Args:
         engine: The engine.
+        degree: Number of ranks that hold the model.
         gather: Returns the unsharded state dict on the first rank, an empty one elsewhere; all
             ranks call it.
     """
@@ -194,22 +195,30 @@ def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]]) -> None
         return True
 
     engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
-    # What Accelerate asks of an engine whose weights are spread: whether it may, then for them.
-    engine.zero_gather_16bit_weights_on_model_save = lambda: True
-    engine._consolidated_16bit_state_dict = lambda *_args, **_options: gather()
+    if degree > 1:
+        # What Accelerate asks of an engine whose weights are spread: whether it may, then for them.
+        engine.zero_gather_16bit_weights_on_model_save = lambda: True
+        engine._consolidated_16bit_state_dict = lambda *_args, **_options: gather()
     model = engine.module
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _save_whole(model)
+        model.save_pretrained = _save_whole(model, degree)
 
 
-def _save_whole(model: Any) -> Callable[..., Any]:
-    """Return `save_pretrained` that takes the unsharded state dict and nothing less."""
+def _save_whole(model: Any, degree: int) -> Callable[..., Any]:
+    """Return `save_pretrained` that writes the unsharded state dict and nothing less.
+
+    It may be called by one rank, so it gathers nothing. With one rank, the model's own will do.
+    """
     stock = model.save_pretrained
     names = {part.name for _, parts in sharded_parameters(model) for part in parts}
 
     def save_pretrained(
         save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **options: Any
     ) -> Any:
+        if degree == 1 and (state_dict is None or not names <= state_dict.keys()):
+            state_dict = whole_of_one(
+                model, model.state_dict() if state_dict is None else state_dict
+            )
         if state_dict is None or not names <= state_dict.keys():
             raise ModelError(
                 "save_pretrained: the model is spread over ranks, and this one has a part of it; "
