@@ -1,6 +1,7 @@
 """Train a tiny Llama with Hugging Face `Trainer` on DeepSpeed, Lowtide switched on.
 
 torchrun --nproc-per-node 2 examples/hf_trainer/train.py
+torchrun --nproc-per-node 2 examples/hf_trainer/train.py --config examples/hf_trainer/low_rank.json
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 import lowtide
 
@@ -52,6 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hugging Face Trainer + DeepSpeed + Lowtide")
     parser.add_argument("--config", default=str(HERE / "ds.json"))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: save nothing")
+    parser.add_argument("--resume", help="go on from this checkpoint, e.g. .../checkpoint-10")
     parser.add_argument("--output", default="runs/hf_trainer", help="folder for checkpoints")
     options = parser.parse_args()
 
@@ -63,11 +73,14 @@ def main() -> None:
         learning_rate=3e-3,
         max_steps=options.steps,
         logging_steps=5,
-        save_strategy="no",
+        per_device_eval_batch_size=8,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 500,
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
+    set_seed(0)  # the ranks that share one model must start with the same
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,
@@ -78,8 +91,18 @@ def main() -> None:
             max_position_embeddings=SEQUENCE,
         )
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Bytes(), callbacks=[PrintLoss()])
-    trainer.train()
+    data, held_out = Bytes(), 64
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=torch.utils.data.Subset(data, range(len(data) - held_out)),
+        eval_dataset=torch.utils.data.Subset(data, range(len(data) - held_out, len(data))),
+        callbacks=[PrintLoss()],
+    )
+    trainer.train(resume_from_checkpoint=options.resume)
+    evaluation = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        print(f"evaluation loss {evaluation['eval_loss']!r}", flush=True)
     if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
         torch.distributed.destroy_process_group()
 

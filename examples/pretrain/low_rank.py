@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +52,13 @@ class PretrainPattern(ModelPattern):
 
     def set_loss(self, model: Any, function: Callable[..., Tensor]) -> Callable[[], None]:
         """Replace `Decoder.loss` in one model; targets are shifted already."""
-
-        def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-            return function(logits=logits_BTV, shift_labels=targets_BT)
-
-        model.loss = loss
+        # No closure: a deep copy of the model gets a copy of a partial, and of what is in it.
+        model.loss = functools.partial(_loss, function)
         return lambda: delattr(model, "loss")
+
+
+def _loss(function: Callable[..., Tensor], logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    return function(logits=logits_BTV, shift_labels=targets_BT)
 
 
 PRETRAIN = PretrainPattern(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from tests.helpers.ranks import REPOSITORY, free_port, run_command
 
@@ -75,6 +76,19 @@ def test_example_learns_and_leaves_its_telemetry(
     assert sum(losses[-3:]) / 3 < losses[0] - 1.0
     folder = tmp_path / "runs" / example / "telemetry"
     check_telemetry(folder, steps=steps, micro_batches=micro_batches)
+
+
+def test_trainer_example_trains_one_model_on_two_ranks(tmp_path: Path) -> None:
+    folder = EXAMPLES / "hf_trainer"
+    config = ["--config", str(folder / "low_rank.json"), "--save-every", "20"]
+    losses, log = run_script(tmp_path, str(folder / "train.py"), *config)
+    assert losses[-1] < losses[0] - 0.5
+    (evaluated,) = re.findall(r"^evaluation loss (\S+)$", log, flags=re.MULTILINE)
+    assert float(evaluated) < losses[0] - 0.5
+    saved = tmp_path / "runs" / "hf_trainer" / "checkpoint-20"
+    with safe_open(saved / "model.safetensors", "pt") as weights:
+        shape = weights.get_slice("model.layers.0.self_attn.q_proj.down.weight").get_shape()
+    assert shape == [16, 64], "whole, though each rank holds half of its columns"
 
 
 def test_stock_script_is_bit_identical_with_and_without_the_switch(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+import lowtide
+from lowtide.core.errors import ConfigError
 from lowtide.hosts import accelerate as adapter
 from tests.helpers.ranks import run_command
 
@@ -89,17 +93,21 @@ def test_config_without_block_is_walked_as_before(plugin_class: Any) -> None:
 
 
 def test_uninstall_leaves_no_trace(plugin_class: Any) -> None:
-    stock, names, finders = (
-        plugin_class.deepspeed_config_process,
-        dict(vars(plugin_class)),
-        list(sys.meta_path),
-    )
+    import transformers.integrations.deepspeed  # noqa: F401 - so that all is there to be changed
+
+    def current() -> list[Any]:
+        return [
+            vars(getattr(sys.modules[patch.module], patch.owner))[patch.method]
+            for patch in adapter._PATCHES
+        ]
+
+    stock, names, finders = current(), dict(vars(plugin_class)), list(sys.meta_path)
     adapter.install()
     adapter.install()
-    assert plugin_class.deepspeed_config_process is not stock
+    assert not set(current()) & set(stock)
     adapter.uninstall()
     adapter.uninstall()
-    assert plugin_class.deepspeed_config_process is stock
+    assert current() == stock
     assert dict(vars(plugin_class)) == names
     assert sys.meta_path == finders
 
@@ -129,7 +137,8 @@ def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "        return dict(self.deepspeed_config)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(adapter, "_MODULE", "lowtide_later.utils")
+    walk = dataclasses.replace(adapter._PATCHES[0], module="lowtide_later.utils")
+    monkeypatch.setattr(adapter, "_PATCHES", (walk,))
     yield "lowtide_later.utils"
     adapter.uninstall()
     for name in ("lowtide_later", "lowtide_later.utils"):
@@ -159,6 +168,72 @@ def test_late_import_is_stock_when_uninstalled_before_it(later: str) -> None:
     assert module.DeepSpeedPlugin().deepspeed_config_process()["lowtide"] == {"a": "auto"}
 
 
+def test_bad_block_is_told_where_accelerate_reads_it(plugin_class: Any) -> None:
+    adapter.install()
+    with pytest.raises(ConfigError, match=r"lowtide\.telemetry\.dirr: unknown key"):
+        make(plugin_class, lowtide={"telemetry": {"dirr": "x"}})
+
+
+def test_size_is_told_to_accelerate_alone(plugin_class: Any) -> None:
+    block = {"tensor_parallel": {"degree": 2, "rank": 8}}
+    assert "tensor_parallel" not in make(plugin_class, lowtide=block).deepspeed_config
+    adapter.install()
+    plugin = make(plugin_class, lowtide=block)
+    assert plugin.deepspeed_config["tensor_parallel"] == {"autotp_size": 2}
+    again = plugin_class(hf_ds_config=plugin.deepspeed_config)
+    assert again.deepspeed_config["tensor_parallel"] == {"autotp_size": 2}
+    assert "tensor_parallel" not in make(plugin_class).deepspeed_config
+    block["tensor_parallel"]["degree"] = 1
+    assert "tensor_parallel" not in make(plugin_class, lowtide=block).deepspeed_config
+
+
+def test_both_tensor_parallelisms_are_refused_where_accelerate_reads_them(
+    plugin_class: Any,
+) -> None:
+    adapter.install()
+    block = {"tensor_parallel": {"degree": 2, "rank": 8}}
+    with pytest.raises(ConfigError, match=r"tensor_parallel\.autotp_size is 2 too"):
+        make(plugin_class, lowtide=block, tensor_parallel={"autotp_size": 2})
+
+
+def test_deepspeeds_own_preparation_leaves_a_told_model_alone(plugin_class: Any) -> None:
+    deepspeed = pytest.importorskip("deepspeed")
+    stock, model, called = deepspeed.tp_model_init, object(), []
+
+    def spy(model: Any, tp_size: int, dtype: Any, config: Any = None) -> Any:
+        called.append(config)
+        return model
+
+    deepspeed.tp_model_init = spy
+    try:
+        lowtide.enable()
+        told = make(plugin_class, lowtide={"tensor_parallel": {"degree": 2, "rank": 8}})
+        for config in (told.deepspeed_config, {"tensor_parallel": {"autotp_size": 2}}):
+            assert deepspeed.tp_model_init(model, 2, None, config=config) is model
+        lowtide.disable()
+        assert deepspeed.tp_model_init is spy
+    finally:
+        lowtide.disable()
+        deepspeed.tp_model_init = stock
+    assert called == [{"tensor_parallel": {"autotp_size": 2}}]
+
+
+def test_a_job_that_does_not_divide_is_refused(plugin_class: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState
+
+    adapter.install()
+    plugin = make(plugin_class, lowtide={"tensor_parallel": {"degree": 2, "rank": 8}})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerate.PartialState(cpu=True)
+        one = accelerate.Accelerator(deepspeed_plugin=plugin)
+        with pytest.raises(ConfigError, match="does not divide the 1 rank"):
+            one.prepare_data_loader(torch.utils.data.DataLoader([1, 2]))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_install_does_not_import_accelerate() -> None:
     script = (
         "import sys\n"
@@ -166,7 +241,8 @@ def test_install_does_not_import_accelerate() -> None:
         "accelerate.install()\n"
         "assert 'accelerate' not in sys.modules\n"
         "from accelerate.utils import DeepSpeedPlugin\n"
-        "config = {'zero_optimization': {'stage': 1}, 'lowtide': {'a': 'auto'}}\n"
+        "block = {'telemetry': {'trace': 'auto'}}\n"
+        "config = {'zero_optimization': {'stage': 1}, 'lowtide': block}\n"
         "DeepSpeedPlugin(hf_ds_config=config).deepspeed_config_process(must_match=False)\n"
     )
     run_command([sys.executable, "-c", script], timeout_s=100).check()

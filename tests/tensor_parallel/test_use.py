@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from torch import Tensor
 
 from lowtide.core.errors import ModelError
 from lowtide.core.lifecycle import Event, Moment
-from lowtide.tensor_parallel import TensorParallelConfig, factorise, shard
+from lowtide.tensor_parallel import TensorParallelConfig, factorisation, factorise, shard
+from lowtide.tensor_parallel.build import Builder
 from lowtide.tensor_parallel.group import TensorGroup, fingerprint
+from lowtide.tensor_parallel.parameters import Successors
 from tests.tensor_parallel.models import hugging_face, tokens
+from tests.tensor_parallel.starts import of_each
+
+pytestmark = pytest.mark.timeout(600)  # the first test of two ranks starts them for all
 
 
 class OfTwo(TensorGroup):
@@ -98,8 +104,52 @@ def test_what_is_not_returned_is_refused(name: str) -> None:
         model(tokens(), **{name: True})
 
 
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_is_not_returned_is_refused_where_the_config_asks_for_it(name: str) -> None:
+    model = convert(hugging_face("llama", attn_implementation="eager"))
+    setattr(model.config, name, True)
+    with pytest.raises(ModelError, match=f"{name} is set"):
+        model(tokens())
+    assert model(tokens(), **{name: False}).logits.shape == (2, 9, 61)
+
+
+@pytest.mark.dist
+def test_a_deep_copy_is_a_model_of_its_own_on_the_same_ranks() -> None:
+    for facts in of_each(2, "copies"):
+        found, wanted = facts["loss"]
+        assert found == wanted
+        assert facts["logits"]
+        assert facts["columns"] == 31, "half of the vocabulary, as the copy's own head was told"
+        assert facts["gradients"] == [0, facts["parameters"]]
+        assert facts["groups"] == 1
+        assert facts["error"] <= 2e-6
+        assert facts["generated"]
+
+
+@pytest.mark.dist
+def test_inputs_beside_tokens_are_compared_in_one_message() -> None:
+    for facts in of_each(2, "different_inputs"):
+        for name, what in {
+            "mask": "attention_mask", "no mask": "attention_mask", "own mask": "attention_mask",
+            "positions": "position_ids", "length": "inputs_embeds", "embedded": "input_ids",
+            "embedding": "shape",
+        }.items():  # fmt: skip
+            assert "got different batches" in facts[name]
+            assert f"this rank: {what}" in facts[name]
+        assert facts["same"] == facts["same embedded"] == ""
+        assert {facts[name] for name in facts if name.endswith(", messages")} == {1}
+
+
+@pytest.mark.dist
+def test_ranks_with_different_seeds_sample_the_same_tokens() -> None:
+    first, second = of_each(2, "sampling")
+    assert first["sampled"] == second["sampled"] == first["want"]
+    assert (first["state is kept"], second["state is kept"]) == (False, True)
+
+
 def test_whole_embeddings_from_outside_are_refused() -> None:
     model = convert(hugging_face("llama"), OfTwo())
+    model.model.layers[0].group.check_data = False  # which is a message
     with pytest.raises(
         ModelError, match="layer 0: got 32 of the model's 32 columns, allowed are 16"
     ):
@@ -135,3 +185,37 @@ def test_checkpointing_of_transformers_is_refused_after_the_conversion_too() -> 
     model = convert(hugging_face("llama"))
     with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
         model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_a_conversion_frees_each_layer_before_it_makes_the_next(
+    monkeypatch: pytest.MonkeyPatch, init: Literal["svd", "random"]
+) -> None:
+    alive: list[list[bool]] = []
+
+    def watch(owner: Any, name: str) -> Any:
+        made = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            alive.append([each() is not None for each in weights])
+            return made(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    model = hugging_face("llama", num_hidden_layers=3)
+    layers = model.model.layers
+    weights = [weakref.ref(each.mlp.down_proj.weight) for each in layers]
+    successors = Successors(model)
+    watch(factorisation, "to_bottleneck")
+    factorise(model, TensorParallelConfig(degree=1, rank=16, init=init))
+    assert len(alive) == 3 * 7
+    assert alive[7 * 1 + 1] == [False, True, True], "the second projection of the second layer"
+    assert alive[7 * 2 + 1] == [False, False, True]
+    alive.clear()
+    weights = [weakref.ref(each.mlp.down_proj.down.weight) for each in layers]
+    watch(Builder, "layer")
+    shard(model, TensorGroup())
+    assert alive[3:] == [[True, True, True], [False, True, True], [False, False, True]]
+    assert alive[:3] == [[True, True, True]] * 3, "a rehearsal, which changes nothing"
+    with pytest.raises(ModelError, match="is not one of the model's"):
+        successors.of(layers[0].mlp_out.up.weight)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lowtide.tensor_parallel.group import TensorGroup
 from tests.helpers.ranks import leave_result
-from tests.tensor_parallel import scenarios, traffic
+from tests.tensor_parallel import scenarios, traffic, use_scenarios
 from tests.tensor_parallel.reference import registered
 
 
@@ -18,9 +18,12 @@ def main() -> None:
     torch.manual_seed(0)
     group = TensorGroup(dist.group.WORLD)
     facts: dict[str, Any] = {}
+    chosen = scenarios.of_size(group.size) | traffic.ALL
     with registered():
-        for name, scenario in (scenarios.of_size(group.size) | traffic.ALL).items():
+        for name, scenario in chosen.items():
             facts[name] = scenario(group)
+    for name, scenario in use_scenarios.ALL.items() if group.size == 2 else ():
+        facts[name] = scenario(group)
     leave_result(facts)
     dist.destroy_process_group()
 

@@ -49,6 +49,10 @@ class PluginConfig(BaseModel):
             ConfigError: a combination that cannot work; names both keys.
         """
 
+    def ranks_per_batch(self) -> int:
+        """Return how many neighbouring ranks read the same batches, as they hold one model."""
+        return 1
+
 
 class TelemetryConfig(BaseModel):
     """What is recorded about a run, and where (see docs/telemetry.md)."""
@@ -304,6 +308,26 @@ def resolve(
     if telemetry.trace == "auto":
         resolved.decide("telemetry.trace", telemetry.dir is not None)
     return resolved
+
+
+def ranks_per_batch(host_config: Mapping[str, Any]) -> int:
+    """Return how many neighbouring ranks read the same batches, for who hands out data.
+
+    Can be asked before there is a session, while the host's own settings may still be open.
+
+    Args:
+        host_config: The whole JSON, with a block.
+
+    Raises:
+        ConfigError: as `resolve`, for the block by itself, and for what the host's settings
+            say against the plugin that spreads the model.
+    """
+    result = 1
+    for config in resolve(host_config[BLOCK], host="").plugins.values():
+        if config.ranks_per_batch() > 1:
+            config.check_host(host_config)
+            result *= config.ranks_per_batch()
+    return result
 
 
 def _resolve_key(key: str, value: Any) -> Any:

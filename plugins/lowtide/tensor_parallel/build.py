@@ -37,6 +37,7 @@ class Builder:
         group: The ranks.
         tier: Of activation checkpointing.
         overlaps_forward: Whether layers let halves of the batch take turns.
+        is_rehearsal: Whether modules are without values, to see whether they can be built.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Builder:
         shape: ModelShape,
         group: TensorGroup,
         tier: str,
+        *,
         overlaps_forward: bool = False,
+        is_rehearsal: bool = False,
     ) -> None:
         self.model = model
         self.pattern = pattern
@@ -54,6 +57,7 @@ class Builder:
         self.group = group
         self.tier = tier
         self.overlaps_forward = overlaps_forward
+        self.is_rehearsal = is_rehearsal
         self.norm = NormSetting(shape.width, shape.epsilon, shape.norm)
 
     def layer(self, index: int) -> DecoderLayer:
@@ -288,7 +292,8 @@ class Builder:
         return whole
 
     def _cut(self, part: Part) -> Tensor:
-        return part.cut(self._whole(part.name).detach(), self.group)
+        whole = self._whole(part.name).detach()
+        return part.cut(whole.to("meta") if self.is_rehearsal else whole, self.group)
 
     def _freeze_as_before(self, module: Sharded) -> None:
         for name, parts in module.parts.items():

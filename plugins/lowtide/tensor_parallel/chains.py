@@ -65,7 +65,7 @@ def add_crossings(
         Names of the new parameters, by the path of their projection.
 
     Raises:
-        ModelError: See `crossing.hook_model` and `crossing.gate_shapes`.
+        ModelError: See `crossing.hook_model` and `gates.gate_shapes`.
     """
     layers = [layer for _, layer in model.get_submodule(pattern.layers).named_children()]
     paths = [projection.path for projection in pattern.layer.projections]

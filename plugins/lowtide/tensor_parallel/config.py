@@ -177,6 +177,10 @@ class TensorParallelConfig(PluginConfig):
         path = PATH if own is None else f"{PATH}.{family}"
         return RankRule(path=path, **{name: getattr(source, name) for name in given})
 
+    def ranks_per_batch(self) -> int:
+        """Return `degree`."""
+        return self.degree
+
     def check_host(self, host_config: Mapping[str, Any]) -> None:
         """Refuse DeepSpeed's own tensor parallelism beside this one.
 

@@ -27,13 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowtide.core.errors import ConfigError, ModelError, listed, near
-
-GATES = ("identity", "scalar", "linear", "low_rank")
-"""The paper's identity and linear gates; a learned factor; a linear gate of low rank."""
+from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.gates import gate_shapes
 
 ARGUMENT = "crossing_latents"
-_GATE_SHARE = 4  # a low-rank gate has a quarter of the rank that it serves
 
 _in_use = threading.local()
 
@@ -53,43 +50,11 @@ class Place:
     is_last: bool
 
 
-def gate_shapes(kind: str, previous: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a gate's parameters.
-
-    Args:
-        kind: One of `GATES`.
-        previous: S.
-        rank: R.
-
-    Raises:
-        ConfigError: There is no such gate.
-        ModelError: The gate cannot change the width, and S is not R.
-    """
-    if kind not in GATES:
-        raise ConfigError(
-            f'crossing: got "{kind}", allowed are {listed(GATES)} and null for none.'
-            f"{near(kind, GATES)}"
-        )
-    if kind in ("identity", "scalar") and previous != rank:
-        raise ModelError(
-            f'crossing: a "{kind}" gate leads from rank {previous} to rank {rank}, allowed are '
-            f'equal ranks; give all decoder layers one rank, or use "linear" or "low_rank"'
-        )
-    inner = -(-min(previous, rank) // _GATE_SHARE)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        "identity": {},
-        "scalar": {"weight": (1,)},
-        "linear": {"weight": (rank, previous)},
-        "low_rank": {"down": (inner, previous), "up": (rank, inner)},
-    }
-    return shapes[kind]
-
-
 def gated(kind: str, parameters: Mapping[str, Tensor], latent: Tensor, members: int = 1) -> Tensor:
     """Return the gates' outputs for the latents of C projections.
 
     Args:
-        kind: One of `GATES`.
+        kind: One of `gates.GATES`.
         parameters: By the names of `gate_shapes`, those of the C gates joined along dimension 0.
         latent: ``[..., C S]``.
         members: C.
@@ -111,7 +76,7 @@ class LatentGate(nn.Module):
     """What a latent passes on its way into the next layer's.
 
     Args:
-        kind: One of `GATES`.
+        kind: One of `gates.GATES`.
         previous: S.
         rank: R.
         generator: Of a low-rank gate's first factor; None is torch's global one.

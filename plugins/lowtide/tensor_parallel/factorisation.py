@@ -122,7 +122,8 @@ def factorise(
     ranks: list[dict[str, int]] = [{} for _ in range(shape.layers)]
     reports: list[ProjectionReport] = []
     renamed: dict[str, tuple[str, ...]] = {}
-    for each, found in zip(groups, _new_factors(groups, settings, group), strict=True):
+    for place, found in enumerate(_new_factors(groups, settings, group)):
+        each, groups[place] = groups[place], replace(groups[place], members=())  # frees weights
         results = iter(found)
         for member in each.members:
             factors, error = (member.factors, None) if member.factors is not None else next(results)

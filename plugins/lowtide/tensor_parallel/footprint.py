@@ -9,13 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from lowtide.tensor_parallel.traffic import (
-    BlockShape,
-    Scheme,
-    Tier,
-    local_widths,
-    whole,
-)
+from lowtide.tensor_parallel.block_shape import BlockShape, whole
+from lowtide.tensor_parallel.traffic import Scheme, Tier, local_widths
 from lowtide.tensor_parallel.work import block_linears, saved_elements
 
 PARAMETER_BYTES = 2  # bf16
@@ -81,13 +76,14 @@ class Footprint:
 
 
 def block_parameters(shape: BlockShape, ranks: int, scheme: Scheme) -> int:
-    """Return one rank's parameters of one block: linears and two norms.
+    """Return one rank's parameters of one block: linears, gates and two norms.
 
     Keys and values that have fewer heads than there are ranks are held more than once.
     """
     linears = block_linears(shape, ranks, scheme)
     norm = shape.width // ranks if scheme.layout == "bottleneck" else shape.width
-    return sum(layer.parameters for layer in linears) + 2 * norm
+    factors = 7 if shape.crossing == "scalar" and scheme.layout != "full" else 0
+    return sum(layer.parameters for layer in linears) + 2 * norm + factors
 
 
 def end_parameters(decoder: DecoderShape, ranks: int) -> int:

@@ -24,9 +24,10 @@ def fingerprint(numbers: Tensor) -> Tensor:
     """Return a number (int64, 62 bits) that other numbers, or another order of them, change.
 
     Args:
-        numbers: Whole numbers of any shape.
+        numbers: Numbers of any shape.
     """
-    flat = numbers.flatten().to(torch.int64)
+    flat = numbers.flatten()
+    flat = (flat.view(torch.uint8) if flat.is_floating_point() else flat).to(torch.int64)  # bits
     place = torch.arange(1, flat.numel() + 1, device=flat.device)
     # Multiplied, folded and multiplied again: a sum of products alone would be the same wherever
     # changes cancel. int64 wraps around.
@@ -91,7 +92,8 @@ class TensorGroup:
         size: Number of ranks (p).
         rank: This process's place among them.
         traffic: What was sent.
-        check_data: Whether different tokens or labels on the ranks are looked for.
+        check_data: Whether different inputs or labels on the ranks are looked for.
+        is_call_checked: Whether the running call of the model has compared its tokens already.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -100,6 +102,11 @@ class TensorGroup:
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.traffic = Traffic()
         self.check_data = True
+        self.is_call_checked = False
+
+    def __deepcopy__(self, _memo: Any) -> TensorGroup:
+        """Return this object: the copy of a model (an average of it, say) is on the same ranks."""
+        return self
 
     def start_sum(self, owned: Tensor, *, phase: str) -> Pending:
         """Start to sum `owned` over the ranks, in place; the caller gives the buffer away.
@@ -153,14 +160,21 @@ class TensorGroup:
         _reduce_scatter(mine, stacked.flatten(0, 1), group=self.process_group)
         return mine
 
+    def where_different(self, values: Tensor) -> Tensor:
+        """Tell where `values` (int64) is not the same on all ranks: bool, of its shape."""
+        if self.size == 1:
+            return torch.zeros_like(values, dtype=torch.bool)
+        both = self.maximum(torch.stack((values, -values)), phase="check")
+        return both[0] != -both[1]
+
     def differs(self, values: Tensor) -> bool:
         """Tell whether `values` (int64) is not the same on all ranks."""
-        if self.size == 1:
-            return False
-        both = torch.cat((values.flatten(), -values.flatten()))
-        self.maximum(both, phase="check")
-        largest, smallest = both.chunk(2)
-        return bool((largest != -smallest).any())
+        return bool(self.where_different(values).any())
+
+    def must_check(self) -> bool:
+        """Tell whether an embedding has to compare its tokens; once, after a call that did so."""
+        is_checked, self.is_call_checked = self.is_call_checked, False
+        return self.size > 1 and self.check_data and not is_checked
 
     def slice_of(self, length: int) -> slice:
         """Return this rank's part of a dimension of `length`, which p divides."""

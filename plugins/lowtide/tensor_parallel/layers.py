@@ -165,9 +165,9 @@ class CrossingGates(Sharded):
 
     Args:
         group: The ranks.
-        kind: One of `crossing.GATES`.
+        kind: One of `gates.GATES`.
         members: Number of projections that share an input.
-        parameters: By the names of `crossing.gate_shapes`, joined over the projections.
+        parameters: By the names of `gates.gate_shapes`, joined over the projections.
         parts: Where they come from.
     """
 
@@ -317,7 +317,7 @@ def check_same_data(tokens: Tensor, group: TensorGroup) -> None:
     Raises:
         ModelError: on every rank of the group.
     """
-    if group.size == 1 or not group.check_data:
+    if not group.must_check():
         return
     shape = [tokens.ndim, *tokens.shape, *[0] * (7 - tokens.ndim)]
     values = torch.tensor([*shape, 0], device=tokens.device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.core.errors import ConfigError, listed, near
+from lowtide.tensor_parallel.block_shape import whole
 from lowtide.tensor_parallel.costs import Machine
 from lowtide.tensor_parallel.footprint import (
     DecoderShape,
@@ -40,7 +41,6 @@ from lowtide.tensor_parallel.traffic import (
     in_turns,
     recompute_messages,
     reduced_elements,
-    whole,
 )
 
 NODE_RANKS = 8  # that NVLink joins on the boards we know

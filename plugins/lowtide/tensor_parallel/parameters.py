@@ -29,7 +29,8 @@ def _listed(parameters: Any) -> list[nn.Parameter]:
 class Successors:
     """Which parameters of the converted model hold what a parameter of the old one held.
 
-    Made before the conversion; `follow` is called after it.
+    Made before the conversion; `follow` is called after it. It keeps no parameter alive, so it can
+    be asked of those alone that somebody else has held since before.
 
     Args:
         model: The model before.
@@ -39,7 +40,7 @@ class Successors:
         self._names = {
             id(parameter): name for name, parameter in model.named_parameters()
         }  # a tied parameter by its first name
-        self._old = list(model.parameters())  # alive, so that no id is used twice
+        self._trained = [id(each) for each in model.parameters() if each.requires_grad]
         self._new: dict[str, tuple[str, nn.Parameter]] = {}
         self._renamed: list[Mapping[str, Sequence[str]]] = []
 
@@ -68,6 +69,9 @@ class Successors:
                 f"a parameter of shape {tuple(parameter.shape)} in model_parameters or in the "
                 f"optimizer is not one of the model's; pass parameters of the model itself"
             )
+        return self._successors(name)
+
+    def _successors(self, name: str) -> list[tuple[str, nn.Parameter]]:
         names: list[str] = [name]
         for step in self._renamed:
             names = [new for each in names for new in step.get(each, (each,))]
@@ -98,13 +102,11 @@ class Successors:
     def _check_all(self, owner: Mapping[int, int], given: Sequence[nn.Parameter]) -> None:
         """Refuse a joined parameter of which the user wanted a part trained and a part not."""
         chosen = {id(parameter) for parameter in given}
-        for parameter in self._old:
-            if id(parameter) in chosen or not parameter.requires_grad:
-                continue
-            for name, new in self.of(parameter):
+        for old in (self._names[each] for each in self._trained if each not in chosen):
+            for name, new in self._successors(old):
                 if id(new) in owner:
                     raise ModelError(
-                        f"{self._names[id(parameter)]} is in no parameter group, but it is one "
+                        f"{old} is in no parameter group, but it is one "
                         f"parameter ({name}) with projections that are; put projections that read "
                         f"the same input into one group, or freeze all of them"
                     )

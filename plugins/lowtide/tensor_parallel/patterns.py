@@ -230,6 +230,28 @@ class ModelPattern(ABC):
             f"ModelPattern.inputs_of_layers"
         )
 
+    def check_call(  # noqa: B027
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Refuse a call of the sharded model that it cannot answer.
+
+        Raises:
+            ModelError: It asks for something that no rank has.
+        """
+
+    def inputs_of_call(
+        self, _args: Sequence[Any], _kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Tensor | None]:
+        """Return what has to be the same on all ranks of a group in a call of the model, by name.
+
+        Tokens that an embedding gets are compared there as long as there is nothing here.
+
+        Returns:
+            The same names in every call; None for what this call has not. Of ``inputs_embeds``
+            only the shape is compared, since each rank has columns of its own.
+        """
+        return {}
+
     def computes_loss(self, _args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call of the model with these arguments will ask for the loss.
 
@@ -247,7 +269,9 @@ class ModelPattern(ABC):
 
         Args:
             model: The model.
-            function: Called as the model calls its own, with ``logits`` and ``labels``.
+            function: Called as the model calls its own, with ``logits`` and ``labels``. Kept as an
+                attribute or in a ``functools.partial``, not in a closure, it is copied with the
+                model.
 
         Returns:
             What puts the model's own function back. None where the loss is no replaceable part

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -200,17 +198,10 @@ class TensorParallelPlugin(Plugin):
             from lowtide.tensor_parallel.adapters import pipeline
 
             pipeline.prepare_engine(self._engine)
-        elif self._engine is not None and self.group.size > 1:
+        elif self._engine is not None:
             from lowtide.tensor_parallel.adapters import deepspeed
 
-            deepspeed.replace_savers(self._engine, self._save)
-
-    def _save(self, path: Path) -> None:
-        state = self.state_dict(on_rank=0)
-        if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, path)
-        dist.barrier()
+            deepspeed.replace_savers(self._engine, self.state_dict, self.group.size)
 
     def _before_load(self, moment: Moment) -> None:
         if moment.session.host == "deepspeed":

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from lowtide.core.errors import ConfigError, UnknownNameError, listed, near
+from lowtide.tensor_parallel.block_shape import BlockShape, whole
 from lowtide.tensor_parallel.footprint import DecoderShape
-from lowtide.tensor_parallel.traffic import BlockShape, whole
 
 RANK_STEP = 8  # what matrix units like a width to be a multiple of
 
@@ -36,11 +36,16 @@ class Preset:
     vocabulary: int = 32000
     is_tied: bool = False
 
-    def decoder(self, rank: int) -> DecoderShape:
+    def decoder(self, rank: int, *, crossing: str | None = None) -> DecoderShape:
         """Return the model with every linear of its blocks at `rank`.
 
+        Args:
+            rank: Of all.
+            crossing: Gate between the latents of neighbouring blocks, see `BlockShape`.
+
         Raises:
-            ConfigError: A number is not a whole number from 1, or the heads do not divide.
+            ConfigError: A number is not a whole number from 1, the heads do not divide, or there
+                is no such gate.
         """
         for name in ("width", "heads"):
             whole(name, getattr(self, name))
@@ -58,6 +63,7 @@ class Preset:
             head_width=head_width,
             attention_rank=rank,
             mlp_rank=rank,
+            crossing=crossing,
         )
         return DecoderShape(
             block=block, layers=self.layers, vocabulary=self.vocabulary, is_tied=self.is_tied

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowtide.core.errors import ConfigError, ModelError, listed, near
 from lowtide.tensor_parallel.build import Builder
-from lowtide.tensor_parallel.ends import VocabularyHead
+from lowtide.tensor_parallel.calls import CallCheck, SameDraws, SpreadLoss
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.layers import Part, Sharded
-from lowtide.tensor_parallel.loss import IGNORED, vocabulary_cross_entropy
 from lowtide.tensor_parallel.patterns import ModelPattern, ModelShape, find_pattern
 from lowtide.tensor_parallel.recompute import TIERS
 
@@ -75,16 +72,24 @@ def shard(
     pattern = find_pattern(model)
     shape = pattern.shape(model) if shape is None else shape
     check_division(pattern, shape, group.size)
-    builder = Builder(model, pattern, shape, group, tier, overlaps_forward)
+    rehearsal = Builder(model, pattern, shape, group, tier, is_rehearsal=True)
+    for index in range(shape.layers):
+        rehearsal.layer(index)
+    rehearsal.ends()
+    builder = Builder(model, pattern, shape, group, tier, overlaps_forward=overlaps_forward)
     layers = model.get_submodule(pattern.layers)
-    built = [builder.layer(index) for index in range(shape.layers)]
+    for index in range(shape.layers):  # one by one: each frees what it was made of
+        layers[index] = builder.layer(index)  # type: ignore[operator]
     embedding, norm, head = builder.ends()
-    for index, layer in enumerate(built):
-        layers[index] = layer  # type: ignore[operator]
     _replace(model, pattern.embedding, embedding)
     _replace(model, pattern.final_norm, norm)
     _replace(model, pattern.head, head)
-    _spread_loss(model, pattern, shape, head, group)
+    model.register_forward_pre_hook(CallCheck(pattern, group), with_kwargs=True)
+    loss = SpreadLoss(pattern, shape.vocabulary, head, group)
+    if pattern.set_loss(model, loss) is not None:  # else users compute it, from whole logits
+        model.register_forward_pre_hook(loss.choose, with_kwargs=True)
+    if hasattr(model, "generate") and group.size > 1:
+        model.generate = SameDraws(model, group)  # type: ignore[assignment]
     if hasattr(model, "supports_gradient_checkpointing"):  # of transformers: it would do nothing
         model.supports_gradient_checkpointing = False  # type: ignore[assignment]
     renamed = {part.name: name for name, parts in sharded_parameters(model) for part in parts}
@@ -124,47 +129,6 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _spread_loss(
-    model: nn.Module,
-    pattern: ModelPattern,
-    shape: ModelShape,
-    head: VocabularyHead,
-    group: TensorGroup,
-) -> None:
-    alone = TensorGroup()
-
-    def loss(
-        logits: Tensor,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORED,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Stand in for the loss of a Hugging Face model: labels are shifted here."""
-        if shift_labels is None:
-            if labels is None:
-                raise ModelError("a loss was asked for without labels; pass labels to the model")
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        return vocabulary_cross_entropy(
-            logits,
-            shift_labels,
-            shape.vocabulary,
-            group if head.is_spread else alone,
-            ignored=ignore_index,
-            denominator=num_items_in_batch,
-        )
-
-    if pattern.set_loss(model, loss) is None:
-        return  # the model's users compute their loss themselves, from whole logits
-
-    def choose(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hides_logits = module.training or not pattern.gives_logits
-        head.is_spread = hides_logits and pattern.computes_loss(args, kwargs)
-
-    model.register_forward_pre_hook(choose, with_kwargs=True)
-
-
 def unsharded_state_dict(
     model: nn.Module,
     group: TensorGroup,
@@ -199,6 +163,32 @@ def unsharded_state_dict(
         if name not in handled and name not in result and not _is_of_sharded(model, name):
             result[name] = value.detach().cpu().clone()
     return result
+
+
+def whole_of_one(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the unsharded state dict from that of a sharded model on one rank.
+
+    Args:
+        model: Sharded by `shard` over a group of one.
+        state: Its state dict.
+
+    Raises:
+        ModelError: a parameter is missing.
+    """
+    result: dict[str, Tensor] = {}
+    handled: set[str] = set()
+    for name, parts in sharded_parameters(model):
+        if name not in state:
+            raise ModelError(
+                f"{name}: is not in the state dict that was to be saved; it must be the model's "
+                f"own (state_dict) or that of the unsharded low-rank model (unsharded_state_dict)"
+            )
+        handled.add(name)
+        for part in parts:
+            result[part.name] = part.join([state[name][part.rows]]).clone()
+    return result | {
+        name: each for name, each in state.items() if name not in handled | result.keys()
+    }
 
 
 def load_unsharded_state_dict(

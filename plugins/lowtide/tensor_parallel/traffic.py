@@ -14,81 +14,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from lowtide.core.errors import ConfigError, ModelError
+from lowtide.core.errors import ModelError
+from lowtide.tensor_parallel.block_shape import BlockShape, whole
+from lowtide.tensor_parallel.gates import gate_width
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
-Part = Literal["W", "A", "B"]
+Part = Literal["W", "A", "B", "gate"]
 Pass = Literal["forward", "input_gradient", "weight_gradient"]
 Tier = Literal["none", "latents", "sharded_latents"]
 
 TIERS: tuple[Tier, ...] = ("none", "latents", "sharded_latents")
 STATISTIC_PIECES = 3  # bf16 numbers that hold one fp32 sum of squares without loss
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockShape:
-    """Widths of one decoder block.
-
-    Attributes:
-        width: Of the residual stream (d).
-        mlp_width: Between gate/up and down (f).
-        heads: Query heads.
-        kv_heads: Key and value heads; fewer than `heads` with grouped-query attention.
-        head_width: Of one head; `heads` of them need not add up to `width`.
-        attention_rank: Latent width of q, k, v and o each.
-        mlp_rank: Latent width of gate, up and down each.
-
-    Raises:
-        ConfigError: A number is not a whole number from 1, `heads` is no multiple of `kv_heads`, or
-            a rank is above the width.
-    """
-
-    width: int
-    mlp_width: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    attention_rank: int
-    mlp_rank: int
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            whole(field.name, getattr(self, field.name))
-        if self.heads % self.kv_heads:
-            raise ConfigError(
-                f"kv_heads: got {self.kv_heads}, allowed is a divisor of the {self.heads} heads"
-            )
-        for name, rank in (("attention", self.attention_rank), ("mlp", self.mlp_rank)):
-            if rank > self.width:
-                raise ConfigError(
-                    f"{name}_rank: got {rank}, allowed is at most the width {self.width}; "
-                    "take a smaller rank"
-                )
-
-    @property
-    def query_width(self) -> int:
-        """Width of all queries together (q)."""
-        return self.heads * self.head_width
-
-    @property
-    def kv_width(self) -> int:
-        """Width of all keys together, which is that of all values (kv)."""
-        return self.kv_heads * self.head_width
-
-    @property
-    def latent_width(self) -> int:
-        """Width of all seven latents of the block together; 7 r with one rank."""
-        return 4 * self.attention_rank + 3 * self.mlp_rank
-
-
-def whole(name: str, value: object) -> None:
-    """Check that a setting is a whole number from 1.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: got {value!r}, allowed is a whole number from 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,6 +246,25 @@ def _naive(shape: BlockShape, scheme: Scheme) -> tuple[list[Message], list[Messa
         place = next(i for i, message in enumerate(forward) if message.where == "o")
         forward.insert(place, _message("all_gather", "o", q))
         backward.insert(3, _message("all_gather", "qkv", q + 2 * kv))
+    gates = _naive_gates(shape)
+    return forward + gates[0], backward + gates[1]
+
+
+def _naive_gates(shape: BlockShape) -> tuple[list[Message], list[Message]]:
+    """Return what gates send where each rank has a part of every latent, beside a factor's GEMM.
+
+    A matrix needs whole latents; between the factors of a low-rank gate partial sums are reduced.
+    """
+    forward: list[Message] = []
+    backward: list[Message] = []
+    for where, width in latent_widths(shape).items():
+        if shape.crossing == "linear":
+            forward.append(_message("all_gather", where, width, "A", "forward"))
+            backward.append(_message("reduce_scatter", where, width, "B", "weight_gradient"))
+        elif shape.crossing == "low_rank":
+            inner = members(where) * gate_width(width // members(where))
+            forward.append(_message("all_reduce", where, inner, "A", "forward"))
+            backward.append(_message("all_reduce", where, inner, "B", "weight_gradient"))
     return forward, backward
 
 
@@ -340,8 +295,15 @@ def recompute_messages(shape: BlockShape, ranks: int, scheme: Scheme, tier: Tier
         return block_messages(shape, ranks, scheme)[0]
     if tier == "latents":
         return []
-    widths = latent_widths(shape)
-    return [_message("all_gather", where, width) for where, width in widths.items()]
+    # With a crossing, also those of the block before.
+    times = 1 if shape.crossing is None else 2
+    widths = list(latent_widths(shape).items()) * times
+    return [_message("all_gather", where, width) for where, width in widths]
+
+
+def members(where: str) -> int:
+    """Return how many projections are in a group."""
+    return {"qkv": 3, "gate_up": 2}.get(where, 1)
 
 
 def latent_widths(shape: BlockShape) -> dict[str, int]:

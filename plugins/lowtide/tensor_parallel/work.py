@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lowtide.tensor_parallel.block_shape import BlockShape
+from lowtide.tensor_parallel.gates import gate_width
 from lowtide.tensor_parallel.traffic import (
-    BlockShape,
     Part,
     Pass,
     Scheme,
     Tier,
     Widths,
+    latent_widths,
     local_widths,
+    members,
 )
 
 PASSES: tuple[Pass, ...] = ("forward", "input_gradient", "weight_gradient")
@@ -30,7 +33,7 @@ class Linear:
 
     Attributes:
         where: Its group: "qkv", "o", "gate_up", "down", or "head".
-        part: "A" or "B", a low-rank factor, or "W".
+        part: "A" or "B", a low-rank factor, "W", or "gate" of what crosses.
         inputs: k, on this rank.
         outputs: n, on this rank.
         count: Layers of this shape that run as one batched GEMM.
@@ -95,7 +98,25 @@ def block_linears(shape: BlockShape, ranks: int, scheme: Scheme) -> list[Linear]
         Linear(where="gate_up", part="B", inputs=m, outputs=f, count=2),
         Linear(where="down", part="A", inputs=f, outputs=m),
         Linear(where="down", part="B", inputs=m, outputs=d),
+        *_gates(shape, local),
     ]
+
+
+def _gates(shape: BlockShape, local: Widths) -> list[Linear]:
+    """Return the GEMMs of gates; naive ones make a part of each latent, from all of it."""
+    found = []
+    for where, width in latent_widths(shape).items():
+        count = members(where)
+        rank = width // count
+        part = local.attention_latent if where in ("qkv", "o") else local.mlp_latent
+        sizes = {
+            "linear": [(rank, part)],
+            "low_rank": [(part, gate_width(rank)), (gate_width(rank), part)],
+        }.get(shape.crossing or "", [])
+        found += [
+            Linear(where=where, part="gate", inputs=k, outputs=n, count=count) for k, n in sizes
+        ]
+    return found
 
 
 def _full(shape: BlockShape, local: Widths) -> list[Linear]:
@@ -118,13 +139,17 @@ def _up_to_heads(rank: int, query: int, kv: int) -> list[Linear]:
 
 
 def recomputed_linears(linears: Iterable[Linear]) -> list[Linear]:
-    """Return the layers that run again with kept latents: every B but that of down.
+    """Return the layers that run again with kept latents: gates, and every B but that of down.
 
     Its output is the next block's input, which is kept.
 
     Source: BOOST, arXiv 2512.12131, low-rank activation checkpointing.
     """
-    return [layer for layer in linears if layer.part == "B" and layer.where != "down"]
+    return [
+        layer
+        for layer in linears
+        if layer.part == "gate" or (layer.part == "B" and layer.where != "down")
+    ]
 
 
 def attention_flops(shape: BlockShape, ranks: int, scheme: Scheme, *, sequence: int) -> int:
@@ -149,7 +174,15 @@ def forward_sweeps(shape: BlockShape, ranks: int, scheme: Scheme) -> list[Sweep]
         # Read the sum, write the activation; ours also writes the latent divided by its norm.
         each = 3 if scheme.layout == "bottleneck" else 2
         sweeps.append(Sweep(name="latents", elements=each * local.latents, kernels=4))
+        sweeps += _crossing_sweeps(shape, local)
     return sweeps
+
+
+def _crossing_sweeps(shape: BlockShape, local: Widths) -> list[Sweep]:
+    """Return the sum of a latent and what crosses into it; backward, that of two gradients."""
+    if shape.crossing is None:
+        return []
+    return [Sweep(name="crossing", elements=3 * local.latents, kernels=4)]
 
 
 def backward_sweeps(shape: BlockShape, ranks: int, scheme: Scheme) -> list[Sweep]:
@@ -169,6 +202,9 @@ def backward_sweeps(shape: BlockShape, ranks: int, scheme: Scheme) -> list[Sweep
         if scheme.layout == "bottleneck":  # the norms' inner product of gradient and latent
             elements += 2 * (3 * local.attention_latent + 2 * local.mlp_latent)
         sweeps.append(Sweep(name="latents", elements=elements, kernels=4))
+        sweeps += _crossing_sweeps(shape, local)
+        if shape.crossing == "scalar":  # the factor's gradient: latents times gradients
+            sweeps.append(Sweep(name="scalar gates", elements=2 * local.latents, kernels=4))
     return sweeps
 
 
@@ -180,6 +216,7 @@ def recomputed_sweeps(shape: BlockShape, ranks: int, scheme: Scheme) -> list[Swe
         Sweep(name="gate", elements=3 * local.mlp, kernels=1),
         Sweep(name="residual", elements=3 * local.residual, kernels=1),
         Sweep(name="latents", elements=2 * local.latents, kernels=4),
+        *_crossing_sweeps(shape, local),
     ]
 
 
@@ -187,8 +224,9 @@ def saved_elements(shape: BlockShape, ranks: int, scheme: Scheme, tier: Tier = "
     """Return the elements per token that one rank keeps of one block for the backward.
 
     Counted: inputs of norms, attention's inputs and output, latents before their activation, gate,
-    up, and their product. Not counted for anyone: normalised copies, activated latents and the few
-    fp32 numbers per token of norms and attention.
+    up, and their product; what gates of a crossing read, and with checkpoints what crosses. Not
+    counted for anyone: normalised copies, latents as B reads them (activated, or with what crossed
+    in) where they are not those, and the few fp32 numbers per token of norms and attention.
 
     Args:
         shape: The block.
@@ -199,11 +237,18 @@ def saved_elements(shape: BlockShape, ranks: int, scheme: Scheme, tier: Tier = "
             checkpoint, the block's input, and use it at any tier but "none".
     """
     local = local_widths(shape, ranks, scheme)
+    latents = 0 if scheme.layout == "full" else local.latents
     if tier != "none":
+        crossing = 0 if shape.crossing is None else latents
         if scheme.layout != "bottleneck":
-            return local.residual
-        return local.residual + local.latents / (ranks if tier == "sharded_latents" else 1)
+            return local.residual + crossing
+        kept = latents + crossing
+        return local.residual + kept / (ranks if tier == "sharded_latents" else 1)
     # Naive: A of o is sharded by columns, so each rank keeps all heads' results.
     output = shape.query_width if scheme.layout == "naive" else local.query
     heads = local.query + 2 * local.kv + output
-    return 2 * local.residual + heads + 3 * local.mlp + local.latents
+    read = 0
+    if scheme.layout != "full" and shape.crossing not in (None, "identity"):
+        # A matrix reads whole latents, in the naive layout too, where they are gathered.
+        read = shape.latent_width if shape.crossing == "linear" else latents + shape.gate_width
+    return 2 * local.residual + heads + 3 * local.mlp + latents + read

@@ -36,6 +36,14 @@ RankRatio = Annotated[
     float | None,
     typer.Option("--rank-ratio", help="Rank as a share of the width; 0.25 if none is given."),
 ]
+Crossing = Annotated[
+    str | None,
+    typer.Option(
+        "--crossing",
+        help="Gate between latents of neighbouring blocks (LaX): identity, scalar, linear or "
+        "low_rank; else none.",
+    ),
+]
 Gpus = Annotated[int, typer.Option("--gpus", help="GPUs that share each layer, in one node.")]
 Gpu = Annotated[str, typer.Option("--gpu", help="A GPU's name, e.g. A100 or H100-80GB.")]
 Sequence = Annotated[int, typer.Option("--sequence", help="Tokens in a sequence.")]
@@ -61,6 +69,7 @@ def tensor_parallel(
     gpus: Gpus = 4,
     rank: Rank = None,
     rank_ratio: RankRatio = None,
+    crossing: Crossing = None,
     sequence: Sequence = 4096,
     micro_batch: MicroBatch = 4,
     tier: Tier = "none",
@@ -95,7 +104,7 @@ def tensor_parallel(
         "vocabulary": vocabulary,
         "is_tied": tied,
     }
-    decoder = _decoder(model, changes, rank=rank, rank_ratio=rank_ratio)
+    decoder = _decoder(model, changes, rank=rank, rank_ratio=rank_ratio, crossing=crossing)
     made = machine(
         gpu,
         link_bytes_per_s=None if link_gb_per_s is None else link_gb_per_s * 1e9,
@@ -117,6 +126,7 @@ def _decoder(
     *,
     rank: int | None,
     rank_ratio: float | None,
+    crossing: str | None,
 ) -> DecoderShape:
     from lowtide.tensor_parallel.presets import Preset, preset, rank_of
 
@@ -136,7 +146,7 @@ def _decoder(
         raise ConfigError("--rank and --rank-ratio: got both, allowed is one of them")
     if rank is None:
         rank = rank_of(0.25 if rank_ratio is None else rank_ratio, shape.width)
-    return shape.decoder(rank)
+    return shape.decoder(rank, crossing=crossing)
 
 
 def _print_outlook(outlook: Outlook, name: str) -> None:
@@ -152,6 +162,8 @@ def _print_outlook(outlook: Outlook, name: str) -> None:
         style="bold",
         highlight=False,
     )
+    if block.crossing is not None:
+        console.print(f"each latent reads that of the block before: {block.crossing}")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("each GPU", no_wrap=True)
     headings = ("messages", "GB sent", "MB kept", "GB held", "block ms", "x ours", "step s")

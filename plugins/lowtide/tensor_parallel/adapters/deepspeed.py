@@ -25,7 +25,7 @@ from lowtide.tensor_parallel.adapters.mpu import ModelParallelUnit
 from lowtide.tensor_parallel.config import TensorParallelConfig
 from lowtide.tensor_parallel.layers import Part
 from lowtide.tensor_parallel.layout import Layout, build_layout
-from lowtide.tensor_parallel.sharding import Shards, sharded_parameters
+from lowtide.tensor_parallel.sharding import Shards, sharded_parameters, whole_of_one
 
 
 def layout(moment: Moment, degree: int) -> Layout:
@@ -174,41 +174,70 @@ def check_saved(moment: Moment, config: TensorParallelConfig) -> None:
             )
 
 
-def replace_savers(engine: Any, save: Callable[[Path], None]) -> None:
-    """Have what writes one rank's part under the whole model's names write the whole, or refuse.
+def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]], degree: int) -> None:
+    """Have what would write one rank's part, or names of ours, write the whole model, or refuse.
 
     Args:
         engine: The engine.
-        save: Writes the unsharded state dict to a file; all ranks call it.
+        degree: Number of ranks that hold the model.
+        gather: Returns the unsharded state dict on the first rank, an empty one elsewhere; all
+            ranks call it.
     """
 
     def save_16bit_model(
         save_dir: str, save_filename: str = "pytorch_model.bin", **_options: Any
     ) -> bool:
-        save(Path(save_dir) / save_filename)
+        state = gather()
+        if dist.get_rank() == 0:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(state, Path(save_dir) / save_filename)
+        dist.barrier()
         return True
 
     engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
+    if degree > 1:
+        # What Accelerate asks of an engine whose weights are spread: whether it may, then for them.
+        engine.zero_gather_16bit_weights_on_model_save = lambda: True
+        engine._consolidated_16bit_state_dict = lambda *_args, **_options: gather()
     model = engine.module
     if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _save_whole(model, degree)
 
-        def save_pretrained(*_args: Any, **_kwargs: Any) -> None:
+
+def _save_whole(model: Any, degree: int) -> Callable[..., Any]:
+    """Return `save_pretrained` that writes the unsharded state dict and nothing less.
+
+    It may be called by one rank, so it gathers nothing. With one rank, the model's own will do.
+    """
+    stock = model.save_pretrained
+    names = {part.name for _, parts in sharded_parameters(model) for part in parts}
+
+    def save_pretrained(
+        save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **options: Any
+    ) -> Any:
+        if degree == 1 and (state_dict is None or not names <= state_dict.keys()):
+            state_dict = whole_of_one(
+                model, model.state_dict() if state_dict is None else state_dict
+            )
+        if state_dict is None or not names <= state_dict.keys():
             raise ModelError(
                 "save_pretrained: the model is spread over ranks, and this one has a part of it; "
-                "write engine.lowtide.tensor_parallel.state_dict(), which all ranks have to call"
+                "pass state_dict=engine.lowtide.tensor_parallel.state_dict(), which all ranks have "
+                "to call"
             )
+        return stock(save_directory, *args, state_dict=state_dict, **options)
 
-        model.save_pretrained = save_pretrained
+    return save_pretrained
 
 
 def restore_savers(engine: Any) -> None:
     """Undo `replace_savers`."""
-    for owner, name in (
-        (engine, "save_16bit_model"),
-        (engine, "save_fp16_model"),
-        (engine.module, "save_pretrained"),
-    ):
-        owner.__dict__.pop(name, None)
+    for name in (
+        "save_16bit_model", "save_fp16_model", "zero_gather_16bit_weights_on_model_save",
+        "_consolidated_16bit_state_dict",
+    ):  # fmt: skip
+        engine.__dict__.pop(name, None)
+    engine.module.__dict__.pop("save_pretrained", None)
 
 
 def mark_gradients(engine: Any) -> None:

@@ -25,6 +25,9 @@ from lowtide.tensor_parallel.patterns import (
 )
 from lowtide.tensor_parallel.recognise import activation_name
 
+_OUTPUTS = ("output_hidden_states", "output_attentions")
+# In the order of a model's forward.
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 _DENSE_MASKS = ("sdpa", "eager", None)
 # Of some families: what their layers would do besides, by the config's name for it.
 _NOT_THERE: tuple[tuple[str, Any, str], ...] = (
@@ -137,12 +140,7 @@ class HuggingFacePattern(ModelPattern):
                 f"{type(mask).__name__}, allowed are None and tensors of shape (B, 1, T, S); load "
                 f'the model with attn_implementation="sdpa"'
             )
-        for name in ("output_hidden_states", "output_attentions"):
-            if given.get(name):
-                raise ModelError(
-                    f"{self.name}: {name} is set, but hidden states and attentions are spread over "
-                    f"the ranks and are not returned; leave it off"
-                )
+        self._refuse_outputs(given)
         cos, sin = positions
         return LayerInputs(
             hidden=given["hidden_states"],
@@ -151,6 +149,31 @@ class HuggingFacePattern(ModelPattern):
             attention_mask=mask,
             cache=given.get("past_key_values"),
         )
+
+    def _refuse_outputs(self, given: Mapping[str, Any]) -> None:
+        for name in _OUTPUTS:
+            if given.get(name):
+                raise ModelError(
+                    f"{self.name}: {name} is set, but hidden states and attentions are spread over "
+                    f"the ranks and are not returned; leave it off"
+                )
+
+    def check_call(self, model: Any, _args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse outputs that the model's config asks for.
+
+        Raises:
+            ModelError: See `bind`, which sees what is asked for by argument.
+        """
+        asked = {name: getattr(model.config, name, False) for name in _OUTPUTS}
+        self._refuse_outputs(asked | {name: kwargs[name] for name in _OUTPUTS if name in kwargs})
+
+    def inputs_of_call(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Tensor | None]:
+        """Return tokens or embeddings, mask and positions."""
+        given = dict(zip(_INPUTS, args, strict=False)) | dict(kwargs)
+        found = {name: given.get(name) for name in _INPUTS if name != "past_key_values"}
+        return {name: each if isinstance(each, Tensor) else None for name, each in found.items()}
 
     def inputs_of_layers(self, model: nn.Module) -> Callable[[Tensor], LayerInputs]:
         """Return what makes a decoder layer's inputs, with the model's own rotary embedding."""

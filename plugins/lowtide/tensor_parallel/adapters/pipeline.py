@@ -159,7 +159,7 @@ def _convert(
     factorisation = factorise(model, settings, group=everyone)
     builder = Builder(
         model, pattern, factorisation.shape, group,
-        settings.activation_checkpointing, settings.overlap_forward,
+        settings.activation_checkpointing, overlaps_forward=settings.overlap_forward,
     )  # fmt: skip
     return Stages(
         config=settings,
