@@ -86,7 +86,7 @@ def test_a_file_that_is_told_in_parts_keeps_what_has_landed(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     chunk = 4096
-    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES", chunk)
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.FIRST_BATCH_BYTES", chunk)
     state = {str(n): torch.arange(3 * chunk // 8) + n for n in range(12)}
     lay = {"path": tmp_path / "file", "is_stable": lambda _: True}
     with open_device("emulated", **ARENA) as device:

@@ -216,7 +216,7 @@ def test_close_finishes_what_is_on_its_way(tmp_path: Path) -> None:
 def test_save_that_ended_in_an_exception_is_abandoned(
     tmp_path: Path, monkeypatch: Any, first_batch_bytes: int
 ) -> None:
-    batch = "lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES"
+    batch = "lowtide.checkpoint.files.ranges.FIRST_BATCH_BYTES"
     monkeypatch.setattr(batch, first_batch_bytes)
     with savers(1) as (saver,):
         saver.begin(tmp_path, "step1", step=1, details=DETAILS)

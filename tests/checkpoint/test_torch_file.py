@@ -136,8 +136,8 @@ def test_native_and_python_headers_are_the_same(
 def test_tensors_can_be_on_their_way_before_the_rest_is_laid_out(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES", 1)
-    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._BATCH_GROWTH", 1.01)
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.FIRST_BATCH_BYTES", 1)
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.BATCH_GROWTH", 1.01)
     whole, other = torch.randn(300), torch.randn(300)
     shared = {
         "part": whole[5:9],

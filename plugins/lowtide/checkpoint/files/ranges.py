@@ -1,0 +1,266 @@
+"""Which bytes of which storages a state needs, and the records of a torch file they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowtide.checkpoint.files import opcodes
+from lowtide.checkpoint.files.archive import HEADER_BYTES, PAGE_BYTES, Record
+from lowtide.checkpoint.writer.plan import DeviceBytes
+from lowtide.core.device import Device
+from lowtide.core.device.homes import Homes
+from lowtide.core.errors import DeviceError
+
+FIRST_BATCH_BYTES = 16 << 20  # of tensors; in a smaller file it gains nothing
+BATCH_GROWTH = 2  # less than laying out is faster than disks are, so that none waits
+_MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
+
+
+@dataclass(slots=True)
+class Range:
+    """A stretch of one storage that becomes one record of the archive."""
+
+    storage: torch.UntypedStorage
+    begin: int  # bytes, in the storage
+    end: int
+    tensors: list[torch.Tensor]
+    number: int = -1  # of its record, once it has one
+    is_lazy: bool = False  # then its memory is read later
+    location: str = "cpu"  # where torch is to bring it when it loads the file
+
+
+class Ranges:
+    """Collects the memory of a state's tensors: each byte once, overlapping ones together.
+
+    Args:
+        is_stable: Whether a tensor's memory stays as it is until the file has been captured. What
+            is not stable is copied here and now.
+        homes: Where tensors live; None leaves nothing on a device.
+    """
+
+    def __init__(self, is_stable: Callable[[torch.Tensor], bool], homes: Homes | None) -> None:
+        self._is_stable = is_stable
+        self._homes = homes
+        self._ranges: dict[tuple[int, torch.dtype], list[Range]] = {}
+        self._alive: list[Any] = []  # ids must stay taken while they are keys
+        self.of_tensor: dict[int, Range] = {}  # by id
+        self.odd: set[int] = set()  # ids of those in it that are more than their memory
+        self.records: list[Record] = []
+        self.lazy: list[torch.Tensor] = []
+        self.elsewhere: dict[int, DeviceBytes] = {}
+        self.eager_bytes = 0
+        self.recorded_bytes = 0
+        self.expected_bytes = 0  # about what they will be, once a batch has been given
+
+    def scan(self, state: Any) -> Iterator[int]:
+        """Look at all tensors first: which part of which storage will be needed.
+
+        Gives the bytes of the records made so far, whenever that is worth a look.
+        """
+        due = FIRST_BATCH_BYTES
+        tensors = _tensors(state)
+        for tensor in tensors.values():
+            if not is_plain(tensor):
+                self._add_odd(tensor)
+                continue
+            size = tensor.nbytes
+            if not size:
+                continue
+            storage = tensor.untyped_storage()
+            key = (storage._cdata, tensor.dtype)
+            if size == storage.nbytes() and key not in self._ranges:
+                # By far the most frequent: a tensor that has its storage for itself.
+                found = Range(storage, 0, size, [tensor])
+                self._ranges[key] = [found]
+                self.of_tensor[id(tensor)] = found
+                self._alive.append(tensor)
+                self._record(found)
+            else:
+                self._add(tensor)
+            if self.recorded_bytes >= due:
+                due = BATCH_GROWTH * self.recorded_bytes
+                if not self.expected_bytes:
+                    self.expected_bytes = _total_bytes(tensors)
+                yield self.recorded_bytes
+        for key, ranges in self._ranges.items():
+            if len(ranges) > 1:
+                self._ranges[key] = ranges = self._merge(ranges)
+            for each in ranges:
+                if each.number < 0:
+                    self._record(each)
+        if self.recorded_bytes >= FIRST_BATCH_BYTES:
+            yield self.recorded_bytes
+
+    def find(self, tensor: torch.Tensor) -> Range:
+        """Return the range of a plain tensor that `scan` may not have seen, with its record."""
+        # It is empty, or inside an object that `scan` cannot look into.
+        found = self._known(tensor) or self._add(tensor)
+        if found.number < 0:
+            self._record(found)
+        return found
+
+    def whole(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Range | None:
+        """Return the range that is all of `storage` as `dtype`, if there is one."""
+        ranges = self._ranges.get((storage._cdata, dtype), [])
+        size = storage.nbytes()
+        return next((r for r in ranges if r.begin == 0 and r.end == size and size), None)
+
+    def copy(self, storage: torch.UntypedStorage, begin: int, size: int) -> int:
+        """Copy bytes of a storage here and now; returns the number of their record."""
+        copy = torch.empty(size, dtype=torch.uint8)
+        if size:
+            copy.copy_(_bytes_of(storage)[begin : begin + size])
+        self.eager_bytes += size
+        self.records.append(Record(copy, copy.data_ptr(), size))
+        return len(self.records) - 1
+
+    def _add(self, tensor: torch.Tensor) -> Range:
+        return self._add_bytes(tensor, *_extent(tensor))
+
+    def _add_odd(self, tensor: torch.Tensor) -> None:
+        """Note the memory of a tensor that is more than its memory, as torch will ask for it.
+
+        A parameter's is pickled as the plain tensor inside, any other one's as a whole storage.
+        What shares that memory must come into the same record.
+        """
+        if not (_has_plain_memory(tensor) and tensor.numel()):
+            return
+        self.odd.add(id(tensor))
+        if isinstance(tensor, torch.nn.Parameter):
+            self._add(tensor)
+        elif type(tensor) is torch.Tensor:
+            self._add_bytes(tensor, 0, tensor.untyped_storage().nbytes())
+
+    def _add_bytes(self, tensor: torch.Tensor, begin: int, end: int) -> Range:
+        self._alive.append(tensor)
+        storage = tensor.untyped_storage()
+        ranges = self._ranges.setdefault((storage._cdata, tensor.dtype), [])
+        if ranges and ranges[0].number >= 0 and ranges[0].begin <= begin and end <= ranges[0].end:
+            found = ranges[0]
+            found.tensors.append(tensor)
+            if found.is_lazy:
+                self.lazy.append(tensor)
+        else:
+            found = Range(storage, begin, end, [tensor])
+            is_whole = begin == 0 and end == storage.nbytes()
+            ranges.insert(0 if is_whole else len(ranges), found)
+            if is_whole:  # it cannot grow any more
+                self._record(found)
+        self.of_tensor[id(tensor)] = found
+        return found
+
+    def _known(self, tensor: torch.Tensor) -> Range | None:
+        """Return the range that holds all of `tensor` already, if there is one."""
+        begin, end = _extent(tensor)
+        key = (tensor.untyped_storage()._cdata, tensor.dtype)
+        ranges = self._ranges.get(key, [])
+        return next((r for r in ranges if r.begin <= begin and end <= r.end), None)
+
+    def _merge(self, ranges: list[Range]) -> list[Range]:
+        merged: list[Range] = []
+        # What has a record already is a whole storage, and takes in all that follows.
+        for each in sorted(ranges, key=lambda r: (r.begin, r.number < 0)):
+            if merged and each.begin <= merged[-1].end + _MERGE_GAP_BYTES:
+                merged[-1].end = max(merged[-1].end, each.end)
+                merged[-1].tensors += each.tensors
+                self.of_tensor |= dict.fromkeys(map(id, each.tensors), merged[-1])
+                if merged[-1].is_lazy:
+                    self.lazy += each.tensors
+            else:
+                merged.append(each)
+        return merged
+
+    def _record(self, kept: Range) -> None:
+        """Give a range its record."""
+        tensor, storage = kept.tensors[0], kept.storage
+        size = kept.end - kept.begin
+        self.recorded_bytes += size
+        kept.number = len(self.records)
+        is_stable = self._is_stable(tensor)  # so are the others: they are in one storage
+        device = self._device_of(tensor) if is_stable else None
+        is_host = tensor.is_cpu
+        if not is_host:
+            kept.location = torch.serialization.location_tag(storage)
+        kept.is_lazy = device is not None or (is_stable and is_host)
+        if kept.is_lazy:
+            self.lazy += kept.tensors
+        if device is not None:
+            memory = _bytes_of(storage)[kept.begin : kept.end]
+            self.elsewhere[kept.number] = DeviceBytes(device, memory)
+            # It will lie in a slot, as it does in its chunk of the file; page by page if large.
+            self.records.append(Record(storage, PAGE_BYTES, size))
+        elif kept.is_lazy:
+            self.records.append(Record(storage, storage.data_ptr() + kept.begin, size))
+        else:
+            self.copy(storage, kept.begin, size)
+
+    def _device_of(self, tensor: torch.Tensor) -> Device | None:
+        if self._homes is None:
+            return None
+        try:
+            return self._homes.of(tensor)
+        except DeviceError:  # torch can read it all the same
+            return None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether dtype, storage, offset, size and stride are all there is to a tensor."""
+    kind = type(tensor)
+    return (
+        (kind is torch.Tensor or kind is torch.nn.Parameter)
+        and not getattr(tensor, "__dict__", None)
+        and not tensor._backward_hooks
+        and not (kind is torch.Tensor and tensor.grad_fn is not None)
+        and _has_plain_memory(tensor)
+    )
+
+
+def _has_plain_memory(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.dtype in opcodes.STORAGES
+        and (tensor.is_cpu or tensor.is_cuda)
+        and not tensor.is_neg()
+    )
+
+
+def _tensors(state: Any) -> dict[int, torch.Tensor]:
+    """Find the tensors in nested dicts, lists and tuples, by id; others the pickler will find."""
+    waiting: list[Any] = [(state,)]
+    seen: set[int] = set()
+    found: dict[int, torch.Tensor] = {}
+    while waiting:
+        for value in waiting.pop():
+            if isinstance(value, torch.Tensor):
+                found[id(value)] = value
+            elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+def _total_bytes(tensors: dict[int, torch.Tensor]) -> int:
+    """Return what tensors and their headers may take in the file."""
+    try:
+        tensors_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    except (RuntimeError, NotImplementedError):  # a kind of tensor that does not know
+        return 0
+    return tensors_bytes + HEADER_BYTES * len(tensors)
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes of its storage that a tensor reaches."""
+    item = tensor.element_size()
+    begin = int(tensor.storage_offset()) * item
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    steps = sum(int((n - 1) * s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (steps + 1) * item
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
