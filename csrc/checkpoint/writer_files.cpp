@@ -59,7 +59,7 @@ int reserve_bytes(int fd, std::uint64_t bytes) {
 }
 
 // Reserves what a file may become, because the kernel lets no write pass while it reserves more; if
-// there is not so much room, what is known of it. Says in `reserved` how much. Returns an errno or 0.
+// there is not so much room, what is known of it. Says in `reserved` how much; returns as above.
 int reserve(int fd, const FileSpec &spec, std::uint64_t &reserved) {
     reserved = std::max(spec.size, spec.expected);
     if (reserved > spec.size && reserve_bytes(fd, reserved) == 0) {

@@ -26,6 +26,7 @@ import torch
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
+from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.files.torch_file import Layout
 from lowtide.checkpoint.nodes.epochs import prune_copies
 from lowtide.checkpoint.nodes.peers import Peers
@@ -91,6 +92,7 @@ class Saver:
         )
         self._drain = Drain(config, self._committer, self.peers)
         self._count = 0
+        self._memos: dict[str, Memo] = {}  # of the files of the checkpoint before
         self._cleaned: set[Path] = set()
         self._committed: dict[int, str] = {}  # the newest of each level, by its tag
         self._replicated: dict[int, str] = {}  # the newest of which all nodes' copies are there
@@ -136,7 +138,8 @@ class Saver:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             saving.give_up(CheckpointError(f"{path.parent}: cannot be made ({error.strerror})"))
-        layout = Layout(state, path, is_stable=is_stable, homes=self.stager.homes)
+        memo = saving.memos[name] = self._memos.get(name, Memo())
+        layout = Layout(state, path, is_stable=is_stable, homes=self.stager.homes, memo=memo)
         if saving.error is not None:
             saving.eager_bytes += layout.finish().eager_bytes
             return
@@ -150,6 +153,7 @@ class Saver:
         if saving is None:
             raise CheckpointError("no checkpoint has begun; call begin() first")
         saving.save_latest = save_latest
+        self._memos, saving.memos = saving.memos, {}
         with self._lock:
             self.history.append(saving)
             while len(self.history) > _HISTORY and self.history[0].has_ended:

@@ -15,6 +15,7 @@ import torch
 
 from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
+from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.nodes.placement import Nodes
 from lowtide.checkpoint.staging.feed import Feed
 from lowtide.checkpoint.store.folders import part_folder
@@ -151,6 +152,7 @@ class Saving:
         self.step = step
         self.details = details
         self.save_latest = True
+        self.memos: dict[str, Memo] = {}  # of its files by name, while they are laid out
         self.parts: list[_Part] = []
         self.error: CheckpointError | None = None
         self.blocked_s = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from lowtide.checkpoint.files import opcodes
 from lowtide.checkpoint.files.archive import HEADER_BYTES, PAGE_BYTES, Record
+from lowtide.checkpoint.files.memo import Memo, has_own_storage, look_at
 from lowtide.checkpoint.writer.plan import DeviceBytes
 from lowtide.core.device import Device
 from lowtide.core.device.homes import Homes
@@ -17,7 +19,10 @@ from lowtide.core.errors import DeviceError
 
 FIRST_BATCH_BYTES = 16 << 20  # of tensors; in a smaller file it gains nothing
 BATCH_GROWTH = 2  # less than laying out is faster than disks are, so that none waits
+BLOCK = 256  # tensors that are looked at together
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
+
+_ADDRESS, _SIZE = map(operator.itemgetter, (8, 9))  # of `Facts`
 
 
 @dataclass(slots=True)
@@ -40,13 +45,21 @@ class Ranges:
         is_stable: Whether a tensor's memory stays as it is until the file has been captured. What
             is not stable is copied here and now.
         homes: Where tensors live; None leaves nothing on a device.
+        memo: Of the file that was laid out before, or a new one. Is changed.
     """
 
-    def __init__(self, is_stable: Callable[[torch.Tensor], bool], homes: Homes | None) -> None:
+    def __init__(
+        self, is_stable: Callable[[torch.Tensor], bool], homes: Homes | None, memo: Memo
+    ) -> None:
         self._is_stable = is_stable
         self._homes = homes
+        self._memo = memo
         self._ranges: dict[tuple[int, torch.dtype], list[Range]] = {}
+        # Of tensors that were taken over as they were: tensor, storage, number of its record.
+        self._same: dict[tuple[int, torch.dtype], tuple[torch.Tensor, Any, int]] = {}
         self._alive: list[Any] = []  # ids must stay taken while they are keys
+        self.tensors: list[torch.Tensor] = []  # that were found
+        self.opcodes: list[bytes] = []  # that push them; empty if that is not known yet
         self.of_tensor: dict[int, Range] = {}  # by id
         self.odd: set[int] = set()  # ids of those in it that are more than their memory
         self.records: list[Record] = []
@@ -62,25 +75,10 @@ class Ranges:
         Gives the bytes of the records made so far, whenever that is worth a look.
         """
         due = FIRST_BATCH_BYTES
-        tensors = _tensors(state)
-        for tensor in tensors.values():
-            if not is_plain(tensor):
-                self._add_odd(tensor)
-                continue
-            size = tensor.nbytes
-            if not size:
-                continue
-            storage = tensor.untyped_storage()
-            key = (storage._cdata, tensor.dtype)
-            if size == storage.nbytes() and key not in self._ranges:
-                # By far the most frequent: a tensor that has its storage for itself.
-                found = Range(storage, 0, size, [tensor])
-                self._ranges[key] = [found]
-                self.of_tensor[id(tensor)] = found
-                self._alive.append(tensor)
-                self._record(found)
-            else:
-                self._add(tensor)
+        tensors = self.tensors = list(_tensors(state).values())
+        self.opcodes = [b""] * len(tensors)
+        for begin in range(0, len(tensors), BLOCK):
+            self._take(begin, tensors[begin : begin + BLOCK])
             if self.recorded_bytes >= due:
                 due = BATCH_GROWTH * self.recorded_bytes
                 if not self.expected_bytes:
@@ -95,6 +93,70 @@ class Ranges:
         if self.recorded_bytes >= FIRST_BATCH_BYTES:
             yield self.recorded_bytes
 
+    def _take(self, begin: int, tensors: list[torch.Tensor]) -> None:
+        """Look at some tensors, which are at `begin` and behind it among all of them."""
+        seen = look_at(tensors)
+        if seen is None:
+            for tensor in tensors:
+                self._add_any(tensor)
+        elif not self._take_same(begin, tensors, *seen):
+            rows = zip(tensors, *seen, strict=True)
+            for position, (tensor, storage, facts) in enumerate(rows, begin):
+                if has_own_storage(facts) and not self._ranges_of(_key(facts)):
+                    self._add_own(position, tensor, storage, facts)
+                else:
+                    self._add_any(tensor)
+
+    def _take_same(
+        self, begin: int, tensors: list[torch.Tensor], storages: list[Any], facts: list[Any]
+    ) -> bool:
+        """Take tensors of which all is as it was in the file before; tell whether it is."""
+        number, end = len(self.records), begin + len(tensors)
+        keys = list(map(_key, facts))
+        if (
+            not self._memo.fits(begin, facts, number)
+            or (self._homes is not None and self._homes.has_given)
+            or not all(map(self._is_stable, tensors))
+            or not self._ranges.keys().isdisjoint(keys)
+        ):
+            return False
+        numbers = range(number, number + len(tensors))
+        self._same.update(zip(keys, zip(tensors, storages, numbers, strict=True), strict=True))
+        self.opcodes[begin:end] = self._memo.opcodes[begin:end]
+        self.lazy += tensors
+        sizes = list(map(_SIZE, facts))
+        self.records += map(Record, storages, map(_ADDRESS, facts), sizes)
+        self.recorded_bytes += sum(sizes)
+        return True
+
+    def _add_own(self, position: int, tensor: torch.Tensor, storage: Any, facts: Any) -> None:
+        """Add a tensor that is all that is seen of its storage: by far the most frequent."""
+        kind, (dtype, shape, grad, _, _, size), stride, offset = facts[:4]
+        kept = Range(storage, 0, size, [tensor])
+        self._ranges[_key(facts)] = [kept]
+        self._record(kept)
+        head, tail = opcodes.around_number(
+            *(dtype, kept.location, size // dtype.itemsize, offset, shape, stride, grad),
+            kind is torch.nn.Parameter,
+        )
+        pushing = self.opcodes[position] = opcodes.numbered(head, kept.number, tail)
+        if kept.is_lazy and kept.number not in self.elsewhere:
+            self._memo.note(position, facts, kept.number, pushing)
+
+    def _add_any(self, tensor: torch.Tensor) -> None:
+        if not is_plain(tensor):
+            self._add_odd(tensor)
+        elif tensor.numel():
+            self._add(tensor)
+
+    def _ranges_of(self, key: tuple[int, torch.dtype]) -> list[Range]:
+        """Return the ranges that there are of a storage as one dtype."""
+        if key in self._same:
+            tensor, storage, number = self._same.pop(key)
+            kept = Range(storage, 0, storage.nbytes(), [tensor], number, is_lazy=True)
+            self._ranges[key] = [kept]
+        return self._ranges.get(key, [])
+
     def find(self, tensor: torch.Tensor) -> Range:
         """Return the range of a plain tensor that `scan` may not have seen, with its record."""
         # It is empty, or inside an object that `scan` cannot look into.
@@ -105,7 +167,7 @@ class Ranges:
 
     def whole(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Range | None:
         """Return the range that is all of `storage` as `dtype`, if there is one."""
-        ranges = self._ranges.get((storage._cdata, dtype), [])
+        ranges = self._ranges_of((storage._cdata, dtype))
         size = storage.nbytes()
         return next((r for r in ranges if r.begin == 0 and r.end == size and size), None)
 
@@ -138,7 +200,8 @@ class Ranges:
     def _add_bytes(self, tensor: torch.Tensor, begin: int, end: int) -> Range:
         self._alive.append(tensor)
         storage = tensor.untyped_storage()
-        ranges = self._ranges.setdefault((storage._cdata, tensor.dtype), [])
+        key = (storage._cdata, tensor.dtype)
+        ranges = self._ranges_of(key)
         if ranges and ranges[0].number >= 0 and ranges[0].begin <= begin and end <= ranges[0].end:
             found = ranges[0]
             found.tensors.append(tensor)
@@ -148,6 +211,7 @@ class Ranges:
             found = Range(storage, begin, end, [tensor])
             is_whole = begin == 0 and end == storage.nbytes()
             ranges.insert(0 if is_whole else len(ranges), found)
+            self._ranges[key] = ranges
             if is_whole:  # it cannot grow any more
                 self._record(found)
         self.of_tensor[id(tensor)] = found
@@ -157,7 +221,7 @@ class Ranges:
         """Return the range that holds all of `tensor` already, if there is one."""
         begin, end = _extent(tensor)
         key = (tensor.untyped_storage()._cdata, tensor.dtype)
-        ranges = self._ranges.get(key, [])
+        ranges = self._ranges_of(key)
         return next((r for r in ranges if r.begin <= begin and end <= r.end), None)
 
     def _merge(self, ranges: list[Range]) -> list[Range]:
@@ -207,6 +271,10 @@ class Ranges:
             return None
 
 
+def _key(facts: Any) -> tuple[int, torch.dtype]:
+    return facts[7], facts[1][0]
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Tell whether dtype, storage, offset, size and stride are all there is to a tensor."""
     kind = type(tensor)
@@ -243,10 +311,10 @@ def _tensors(state: Any) -> dict[int, torch.Tensor]:
     return found
 
 
-def _total_bytes(tensors: dict[int, torch.Tensor]) -> int:
+def _total_bytes(tensors: list[torch.Tensor]) -> int:
     """Return what tensors and their headers may take in the file."""
     try:
-        tensors_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        tensors_bytes = sum(tensor.nbytes for tensor in tensors)
     except (RuntimeError, NotImplementedError):  # a kind of tensor that does not know
         return 0
     return tensors_bytes + HEADER_BYTES * len(tensors)

@@ -18,7 +18,6 @@ import gc
 import io
 import pickle
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 
 from lowtide.checkpoint.files import opcodes
 from lowtide.checkpoint.files.archive import Archive
+from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.files.ranges import Ranges, is_plain
 from lowtide.checkpoint.writer.plan import FilePlan
 from lowtide.core.device.homes import Homes
@@ -60,6 +60,8 @@ class Layout:
             is not stable is copied here and now.
         homes: Where tensors live. What is stable on a device is then named in the plan
             (`FilePlan.elsewhere`); without it, that is copied here and now too.
+        memo: Of the file that was laid out for this name before: what is still the same goes
+            faster. Is changed.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class Layout:
         *,
         is_stable: Callable[[torch.Tensor], bool],
         homes: Homes | None = None,
+        memo: Memo | None = None,
     ) -> None:
         self._state = state
         self._archive = Archive(path)
-        self._ranges = Ranges(is_stable, homes)
+        self._memo = Memo() if memo is None else memo
+        self._ranges = Ranges(is_stable, homes, self._memo)
         self._batches = self._ranges.scan(state)
         self._put = 0  # records that the archive has
 
@@ -99,9 +103,10 @@ class Layout:
         with _no_collection():
             for _ in self._batches:
                 pass
-            pickled = _StatePickler(ranges).dump_bytes(self._state)
+            pickled = _StatePickler(ranges, self._memo).dump_bytes(self._state)
             self._put_records()
             self._archive.close(pickled)
+            self._memo.forget_behind(len(ranges.tensors))
             plan = self._plan()
         return TorchFile(plan=plan, lazy=ranges.lazy, eager_bytes=ranges.eager_bytes)
 
@@ -147,22 +152,27 @@ class _StatePickler(pickle.Pickler):
     Tensors are written as marks first, which are then replaced by their opcodes.
     """
 
-    def __init__(self, ranges: Ranges) -> None:
+    def __init__(self, ranges: Ranges, memo: Memo) -> None:
         self._buffer = io.BytesIO()
         super().__init__(self._buffer, protocol=2)
         self._ranges = ranges
-        self._of_tensor = ranges.of_tensor
+        self._memo = memo
+        self._marks = memo.marks_for(len(ranges.tensors), _mark)
+        self._pushed = [*ranges.opcodes]  # by the numbers of the marks
+        known = zip(ranges.tensors, self._marks, ranges.opcodes, strict=False)
+        self._ready = {id(tensor): mark for tensor, mark, pushing in known if pushing}
         self._whole: dict[int, bytes] = {}  # storages that are kept as they are
         self._alive: list[Any] = opcodes.learn(self)  # ids must stay taken while they are keys
-        self._token = secrets.token_hex(8)
-        self._marked: list[bytes] = []
 
     def dump_bytes(self, state: Any) -> bytes:
         """Return the pickle of `state`."""
         begin = self._buffer.tell()
         self.dump(state)
-        stream = self._buffer.getvalue()[begin + len(_PROTOCOL) :]
-        return opcodes.HEAD + self._unmarked(stream)
+        stream, memo = self._buffer.getvalue()[begin + len(_PROTOCOL) :], self._memo
+        if stream != memo.stream or self._pushed != memo.pushed:
+            memo.pickled = opcodes.HEAD + self._unmarked(stream)
+            memo.stream, memo.pushed = stream, self._pushed
+        return memo.pickled
 
     def _unmarked(self, stream: bytes) -> bytes:
         """Put the tensors' opcodes where their marks are."""
@@ -177,15 +187,18 @@ class _StatePickler(pickle.Pickler):
         memo = rb"(?:q.|r.{4})"
         mark = rb"(?:%s%s|%s)X.{4}%s([0-9a-f]{8})%s\x85%sR" % (
             *(re.escape(first), memo, re.escape(get)),
-            *(self._token.encode(), memo, memo),
+            *(self._memo.token.encode(), memo, memo),
         )
         parts = re.split(mark, stream, flags=re.DOTALL)  # between two of them a mark's number
-        parts[1::2] = [self._marked[int(number, 16)] for number in parts[1::2]]
+        parts[1::2] = [self._pushed[int(number, 16)] for number in parts[1::2]]
         return b"".join(parts)
 
     def reducer_override(self, obj: Any) -> Any:
         """Pickle plain tensors as views of their range; leave everything else to torch."""
-        kept = self._of_tensor.get(id(obj))
+        ready = self._ready.get(id(obj))
+        if ready is not None:
+            return ready
+        kept = self._ranges.of_tensor.get(id(obj))
         kind = type(obj)
         if kept is None or id(obj) in self._ranges.odd:
             if kind is torch.storage.TypedStorage or kind is torch.UntypedStorage:
@@ -204,8 +217,8 @@ class _StatePickler(pickle.Pickler):
         return self._marking(opcodes.numbered(head, kept.number, tail))
 
     def _marking(self, pushing: bytes) -> Any:
-        self._marked.append(pushing)
-        return _mark, (f"{self._token}{len(self._marked) - 1:08x}",)
+        self._pushed.append(pushing)
+        return self._memo.marks_for(len(self._pushed), _mark)[len(self._pushed) - 1]
 
     def _whole_storage(self, obj: Any) -> bytes:
         storage = obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
