@@ -16,11 +16,14 @@ from lowtide.checkpoint import list_checkpoints, verify
 from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.interval import FIRST_STEP, Interval, best_interval_s
+from lowtide.checkpoint.ledger import Ledger
+from lowtide.checkpoint.saving import Level, Saving
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.core.config import resolve
 from lowtide.core.errors import CheckpointError, ConfigError
 from lowtide.core.lifecycle import Event
 from lowtide.core.state import Location
+from lowtide.core.telemetry import Telemetry, TelemetryConfig
 from lowtide.hosts import torch_loop
 from tests.helpers.plugin_suite import check_plugin
 
@@ -210,6 +213,25 @@ def test_failure_is_told_and_forgotten_or_raised_as_asked(tmp_path: Path) -> Non
         assert run.checkpoint.wait("committed", 30) is True
         assert run.checkpoint.summary()["failed"] == 1
         run.loop.close()
+
+
+def test_a_failure_is_raised_once_also_where_another_rank_has_told_it_first(
+    tmp_path: Path,
+) -> None:
+    level = Level(number=0, folder=tmp_path)
+    ledger = Ledger(Telemetry(TelemetryConfig()), None)
+    for count in (1, 2):
+        saving = Saving([level], tag="t", attempt=f"ab{count:014x}", step=count, details={})
+        ledger.open(saving)
+        saving.fail(CheckpointError(f"failure {count}"))
+        if count == 1:
+            ledger.take_unraised(saving.attempt)  # rank 0 knew before this one did
+            ledger.settle()
+            assert ledger.unraised is None
+    ledger.settle()
+    assert ledger.unraised == (saving.attempt, "failure 2")
+    ledger.take_unraised(saving.attempt)
+    assert ledger.unraised is None
 
 
 def test_loop_that_is_dropped_ends_its_threads_and_its_model(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -366,17 +366,19 @@ class CheckpointPlugin(Plugin):
         ledger.settle()
         self._raises += 1
         known = ledger.unraised
-        text = self._the_saver().board.share(
+        failure = self._the_saver().board.share(
             f"raise/{self._raises}",
-            lambda: None if known is None else str(known),
+            lambda: None if known is None else list(known),
             timeout_s=PATIENT_S,
         )
-        self._raise(None if text is None else CheckpointError(text))
+        self._raise(failure)
 
-    def _raise(self, error: CheckpointError | None) -> None:
-        if error is not None:
-            self._the_ledger().unraised = None
-            raise error
+    def _raise(self, failure: Sequence[str] | None) -> None:
+        """Raise what has failed, given as its attempt and the reason; once on each rank."""
+        if failure is not None:
+            attempt, why = failure
+            self._the_ledger().take_unraised(attempt)
+            raise CheckpointError(why)
 
     def _the_ledger(self) -> Ledger:
         if self._ledger is None:
