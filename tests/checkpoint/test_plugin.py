@@ -15,7 +15,8 @@ import torch
 from lowtide.checkpoint import list_checkpoints, verify
 from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
 from lowtide.checkpoint.board import Board
-from lowtide.checkpoint.interval import FIRST_STEP, Interval, best_interval_s
+from lowtide.checkpoint.costs import Costs
+from lowtide.checkpoint.interval import FIRST_STEP, Interval, best_interval_s, level_interval_s
 from lowtide.checkpoint.ledger import Ledger
 from lowtide.checkpoint.saving import Level, Saving
 from lowtide.checkpoint.stable import StableMemory
@@ -255,6 +256,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tiers": [{"path": "a"}, {"path": "a/"}]}, "names one folder twice"),
     ({"tiers": [{"path": "a", "keep": 0}]}, r"tiers.*keep.*got 0"),
     ({"tiers": [{"folder": "a"}]}, "folder"),
+    ({"tiers": [{"path": "a", "every": 0}]}, '"every" is 0 at a; at least 1, or "auto"'),
+    ({"tiers": [{"path": "a", "every": "auto"}]}, 'the first of "tiers", .* set "every_n_steps"'),
     ({"tier": []}, 'mean "tiers"'),
     ({"keep": 0}, "keep"),
     ({"on_error": "exit"}, "'warn' or 'raise'"),
@@ -290,27 +293,73 @@ def test_best_interval_loses_least_time() -> None:
     assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.9, 1.1, 2.0))
 
 
+def interval_of(every: int | str, costs: Costs, shares: dict[int, float]) -> Interval:
+    """Return an interval with failures every hour."""
+    return Interval(
+        Board(), every_n_steps=every, between_failures_s=3600.0, costs=costs, shares=shares
+    )
+
+
+def measure(costs: Costs, level: int, duration_s: float, steps: int, took_s: float) -> None:
+    """Let a checkpoint be on its way to `level` for some steps."""
+    costs.begin(level)
+    for step in range(steps):
+        if step == steps - 1:
+            costs.end(level, took_s)
+        costs.add_step(duration_s)
+
+
 def test_fixed_interval() -> None:
-    interval = Interval(Board(), every_n_steps=3, between_failures_s=1.0)
+    interval = interval_of(3, Costs(), {})
     assert [step for step in range(1, 10) if interval.is_due(step)] == [3, 6, 9]
 
 
 def test_auto_interval_follows_the_measured_cost() -> None:
-    interval = Interval(Board(), every_n_steps="auto", between_failures_s=3600.0)
+    costs = Costs()
+    interval = interval_of("auto", costs, {0: 1.0, 1: 0.25})
     due = next(step for step in range(1, 50) if interval.is_due(step))
     assert due == FIRST_STEP
     for _ in range(9):
-        interval.add_step(0.1, is_saving=False)
+        costs.add_step(0.1)
     interval.plan_next(due, [])
-    interval.add_step(0.3, is_saving=True)  # 0.2 s of stretch, to be added to what was blocked
-    interval.add_step(0.3, is_saving=True)
-    cost_s = 0.05 + 2 * 0.2
-    expected = round(best_interval_s(cost_s, 3600.0) / 0.1)
+    measure(costs, 0, 0.3, 2, took_s=0.5)  # 0.4 s of stretch, to be added to what was blocked
+    measure(costs, 1, 0.2, 4, took_s=0.9)  # 0.4 s, but only for every fourth one
+    measure(costs, 2, 0.9, 1, took_s=0.9)  # has an interval of its own
+    expected = round(best_interval_s(0.05 + 0.4 + 0.1, 3600.0) / 0.1)
     assert interval.best_steps([0.05]) == pytest.approx(expected, abs=1)
     interval.plan_next(20, [0.05])
     following = 20 + interval.best_steps([0.05])
     assert not interval.is_due(following - 1)
     assert interval.is_due(following)
+
+
+def test_interval_of_a_level_follows_its_cost_and_waits_for_the_last_one() -> None:
+    costs = Costs()
+    assert level_interval_s(costs, 1, 100.0) == 0.0
+    measure(costs, 1, 0.9, 1, took_s=3.0)
+    assert level_interval_s(costs, 1, 100.0) == 3.0, "no step without it to compare with"
+    costs.add_step(0.1)
+    assert level_interval_s(costs, 1, 100.0) == pytest.approx(best_interval_s(0.8, 100.0))
+    assert level_interval_s(costs, 1, 1.0) == 3.0
+    assert level_interval_s(costs, 2, 100.0) == 0.0
+
+
+def test_a_step_counts_for_the_slowest_level_that_was_worked_for_in_it() -> None:
+    costs = Costs()
+    costs.add_step(1.0)
+    costs.begin(0)
+    costs.end(0)  # within one step
+    costs.add_step(1.5)
+    costs.begin(0)
+    costs.begin(1)
+    costs.end(0)
+    costs.add_step(3.0)
+    costs.end(1)
+    costs.add_step(3.0)
+    costs.add_step(1.0)
+    assert costs.stretch_s(0) == pytest.approx(0.25), "half a second at one of two saves"
+    assert costs.stretch_s(1) == pytest.approx(4.0)
+    assert costs.step_s() == 1.0
 
 
 # -- what ---------------------------------------------------------------------------------------

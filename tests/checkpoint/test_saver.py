@@ -318,6 +318,30 @@ def test_levels_have_their_own_interval_and_retention(tmp_path: Path) -> None:
     assert [e.tag for e in list_checkpoints(slow)] == ["step6", "step3"]
 
 
+def test_auto_level_gets_a_checkpoint_when_rank_0_says_that_it_is_time(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    entries = [{"path": str(fast)}, {"path": str(slow), "every": "auto"}]
+    with savers(2, tiers=entries) as all_savers:
+
+        def save_next(step: int) -> None:
+            save(all_savers, slow, step)
+            assert wait_all(all_savers) == [True, True]
+
+        router = all_savers[0].router
+        save_next(1)
+        assert 0 < router.interval_s(1) < EVER, "as long as the first one took"
+        for _ in range(3):
+            router.costs.begin(1)
+            router.costs.end(1, 1000.0)
+        save_next(2)
+        assert router.intervals_s() == {str(slow): 1000.0}
+        router._last_s[1] -= 1000.0
+        save_next(3)
+        save_next(4)
+    assert [e.tag for e in list_checkpoints(fast)] == ["step4", "step3", "step2", "step1"]
+    assert [e.tag for e in list_checkpoints(slow)] == ["step3", "step1"]
+
+
 def test_a_level_that_fails_is_left_out_until_it_works(tmp_path: Path) -> None:
     fast, slow = tmp_path / "fast", tmp_path / "slow"
     fast.write_text("not a folder")
