@@ -184,7 +184,7 @@ class DeepSpeedWriter:
         from deepspeed.utils import groups
 
         deepspeed.init_distributed("gloo")
-        writer = {"type": "fast", "decoupled": is_decoupled}
+        writer = {"type": "fast", "decoupled": is_decoupled, "data_parallel": "replica"}
         config = DeepSpeedConfig({"train_batch_size": 1, "checkpoint": {"writer": writer}})
         self.trainer, self.folder, self.is_decoupled = trainer, folder, is_decoupled
         if is_decoupled:  # else it starts, and its process dies of the same, seen at the commit
