@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import shutil
 import subprocess
 import warnings
+import weakref
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -434,3 +436,23 @@ def test_a_memo_saves_the_work_for_what_is_the_same(
     state["step"] = 2
     Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
     assert memo.pickled != pickled
+    state["text"] = "x" * (17 << 20)
+    Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    assert len(memo.pickled) < 1 << 20, "what is so large is not kept"
+
+
+def test_a_memo_keeps_no_tensor_and_no_graph(path: Path) -> None:
+    state = _many()
+    weight = torch.nn.Parameter(torch.ones(4))
+    view = weight.view(4)
+    with torch.no_grad():
+        state["leaf"] = weight
+        state["computed"] = (weight * 2).requires_grad_(True)
+    state["of a graph"] = weight * 3
+    gone = [weakref.ref(state["module"]["t9"]), weakref.ref(weight), weakref.ref(view)]
+    memo = Memo()
+    for _ in range(2):
+        Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    del state, weight, view
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3

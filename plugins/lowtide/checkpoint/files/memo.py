@@ -74,7 +74,8 @@ def has_own_storage(facts: Any) -> bool:
     kind, (dtype, _, _, is_cpu, grad_fn, size), _, _, is_neg, has_attributes, has_hooks = facts[:7]
     return (
         size == facts[9] > 0
-        and (kind is torch.nn.Parameter or (kind is torch.Tensor and grad_fn is None))
+        and (kind is torch.Tensor or kind is torch.nn.Parameter)
+        and grad_fn is None  # a memo must not keep a graph
         and is_cpu
         and not (is_neg or has_attributes or has_hooks)
         and dtype in opcodes.STORAGES

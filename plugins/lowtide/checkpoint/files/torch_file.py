@@ -33,6 +33,7 @@ from lowtide.checkpoint.writer.plan import FilePlan
 from lowtide.core.device.homes import Homes
 
 _PROTOCOL = b"\x80\x02"
+_MOST_KEPT_BYTES = 16 << 20  # of a pickle: much more is a script's own objects, not tensors
 
 
 @dataclass(kw_only=True)
@@ -169,10 +170,12 @@ class _StatePickler(pickle.Pickler):
         begin = self._buffer.tell()
         self.dump(state)
         stream, memo = self._buffer.getvalue()[begin + len(_PROTOCOL) :], self._memo
-        if stream != memo.stream or self._pushed != memo.pushed:
-            memo.pickled = opcodes.HEAD + self._unmarked(stream)
-            memo.stream, memo.pushed = stream, self._pushed
-        return memo.pickled
+        if stream == memo.stream and self._pushed == memo.pushed:
+            return memo.pickled
+        pickled = opcodes.HEAD + self._unmarked(stream)
+        if len(pickled) <= _MOST_KEPT_BYTES:
+            memo.stream, memo.pushed, memo.pickled = stream, self._pushed, pickled
+        return pickled
 
     def _unmarked(self, stream: bytes) -> bytes:
         """Put the tensors' opcodes where their marks are."""
