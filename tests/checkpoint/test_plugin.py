@@ -108,6 +108,28 @@ def test_saves_by_itself(tmp_path: Path) -> None:
     assert (loaded["step"], loaded["extra"]) == (6, {"note": "mine"})
 
 
+@pytest.mark.parametrize(
+    ("failures_s", "steps"), [(1e-9, [10, 20, 21, 22, 23, 24]), (1e12, [10, 20])]
+)
+def test_saves_by_itself_as_often_as_loses_least_time(
+    tmp_path: Path, failures_s: float, steps: list[int]
+) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    run = Loop(
+        every_n_steps="auto",
+        mean_time_between_failures_s=failures_s,
+        tiers=[{"path": str(fast)}, {"path": str(slow), "every": "auto"}],
+    )
+    run.steps(12)
+    assert run.checkpoint.wait("drained", 30)
+    run.steps(12)
+    run.loop.close()
+    assert sorted(entry.step or 0 for entry in list_checkpoints(fast)) == steps
+    assert "step10" in [entry.tag for entry in list_checkpoints(slow)]
+    (interval_s,) = run.checkpoint.summary()["level_intervals_s"].values()
+    assert interval_s > 0
+
+
 def test_status_and_summary_tell_what_happened(tmp_path: Path) -> None:
     run = Loop()
     run.steps(1)
