@@ -201,7 +201,7 @@ class Operations:
 def many_on(device: Device, count: int) -> dict[str, torch.Tensor]:
     """Return so many small tensors, each in memory of its own, and a few larger ones."""
     random = torch.Generator().manual_seed(3)
-    sizes = torch.randint(1, 9000, (count,), generator=random)
+    sizes = torch.randint(1, 27_000, (count,), generator=random)
     sizes[count // 3 :: count // 3] = MIB // 2 + 5  # bytes: copied by themselves
     made = [torch.randint(0, 256, (n,), dtype=torch.uint8, generator=random) for n in sizes]
     return {f"t{i}": device.empty(len(v), v.dtype).copy_(v) for i, v in enumerate(made)}

@@ -175,7 +175,7 @@ def test_homes_open_a_gpu_once() -> None:
 @pytest.mark.parametrize("has_room", [True, False], ids=["packed", "no room to pack"])
 def test_small_neighbours_are_copied_together(tmp_path: Path, has_room: bool) -> None:
     with open_device("emulated", **ARENA) as device:
-        state = many_on(device, 1500)
+        state = many_on(device, 500)
         expected = copy_of(state)
         rest = [] if has_room else [fill(device)]
         operations = Operations(device)
@@ -186,12 +186,12 @@ def test_small_neighbours_are_copied_together(tmp_path: Path, has_room: bool) ->
             assert saving.eager_bytes == 0
         del rest
     assert_same(load(tmp_path), expected)
-    assert operations.count < 20 if has_room else operations.count >= 1500
+    assert operations.count < 20 if has_room else operations.count >= 500
 
 
 def test_small_neighbours_are_copied_together_when_the_lane_is_ill(tmp_path: Path) -> None:
     with open_device("emulated", **ARENA) as device:
-        state = many_on(device, 1500)
+        state = many_on(device, 500)
         expected = copy_of(state)
         fault = Fault(device, 1, "fails")
         with saver_for(device) as saver:
