@@ -117,13 +117,15 @@ class Memo:
             self.marks.append((mark, (f"{self.token}{number:08x}",)))
         return self.marks
 
+    def make_room(self, count: int) -> None:
+        """Make room for so many tensors, of which nothing is known yet."""
+        missing = count - len(self.facts)
+        self.facts += [None] * missing
+        self.numbers += [-1] * missing
+        self.opcodes += [b""] * missing
+
     def note(self, position: int, facts: Any, number: int, opcodes: bytes) -> None:
-        """Note a tensor that has a storage for itself; those before it that were not are None."""
-        missing = position + 1 - len(self.facts)
-        if missing > 0:
-            self.facts += [None] * missing
-            self.numbers += [-1] * missing
-            self.opcodes += [b""] * missing
+        """Note a tensor that has a storage for itself."""
         self.facts[position], self.numbers[position] = facts, number
         self.opcodes[position] = opcodes
 

@@ -53,6 +53,7 @@ class Ranges:
     ) -> None:
         self._is_stable = is_stable
         self._homes = homes
+        self._has_given = homes is not None and homes.has_given
         self._memo = memo
         self._ranges: dict[tuple[int, torch.dtype], list[Range]] = {}
         # Of tensors that were taken over as they were: tensor, storage, number of its record.
@@ -77,6 +78,7 @@ class Ranges:
         due = FIRST_BATCH_BYTES
         tensors = self.tensors = list(_tensors(state).values())
         self.opcodes = [b""] * len(tensors)
+        self._memo.make_room(len(tensors))
         for begin in range(0, len(tensors), BLOCK):
             self._take(begin, tensors[begin : begin + BLOCK])
             if self.recorded_bytes >= due:
@@ -115,7 +117,7 @@ class Ranges:
         keys = list(map(_key, facts))
         if (
             not self._memo.fits(begin, facts, number)
-            or (self._homes is not None and self._homes.has_given)
+            or self._has_given
             or not all(map(self._is_stable, tensors))
             or not self._ranges.keys().isdisjoint(keys)
         ):
@@ -245,10 +247,11 @@ class Ranges:
         self.recorded_bytes += size
         kept.number = len(self.records)
         is_stable = self._is_stable(tensor)  # so are the others: they are in one storage
-        device = self._device_of(tensor) if is_stable else None
         is_host = tensor.is_cpu
         if not is_host:
             kept.location = torch.serialization.location_tag(storage)
+        may_be_elsewhere = self._has_given or not is_host
+        device = self._device_of(tensor) if is_stable and may_be_elsewhere else None
         kept.is_lazy = device is not None or (is_stable and is_host)
         if kept.is_lazy:
             self.lazy += kept.tensors
