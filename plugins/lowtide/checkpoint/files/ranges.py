@@ -22,6 +22,7 @@ BATCH_GROWTH = 2  # less than laying out is faster than disks are, so that none 
 BLOCK = 256  # tensors that are looked at together
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
 
+_BYTES = operator.attrgetter("nbytes")
 _ADDRESS, _SIZE = map(operator.itemgetter, (8, 9))  # of `Facts`
 
 
@@ -317,10 +318,11 @@ def _tensors(state: Any) -> dict[int, torch.Tensor]:
 def _total_bytes(tensors: list[torch.Tensor]) -> int:
     """Return what tensors and their headers may take in the file."""
     try:
-        tensors_bytes = sum(tensor.nbytes for tensor in tensors)
+        addresses = map(torch.Tensor.data_ptr, tensors)  # of two in one place one counts
+        sizes = dict(zip(addresses, map(_BYTES, tensors), strict=True))
     except (RuntimeError, NotImplementedError):  # a kind of tensor that does not know
         return 0
-    return tensors_bytes + HEADER_BYTES * len(tensors)
+    return sum(sizes.values()) + HEADER_BYTES * len(tensors)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
