@@ -171,6 +171,55 @@ class Dcp:
             self.stager.close()
 
 
+class DeepSpeedWriter:
+    """DeepSpeed's own fast writer (``"checkpoint": {"writer": ...}``), made durable.
+
+    It needs memory that can be pinned, so without a GPU it says why it does not start.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, *, is_decoupled: bool) -> None:
+        import deepspeed
+        from deepspeed.runtime.checkpoint_engine import utils
+        from deepspeed.runtime.config import DeepSpeedConfig
+        from deepspeed.utils import groups
+
+        deepspeed.init_distributed("gloo")
+        writer = {"type": "fast", "decoupled": is_decoupled, "data_parallel": "replica"}
+        config = DeepSpeedConfig({"train_batch_size": 1, "checkpoint": {"writer": writer}})
+        self.trainer, self.folder, self.is_decoupled = trainer, folder, is_decoupled
+        if is_decoupled:  # else it starts, and its process dies of the same, seen at the commit
+            torch.empty(1).pin_memory()
+        self.engine: Any = utils.create_checkpoint_engine(
+            config_params=config, groups=groups, zero_stage=1, has_moe_layers=False,
+            optimize_dp_state=False,
+        )  # fmt: skip
+
+    def save(self) -> Pending:
+        from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
+
+        path = self.folder / "last" / "state.pt"
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        info = CheckpointCommitInfo("last", str(self.folder), save_latest=False)
+        self.engine.create(info)
+        self.engine.save(self.trainer.state, str(path))
+        ends_s: list[float] = []
+
+        def commit() -> None:
+            self.engine.commit(info)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            ends_s.append(time.perf_counter())
+
+        if not self.is_decoupled:
+            commit()
+            return nothing, lambda: ends_s[0]
+        return commit, lambda: ends_s[0]
+
+    def close(self) -> None:
+        self.engine.cleanup()
+
+
 def raw_write_s(folder: Path, total_bytes: int) -> float:
     """Seconds to bring `total_bytes` to the disk past the page cache, synced, by four threads."""
     path, chunk = folder / "raw.bin", 4 * MIB

@@ -146,10 +146,10 @@ std::vector<T> vector_argument(const py::handle &value, const std::string &path,
 }
 
 FileSpec spec_of(const py::tuple &plan) {
-    if (plan.size() != 8) {
+    if (plan.size() != 9) {
         throw py::value_error("plan: got a tuple of " + std::to_string(plan.size()) +
                               ", allowed is (path, size, offsets, lengths, addresses, entries, "
-                              "literals, patches)");
+                              "literals, patches, expected_size)");
     }
     FileSpec spec;
     spec.path = plan[0].cast<std::string>();
@@ -175,6 +175,7 @@ FileSpec spec_of(const py::tuple &plan) {
         }
         spec.patches.push_back({patches.at(i, 0), static_cast<std::uint32_t>(patches.at(i, 1))});
     }
+    spec.expected = plan[8].cast<std::uint64_t>();
     return spec;
 }
 

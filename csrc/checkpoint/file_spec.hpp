@@ -20,6 +20,7 @@ struct Patch {
 struct FileSpec {
     std::string path;
     std::uint64_t size = 0;
+    std::uint64_t expected = 0; // what the size of a partial file may become
     std::vector<std::uint64_t> offsets;
     std::vector<std::uint64_t> lengths;
     std::vector<std::uint64_t> addresses;

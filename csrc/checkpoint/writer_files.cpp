@@ -48,7 +48,7 @@ int open_for_writing(const std::string &path, bool &use_direct) {
 }
 
 // A full disk shows now and not after minutes of writing. Returns an errno or 0.
-int reserve(int fd, std::uint64_t bytes) {
+int reserve_bytes(int fd, std::uint64_t bytes) {
     if (bytes == 0 ||
         retried([&] { return fallocate(fd, 0, 0, static_cast<off_t>(bytes)); }) == 0) {
         return 0;
@@ -56,6 +56,17 @@ int reserve(int fd, std::uint64_t bytes) {
     const bool is_unsupported = errno == EOPNOTSUPP || errno == EINVAL || errno == ENODEV ||
                                 errno == ENOSYS || errno == ESPIPE;
     return is_unsupported ? 0 : errno;
+}
+
+// Reserves what a file may become, because the kernel lets no write pass while it reserves more; if
+// there is not so much room, what is known of it. Says in `reserved` how much; returns as above.
+int reserve(int fd, const FileSpec &spec, std::uint64_t &reserved) {
+    reserved = std::max(spec.size, spec.expected);
+    if (reserved > spec.size && reserve_bytes(fd, reserved) == 0) {
+        return 0;
+    }
+    reserved = spec.size;
+    return reserve_bytes(fd, reserved);
 }
 
 } // namespace
@@ -95,12 +106,13 @@ void Writer::reserve_more(Lock &lock, const std::shared_ptr<Job> &job, File &fil
     const std::shared_ptr<const FileSpec> spec = file.spec;
     const int fd = file.fd;
     int error = 0;
+    std::uint64_t reserved = spec->size;
     if (!job->is_dropped) {
         lock.unlock();
-        error = reserve(fd, spec->size);
+        error = reserve(fd, *spec, reserved);
         lock.lock();
     }
-    file.reserved = spec->size;
+    file.reserved = reserved;
     file.is_reserving = false;
     if (error != 0) {
         fail(*job, {"reserve space for", spec->path, error, spec->size});
@@ -123,9 +135,10 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
     const char *operation = "open";
     const int fd = open_for_writing(spec->path, use_direct);
     int error = fd < 0 ? errno : 0;
+    std::uint64_t reserved = 0;
     if (error == 0) {
         operation = "reserve space for";
-        error = reserve(fd, spec->size);
+        error = reserve(fd, *spec, reserved);
     }
     lock.lock();
     file.fd = fd;
@@ -136,7 +149,7 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
         files_changed_.notify_all();
     } else {
         file.state = File::State::open;
-        file.reserved = spec->size;
+        file.reserved = reserved;
     }
     if (options_.use_direct && error == 0) {
         is_direct_ = use_direct;
@@ -286,8 +299,9 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
         }
     };
     const auto size = static_cast<off_t>(file.spec->size);
+    const bool is_longer = file.is_padded || file.reserved > file.spec->size;
     lock.unlock();
-    if (!job->is_dropped && file.is_padded) {
+    if (!job->is_dropped && is_longer) {
         attempt("truncate", retried([&] { return ftruncate(file.fd, size); }));
     }
     if (!job->is_dropped && operation == nullptr) {

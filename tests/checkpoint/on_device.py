@@ -179,3 +179,29 @@ class Fault:
 
 def _fail() -> None:
     raise OSError("the copy engine is ill")
+
+
+class Operations:
+    """Counts what a device's checkpoint lane is asked for."""
+
+    def __init__(self, device: Device) -> None:
+        self.count = 0
+        lane = device.lane(LANE)
+        for name in ("copy", "run"):
+            setattr(lane, name, self._counted(getattr(lane, name)))
+
+    def _counted(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.count += 1
+            return stock(*args, **options)
+
+        return call
+
+
+def many_on(device: Device, count: int) -> dict[str, torch.Tensor]:
+    """Return so many small tensors, each in memory of its own, and a few larger ones."""
+    random = torch.Generator().manual_seed(3)
+    sizes = torch.randint(1, 27_000, (count,), generator=random)
+    sizes[count // 3 :: count // 3] = MIB // 2 + 5  # bytes: copied by themselves
+    made = [torch.randint(0, 256, (n,), dtype=torch.uint8, generator=random) for n in sizes]
+    return {f"t{i}": device.empty(len(v), v.dtype).copy_(v) for i, v in enumerate(made)}

@@ -35,6 +35,16 @@ def dead_pid() -> int:
     return child.pid
 
 
+def test_a_zombie_writes_no_more(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=-1)
+    make_part(tmp_path, 1, pid=child.pid, time_s=time.time())
+    assert list(_states(tmp_path).values()) == ["in progress"]
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended; nobody has asked how
+    assert list(_states(tmp_path).values()) == ["abandoned"]
+    child.communicate()
+
+
 def test_entries_say_what_is_known(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 9)
     (tmp_path / "latest").write_text("global_step9\n")
@@ -128,10 +138,11 @@ def test_number_that_is_no_process_is_dead(tmp_path: Path, pid: int) -> None:
 
 
 def test_start_of_this_process_is_known() -> None:
-    started_s = catalog._start_time_s(os.getpid())
+    state, started_s = catalog._state_and_start(os.getpid())
+    assert state == "R"
     assert started_s is not None
     assert started_s < time.time() + 1
-    assert catalog._start_time_s(2**30) is None
+    assert catalog._state_and_start(2**30) == ("", None)
 
 
 def test_unreadable_latest_is_none(tmp_path: Path) -> None:

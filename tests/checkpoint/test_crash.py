@@ -226,7 +226,7 @@ LEADER = {
     "latest is written": at("store.commit:write_latest", "after", where="'step5'"),
     "others do not know": at("board:Board.post", nth=6, where="outcome"),
     "others know": at("board:Board.post", "after", nth=6, where="outcome"),
-    "old ones are there": at("saver:prune", nth=6),
+    "old ones are there": at("keeping:prune", nth=6),
     "an old one is trash": at("store.retention:os.rename", "after", where="/last'), Posix"),
     "an old one is half removed": at("store.retention:os.unlink", "after", nth=15, where=".trash/"),
 }
@@ -316,12 +316,12 @@ def test_rank_dies_on_the_way_to_the_slow_level_when(
 @pytest.mark.parametrize(
     "second",
     [
-        at("saver:finish_published"),
+        at("keeping:finish_published"),
         at("store.folders:os.rename", nth=1),
         at("store.folders:os.rename", nth=2),  # between the two names
         at("store.folders:os.rename", "after", nth=2),
-        at("saver:finish_published", "after"),
-        at("saver:remove_abandoned", "after"),
+        at("keeping:finish_published", "after"),
+        at("keeping:remove_abandoned", "after"),
     ],
     ids=str,
 )

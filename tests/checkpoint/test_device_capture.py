@@ -5,7 +5,6 @@ The emulated device plays the GPU; where there is one, the same tests run on it 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 import time
@@ -23,7 +22,6 @@ from lowtide.hosts import torch_loop
 from tests.checkpoint.on_device import (
     ARENA,
     EVER_S,
-    PAGE,
     RINGS,
     Gate,
     assert_same,
@@ -36,6 +34,7 @@ from tests.checkpoint.on_device import (
     state_on,
     until,
 )
+from tests.helpers.plugin_suite import resident_bytes
 
 
 @pytest.fixture(params=["1", "0"], ids=["native writer", "Python writer"])
@@ -232,8 +231,8 @@ def test_fifty_saves_take_no_more_memory_than_ten(device: Device, tmp_path: Path
             weights.zero_()
             if step % 10 == 9:
                 assert saver.wait(Stage.DRAINED, EVER_S)
-            after_ten = _resident_bytes() if step == 9 else after_ten
-        grown = _resident_bytes() - after_ten
+            after_ten = resident_bytes() if step == 9 else after_ten
+        grown = resident_bytes() - after_ten
         assert torch.equal(load(tmp_path, 49)["w"].cpu(), torch.full((5 * MIB // 4,), 49.0))
         del weights
         gc.collect()
@@ -268,11 +267,3 @@ def test_a_model_on_a_device_trains_on_while_it_is_saved(tmp_path: Path, monkeyp
         assert resolved["checkpoint"]["pinned_buffer_bytes"] == 16 * MIB
         counters = loop.session.telemetry.snapshot()["counters"]
         assert counters["lowtide.checkpoint.eager_bytes"] == 0
-
-
-def _resident_bytes() -> int:
-    """Return the memory in use, without what malloc keeps of freed blocks for later."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * PAGE

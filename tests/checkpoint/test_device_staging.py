@@ -12,17 +12,37 @@ import pytest
 import torch
 
 from lowtide.checkpoint.files.torch_file import Layout
+from lowtide.checkpoint.saving import Stage
 from lowtide.checkpoint.staging import Stager
 from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
-from lowtide.core.device import open_device
+from lowtide.core.device import Device, open_device
 from lowtide.core.device.homes import Homes
 from lowtide.core.errors import DeviceError
 from tests.checkpoint.on_device import (
     ARENA,
     EVER_S,
+    Fault,
+    Operations,
+    assert_same,
+    copy_of,
+    load,
+    many_on,
     place,
+    save,
+    saver_for,
     until,
 )
+
+
+def fill(device: Device) -> list[torch.Tensor]:
+    """Take all memory that a device has left."""
+    taken, size = [], device.memory_bytes
+    while size >= 512:
+        try:
+            taken.append(device.empty(size, torch.uint8))
+        except DeviceError:
+            size //= 2
+    return taken
 
 
 class SlowTicket:
@@ -86,7 +106,7 @@ def test_a_file_that_is_told_in_parts_keeps_what_has_landed(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     chunk = 4096
-    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES", chunk)
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.FIRST_BATCH_BYTES", chunk)
     state = {str(n): torch.arange(3 * chunk // 8) + n for n in range(12)}
     lay = {"path": tmp_path / "file", "is_stable": lambda _: True}
     with open_device("emulated", **ARENA) as device:
@@ -150,3 +170,33 @@ def test_homes_open_a_gpu_once() -> None:
     assert device.owns(tensor)
     assert homes.of(tensor[1:]) is device
     homes.close(timeout_s=EVER_S)
+
+
+@pytest.mark.parametrize("has_room", [True, False], ids=["packed", "no room to pack"])
+def test_small_neighbours_are_copied_together(tmp_path: Path, has_room: bool) -> None:
+    with open_device("emulated", **ARENA) as device:
+        state = many_on(device, 500)
+        expected = copy_of(state)
+        rest = [] if has_room else [fill(device)]
+        operations = Operations(device)
+        with saver_for(device) as saver:
+            saving = save(saver, tmp_path, state)
+            assert saver.wait(Stage.DRAINED, EVER_S), saving.error
+            assert saver.stager.fallbacks == 0
+            assert saving.eager_bytes == 0
+        del rest
+    assert_same(load(tmp_path), expected)
+    assert operations.count < 20 if has_room else operations.count >= 500
+
+
+def test_small_neighbours_are_copied_together_when_the_lane_is_ill(tmp_path: Path) -> None:
+    with open_device("emulated", **ARENA) as device:
+        state = many_on(device, 500)
+        expected = copy_of(state)
+        fault = Fault(device, 1, "fails")
+        with saver_for(device) as saver:
+            saving = save(saver, tmp_path, state)
+            assert saver.wait(Stage.DRAINED, EVER_S), saving.error
+            assert saver.stager.fallbacks == 1
+        fault.remove()
+    assert_same(load(tmp_path), expected)

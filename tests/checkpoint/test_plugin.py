@@ -15,12 +15,16 @@ import torch
 from lowtide.checkpoint import list_checkpoints, verify
 from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
 from lowtide.checkpoint.board import Board
-from lowtide.checkpoint.interval import FIRST_STEP, Interval, best_interval_s
+from lowtide.checkpoint.costs import Costs
+from lowtide.checkpoint.interval import FIRST_STEP, Interval, best_interval_s, level_interval_s
+from lowtide.checkpoint.ledger import Ledger
+from lowtide.checkpoint.saving import Level, Saving
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.core.config import resolve
 from lowtide.core.errors import CheckpointError, ConfigError
 from lowtide.core.lifecycle import Event
 from lowtide.core.state import Location
+from lowtide.core.telemetry import Telemetry, TelemetryConfig
 from lowtide.hosts import torch_loop
 from tests.helpers.plugin_suite import check_plugin
 
@@ -102,6 +106,28 @@ def test_saves_by_itself(tmp_path: Path) -> None:
     assert [entry.tag for entry in list_checkpoints(tmp_path)] == ["step6", "step4"]
     loaded = torch.load(tmp_path / "step6" / "rank0.pt")
     assert (loaded["step"], loaded["extra"]) == (6, {"note": "mine"})
+
+
+@pytest.mark.parametrize(
+    ("failures_s", "steps"), [(1e-9, [10, 20, 21, 22, 23, 24]), (1e12, [10, 20])]
+)
+def test_saves_by_itself_as_often_as_loses_least_time(
+    tmp_path: Path, failures_s: float, steps: list[int]
+) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    run = Loop(
+        every_n_steps="auto",
+        mean_time_between_failures_s=failures_s,
+        tiers=[{"path": str(fast)}, {"path": str(slow), "every": "auto"}],
+    )
+    run.steps(12)
+    assert run.checkpoint.wait("drained", 30)
+    run.steps(12)
+    run.loop.close()
+    assert sorted(entry.step or 0 for entry in list_checkpoints(fast)) == steps
+    assert "step10" in [entry.tag for entry in list_checkpoints(slow)]
+    (interval_s,) = run.checkpoint.summary()["level_intervals_s"].values()
+    assert interval_s > 0
 
 
 def test_status_and_summary_tell_what_happened(tmp_path: Path) -> None:
@@ -212,6 +238,25 @@ def test_failure_is_told_and_forgotten_or_raised_as_asked(tmp_path: Path) -> Non
         run.loop.close()
 
 
+def test_a_failure_is_raised_once_also_where_another_rank_has_told_it_first(
+    tmp_path: Path,
+) -> None:
+    level = Level(number=0, folder=tmp_path)
+    ledger = Ledger(Telemetry(TelemetryConfig()), None)
+    for count in (1, 2):
+        saving = Saving([level], tag="t", attempt=f"ab{count:014x}", step=count, details={})
+        ledger.open(saving)
+        saving.fail(CheckpointError(f"failure {count}"))
+        if count == 1:
+            ledger.take_unraised(saving.attempt)  # rank 0 knew before this one did
+            ledger.settle()
+            assert ledger.unraised is None
+    ledger.settle()
+    assert ledger.unraised == (saving.attempt, "failure 2")
+    ledger.take_unraised(saving.attempt)
+    assert ledger.unraised is None
+
+
 def test_loop_that_is_dropped_ends_its_threads_and_its_model(tmp_path: Path) -> None:
     before = threading.active_count()
     run = Loop()
@@ -233,6 +278,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tiers": [{"path": "a"}, {"path": "a/"}]}, "names one folder twice"),
     ({"tiers": [{"path": "a", "keep": 0}]}, r"tiers.*keep.*got 0"),
     ({"tiers": [{"folder": "a"}]}, "folder"),
+    ({"tiers": [{"path": "a", "every": 0}]}, '"every" is 0 at a; at least 1, or "auto"'),
+    ({"tiers": [{"path": "a", "every": "auto"}]}, 'the first of "tiers", .* set "every_n_steps"'),
     ({"tier": []}, 'mean "tiers"'),
     ({"keep": 0}, "keep"),
     ({"on_error": "exit"}, "'warn' or 'raise'"),
@@ -268,27 +315,73 @@ def test_best_interval_loses_least_time() -> None:
     assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.9, 1.1, 2.0))
 
 
+def interval_of(every: int | str, costs: Costs, shares: dict[int, float]) -> Interval:
+    """Return an interval with failures every hour."""
+    return Interval(
+        Board(), every_n_steps=every, between_failures_s=3600.0, costs=costs, shares=shares
+    )
+
+
+def measure(costs: Costs, level: int, duration_s: float, steps: int, took_s: float) -> None:
+    """Let a checkpoint be on its way to `level` for some steps."""
+    costs.begin(level)
+    for step in range(steps):
+        if step == steps - 1:
+            costs.end(level, took_s)
+        costs.add_step(duration_s)
+
+
 def test_fixed_interval() -> None:
-    interval = Interval(Board(), every_n_steps=3, between_failures_s=1.0)
+    interval = interval_of(3, Costs(), {})
     assert [step for step in range(1, 10) if interval.is_due(step)] == [3, 6, 9]
 
 
 def test_auto_interval_follows_the_measured_cost() -> None:
-    interval = Interval(Board(), every_n_steps="auto", between_failures_s=3600.0)
+    costs = Costs()
+    interval = interval_of("auto", costs, {0: 1.0, 1: 0.25})
     due = next(step for step in range(1, 50) if interval.is_due(step))
     assert due == FIRST_STEP
     for _ in range(9):
-        interval.add_step(0.1, is_saving=False)
+        costs.add_step(0.1)
     interval.plan_next(due, [])
-    interval.add_step(0.3, is_saving=True)  # 0.2 s of stretch, to be added to what was blocked
-    interval.add_step(0.3, is_saving=True)
-    cost_s = 0.05 + 2 * 0.2
-    expected = round(best_interval_s(cost_s, 3600.0) / 0.1)
+    measure(costs, 0, 0.3, 2, took_s=0.5)  # 0.4 s of stretch, to be added to what was blocked
+    measure(costs, 1, 0.2, 4, took_s=0.9)  # 0.4 s, but only for every fourth one
+    measure(costs, 2, 0.9, 1, took_s=0.9)  # has an interval of its own
+    expected = round(best_interval_s(0.05 + 0.4 + 0.1, 3600.0) / 0.1)
     assert interval.best_steps([0.05]) == pytest.approx(expected, abs=1)
     interval.plan_next(20, [0.05])
     following = 20 + interval.best_steps([0.05])
     assert not interval.is_due(following - 1)
     assert interval.is_due(following)
+
+
+def test_interval_of_a_level_follows_its_cost_and_waits_for_the_last_one() -> None:
+    costs = Costs()
+    assert level_interval_s(costs, 1, 100.0) == 0.0
+    measure(costs, 1, 0.9, 1, took_s=3.0)
+    assert level_interval_s(costs, 1, 100.0) == 3.0, "no step without it to compare with"
+    costs.add_step(0.1)
+    assert level_interval_s(costs, 1, 100.0) == pytest.approx(best_interval_s(0.8, 100.0))
+    assert level_interval_s(costs, 1, 1.0) == 3.0
+    assert level_interval_s(costs, 2, 100.0) == 0.0
+
+
+def test_a_step_counts_for_the_slowest_level_that_was_worked_for_in_it() -> None:
+    costs = Costs()
+    costs.add_step(1.0)
+    costs.begin(0)
+    costs.end(0)  # within one step
+    costs.add_step(1.5)
+    costs.begin(0)
+    costs.begin(1)
+    costs.end(0)
+    costs.add_step(3.0)
+    costs.end(1)
+    costs.add_step(3.0)
+    costs.add_step(1.0)
+    assert costs.stretch_s(0) == pytest.approx(0.25), "half a second at one of two saves"
+    assert costs.stretch_s(1) == pytest.approx(4.0)
+    assert costs.step_s() == 1.0
 
 
 # -- what ---------------------------------------------------------------------------------------

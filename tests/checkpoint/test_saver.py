@@ -21,7 +21,7 @@ from lowtide.checkpoint.store.catalog import read_latest
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import read_record
 from tests.checkpoint.ranks import DETAILS, file_name, on_all, save, savers, state_of
-from tests.helpers.plugin_suite import open_files
+from tests.helpers.plugin_suite import open_files, resident_bytes
 
 EVER = 30.0
 
@@ -216,7 +216,7 @@ def test_close_finishes_what_is_on_its_way(tmp_path: Path) -> None:
 def test_save_that_ended_in_an_exception_is_abandoned(
     tmp_path: Path, monkeypatch: Any, first_batch_bytes: int
 ) -> None:
-    batch = "lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES"
+    batch = "lowtide.checkpoint.files.ranges.FIRST_BATCH_BYTES"
     monkeypatch.setattr(batch, first_batch_bytes)
     with savers(1) as (saver,):
         saver.begin(tmp_path, "step1", step=1, details=DETAILS)
@@ -318,6 +318,30 @@ def test_levels_have_their_own_interval_and_retention(tmp_path: Path) -> None:
     assert [e.tag for e in list_checkpoints(slow)] == ["step6", "step3"]
 
 
+def test_auto_level_gets_a_checkpoint_when_rank_0_says_that_it_is_time(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    entries = [{"path": str(fast)}, {"path": str(slow), "every": "auto"}]
+    with savers(2, tiers=entries) as all_savers:
+
+        def save_next(step: int) -> None:
+            save(all_savers, slow, step)
+            assert wait_all(all_savers) == [True, True]
+
+        router = all_savers[0].router
+        save_next(1)
+        assert 0 < router.interval_s(1) < EVER, "as long as the first one took"
+        for _ in range(3):
+            router.costs.begin(1)
+            router.costs.end(1, 1000.0)
+        save_next(2)
+        assert router.intervals_s() == {str(slow): 1000.0}
+        router._last_s[1] -= 1000.0
+        save_next(3)
+        save_next(4)
+    assert [e.tag for e in list_checkpoints(fast)] == ["step4", "step3", "step2", "step1"]
+    assert [e.tag for e in list_checkpoints(slow)] == ["step3", "step1"]
+
+
 def test_a_level_that_fails_is_left_out_until_it_works(tmp_path: Path) -> None:
     fast, slow = tmp_path / "fast", tmp_path / "slow"
     fast.write_text("not a folder")
@@ -385,3 +409,40 @@ def test_no_thread_and_no_file_is_left(tmp_path: Path) -> None:
     once()
     assert threading.active_count() == threads
     assert open_files() <= files
+
+
+def test_two_hundred_checkpoints_leave_nothing_behind(tmp_path: Path) -> None:
+    states = [{f"t{i}": torch.zeros(1 << 13) for i in range(32)}]  # 1 MiB
+    with savers(1, keep=2) as (saver,):
+
+        def save_until(last: int) -> tuple[int, int, int]:
+            for step in range(saver._count + 1, last + 1):
+                save([saver], tmp_path, step, states=states)
+                assert saver.wait(Stage.DRAINED, EVER)
+            return resident_bytes(), open_files(), threading.active_count()
+
+        memory, files, threads = save_until(80)  # caches fill up, the history is at its limit
+        later_memory, later_files, later_threads = save_until(280)
+        assert (later_files, later_threads) == (files, threads)
+        assert later_memory - memory < 20 << 20, "a tenth of what was saved would show"
+    assert [e.tag for e in list_checkpoints(tmp_path)] == ["step280", "step279"]
+
+
+def test_a_lower_level_that_stands_still_holds_up_nothing(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    entries = [{"path": str(fast)}, {"path": str(slow), "bytes_per_s": 1.0}]
+    with savers(2, tiers=entries, stall_timeout_s=2.0) as all_savers:
+        savings = []
+        for step in (1, 2, 3):
+            savings.append(save(all_savers, slow, step)[0])
+            on_all([saver.wait_captured for saver in all_savers])
+            assert all(saver.wait(Stage.COMMITTED, EVER) for saver in all_savers)
+            assert not savings[-1].has_ended, "it is still on its way to the slow level"
+        assert wait_all(all_savers) == [False, False]
+        for saver in all_savers:
+            assert saver.last_error is not None
+            assert "slow" in str(saver.last_error)
+        assert savings[0].stage is Stage.COMMITTED
+        assert "no byte" in str(savings[0].error)
+    assert [e.tag for e in list_checkpoints(fast)] == ["step3", "step2", "step1"]
+    assert [e.state for e in list_checkpoints(slow) if e.is_published] == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowtide.checkpoint.files import safetensors_file
-from lowtide.checkpoint.state import export, load_state, open_state
+from lowtide.checkpoint.state import export, load_state, open_state, safetensors_file
 from lowtide.core.errors import CheckpointError
 from tests.helpers.ranks import run_ranks
 
@@ -318,3 +319,19 @@ def test_a_folder_without_a_checkpoint_says_what_it_wants(root: Path, tmp_path: 
     (tmp_path / "latest").write_text("global_step9")
     with pytest.raises(CheckpointError, match='names "global_step9", which is no checkpoint'):
         open_state(tmp_path)
+
+
+def test_every_module_can_be_imported_first() -> None:
+    script = """
+import importlib, pkgutil, sys
+import lowtide.checkpoint as package
+names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    for known in [m for m in sys.modules if m.startswith(package.__name__)]:
+        del sys.modules[known]
+    importlib.import_module(name)
+print(len(names))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import shutil
 import subprocess
 import warnings
+import weakref
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowtide.checkpoint.files import opcodes
 from lowtide.checkpoint.files.archive import Archive, Record
+from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.files.torch_file import Layout, lay_out
 from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
 from lowtide.checkpoint.writer.plan_check import check_begins_with, check_plan
@@ -136,8 +140,9 @@ def test_native_and_python_headers_are_the_same(
 def test_tensors_can_be_on_their_way_before_the_rest_is_laid_out(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._FIRST_BATCH_BYTES", 1)
-    monkeypatch.setattr("lowtide.checkpoint.files.torch_file._BATCH_GROWTH", 1.01)
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.FIRST_BATCH_BYTES", 1)
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.BATCH_GROWTH", 1.01)
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.BLOCK", 1)
     whole, other = torch.randn(300), torch.randn(300)
     shared = {
         "part": whole[5:9],
@@ -154,6 +159,7 @@ def test_tensors_can_be_on_their_way_before_the_rest_is_laid_out(
     for one, longer in zip(beginnings, [*beginnings[1:], laid_out.plan], strict=True):
         check_plan(one)
         check_begins_with(longer, one)
+        assert one.expected_bytes == 0, "a sparse tensor does not say how large it is"
     assert laid_out.plan.size_bytes > beginnings[-1].size_bytes
     of_whole = laid_out.plan.addresses == whole.data_ptr()
     assert of_whole.sum() == 2, "once as floats and once as integers"
@@ -166,6 +172,19 @@ def test_tensors_can_be_on_their_way_before_the_rest_is_laid_out(
     assert loaded["a"] is loaded["first"]
     lazy = {id(tensor) for tensor in laid_out.lazy}
     assert {id(state[name]) for name in (*shared, "first", "then")} <= lazy
+
+
+def test_the_beginning_of_a_file_says_what_it_will_be(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowtide.checkpoint.files.ranges.FIRST_BATCH_BYTES", 1)
+    weight = torch.randn(1 << 20)
+    state = {**_many(), "embedding": weight, "head": weight.detach(), "again": weight.view(-1, 4)}
+    layout = Layout(state, path, is_stable=lambda _tensor: True)
+    expected = {each.expected_bytes for each in layout.beginnings()}
+    size = layout.finish().plan.size_bytes
+    assert len(expected) == 1
+    assert size <= expected.pop() < 1.5 * size, "three names of one memory count once"
 
 
 @pytest.mark.parametrize("options", [{}, {"mmap": True}], ids=["read", "mmap"])
@@ -319,3 +338,123 @@ def test_any_nested_state_comes_back(path: Path, state: Any) -> None:
         warnings.simplefilter("ignore")
         save(state, path)
         assert_same(torch.load(path, weights_only=False), state)
+
+
+def _with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.note = "not plain"  # type: ignore[attr-defined]
+    return tensor
+
+
+@pytest.mark.parametrize("kind", ["parameter", "tensor"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["before", "behind"])
+def test_memory_shared_with_a_tensor_that_has_attributes_stays_shared(
+    path: Path, kind: str, is_first: bool
+) -> None:
+    whole = torch.randn(3000)
+    part = whole[100:900]
+    held = torch.nn.Parameter(part) if kind == "parameter" else part
+    named = {"odd": _with_attribute(held), "plain": whole[50:500]}
+    state = named if is_first else dict(reversed(named.items()))
+    laid_out = lay_out(state, path, is_stable=lambda _tensor: True)
+    assert laid_out.eager_bytes == 0
+    write_plan(laid_out.plan)
+    loaded = torch.load(path, weights_only=False)
+    assert_same(loaded, state)
+    assert loaded["odd"].note == "not plain"
+    loaded["odd"].data[0] = 7.0
+    assert loaded["plain"][50] == 7.0
+
+
+def _many(count: int = 600) -> dict[str, Any]:
+    values = torch.randn(count, 7)
+    tensors: dict[str, Any] = {f"t{i}": values[i].clone() for i in range(count)}
+    return {"module": tensors, "step": 1, "frozen": torch.nn.Parameter(torch.ones(3))}
+
+
+CHANGES: dict[str, Any] = {
+    "nothing": lambda _state: None,
+    "a number": lambda state: state.update(step=2),
+    "values": lambda state: state["module"]["t9"].add_(1.0),
+    "a tensor": lambda state: state["module"].update(t9=torch.randn(7)),
+    "a shape": lambda state: state["module"].update(t9=state["module"]["t9"].view(7, 1)),
+    "a gradient": lambda state: state["module"]["t300"].requires_grad_(True),
+    "a class": lambda state: state["module"].update(t9=torch.nn.Parameter(state["module"]["t9"])),
+    "an attribute": lambda state: _with_attribute(state["module"]["t9"]),
+    "memory": lambda state: state["module"]["t9"].set_(torch.randn(9)),
+    "a dtype": lambda state: state["module"].update(t9=state["module"]["t9"].view(torch.int32)),
+    "order": lambda state: state.update(module=dict(reversed(state["module"].items()))),
+    "a name": lambda state: state["module"].update(x=state["module"].pop("t9")),
+    "fewer": lambda state: [state["module"].pop(f"t{i}") for i in range(40, 400)],
+    "more": lambda state: state["module"].update(_many(300)["module"]),
+    "two of one memory": lambda state: state["module"].update(t3=state["module"]["t500"]),
+    "a part before": lambda state: state["module"].update(t3=state["module"]["t500"][2:4]),
+    "a part behind": lambda state: state["module"].update(t500=state["module"]["t3"][2:4]),
+    "a part of another": lambda state: state["module"].update(t3=torch.randn(50)[3:9]),
+    "as integers": lambda state: state.update(i=state["module"]["t3"].view(torch.int32)),
+    "no storage": lambda state: state["module"].update(t3=torch.eye(3).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_memo_of_the_file_before_changes_no_byte(path: Path, change: str) -> None:
+    def lazily(state: Any, memo: Memo | None) -> tuple[bytes, list[int]]:
+        laid_out = Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+        assert len({id(each) for each in laid_out.lazy}) == len(laid_out.lazy)
+        write_plan(laid_out.plan)
+        return path.read_bytes(), [each.data_ptr() for each in laid_out.lazy]
+
+    state, memo = _many(), Memo()
+    lazily(state, memo)
+    CHANGES[change](state)
+    for _ in range(2):
+        assert lazily(state, memo) == lazily(state, None)
+    assert_same(torch.load(path, weights_only=False), state)
+
+
+def test_what_is_no_longer_stable_is_copied_in_spite_of_a_memo(path: Path) -> None:
+    state, memo = _many(), Memo()
+    Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    touchy = state["module"]["t44"]
+    laid_out = Layout(state, path, is_stable=lambda t: t is not touchy, memo=memo).finish()
+    assert laid_out.eager_bytes == touchy.nbytes
+    expected = touchy.clone()
+    touchy.fill_(0.0)
+    write_plan(laid_out.plan)
+    assert torch.equal(torch.load(path)["module"]["t44"], expected)
+
+
+def test_a_memo_saves_the_work_for_what_is_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, memo = _many(), Memo()
+    Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    described: list[int] = []
+    stock = opcodes.around_number
+    monkeypatch.setattr(opcodes, "around_number", lambda *a: described.append(1) or stock(*a))
+    pickled = memo.pickled
+    Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    assert memo.pickled is pickled
+    assert not described
+    state["step"] = 2
+    Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    assert memo.pickled != pickled
+    state["text"] = "x" * (17 << 20)
+    Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    assert len(memo.pickled) < 1 << 20, "what is so large is not kept"
+
+
+def test_a_memo_keeps_no_tensor_and_no_graph(path: Path) -> None:
+    state = _many()
+    weight = torch.nn.Parameter(torch.ones(4))
+    view = weight.view(4)
+    with torch.no_grad():
+        state["leaf"] = weight
+        state["computed"] = (weight * 2).requires_grad_(True)
+    state["of a graph"] = weight * 3
+    gone = [weakref.ref(state["module"]["t9"]), weakref.ref(weight), weakref.ref(view)]
+    memo = Memo()
+    for _ in range(2):
+        Layout(state, path, is_stable=lambda _tensor: True, memo=memo).finish()
+    del state, weight, view
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3

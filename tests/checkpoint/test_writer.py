@@ -32,6 +32,7 @@ from tests.checkpoint.writer_cases import (
     random_draft,
     simple,
 )
+from tests.helpers.plugin_suite import open_files, resident_bytes
 
 SLOW = 400_000.0  # bytes per second: a job is captured long before it is written
 EDGES = [1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1, 5 * PAGE, 23456]
@@ -375,10 +376,6 @@ def wait_for_threads(wanted: int) -> int:
     return threads_now()
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_closing_leaves_no_thread_and_no_file_open(way: Way, tmp_path: Path) -> None:
     threads, files = threads_now(), open_files()
     writer = way.open()
@@ -390,10 +387,6 @@ def test_closing_leaves_no_thread_and_no_file_open(way: Way, tmp_path: Path) -> 
     assert wait_for_threads(threads) == threads
     assert open_files() == files
     assert [ticket.is_durable for ticket in tickets] == [True] * 5 + [False] * 2
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_hundreds_of_jobs_leave_nothing_behind(direct_way: Way, tmp_path: Path) -> None:

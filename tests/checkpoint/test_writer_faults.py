@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +33,59 @@ THROUGH_LIBC = [way for way in WAYS if way.io == "threads"]
 needs_compiler = pytest.mark.skipif(CC is None, reason="no C compiler on this machine")
 
 
+class Worker:
+    """The process whose children run the cases (see writer_worker.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        environment = {**os.environ, "FAULT": ""}
+        if CC is not None:
+            library = folder / "disk_faults.so"
+            source = Path(__file__).with_name("disk_faults.c")
+            command = [CC, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+            subprocess.run(command, check=True, timeout=60)
+            environment["LD_PRELOAD"] = str(library)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.checkpoint.writer_worker"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, way: Way, folder: Path, case: str, fault: str = "") -> dict[str, Any]:
+        """Run a case; return what it saw. Where that matters, the interpreter ends as usual."""
+        request = {
+            "implementation": way.implementation,
+            "io": way.io,
+            "direct": way.direct,
+            "folder": str(folder),
+            "case": case,
+            "fault": fault,
+            "timeout_s": 90.0,
+            "ends": case.split("_")[0] in ("hang", "exit", "fork"),
+            "out": str(self._out),
+            "err": str(self._err),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        code = json.loads(self._process.stdout.readline())["code"]
+        assert (code, self._err.read_text()) == (0, "")
+        seen: dict[str, Any] = json.loads(self._out.read_text().splitlines()[-1])
+        return seen
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate(timeout=60)
+
+
 @pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("shim") / "disk_faults.so"
-    source = Path(__file__).with_name("disk_faults.c")
-    command = [str(CC), "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
-    subprocess.run(command, check=True, timeout=60)
-    return library
-
-
-def run(
-    way: Way, folder: Path, case: str, *, shim: Path | None = None, fault: str = ""
-) -> dict[str, Any]:
-    """Run a case of the worker; return what it saw."""
-    environment = {**os.environ, "FAULT": fault}
-    if shim is not None:
-        environment["LD_PRELOAD"] = str(shim)
-    arguments = [way.implementation, way.io, "direct" if way.direct else "buffered"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.writer_worker", *arguments, str(folder), case],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return seen
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    made = Worker(tmp_path_factory.mktemp("worker"))
+    yield made
+    made.close()
 
 
 @needs_compiler
@@ -76,9 +101,9 @@ def run(
     ],
 )
 def test_disk_error_fails_its_job_and_no_other(
-    way: Way, tmp_path: Path, shim: Path, fault: str, message: str
+    way: Way, tmp_path: Path, worker: Worker, fault: str, message: str
 ) -> None:
-    seen = run(way, tmp_path, "write_beside_a_good_job", shim=shim, fault=fault)
+    seen = worker.run(way, tmp_path, "write_beside_a_good_job", fault)
     assert seen["is_durable"] is False
     assert re.search(message, seen["error"]), seen["error"]
     assert (seen["is_free"], seen["is_closed"], seen["open"]) == (True, True, [])
@@ -88,18 +113,18 @@ def test_disk_error_fails_its_job_and_no_other(
 @pytest.mark.parametrize("way", THROUGH_LIBC, ids=str)
 @pytest.mark.parametrize("fault", ["short", "eintr", "eagain", "reserve_unsupported"])
 def test_write_that_is_cut_short_or_interrupted_is_continued(
-    way: Way, tmp_path: Path, shim: Path, fault: str
+    way: Way, tmp_path: Path, worker: Worker, fault: str
 ) -> None:
-    seen = run(way, tmp_path, "write_beside_a_good_job", shim=shim, fault=fault)
+    seen = worker.run(way, tmp_path, "write_beside_a_good_job", fault)
     assert (seen["is_durable"], seen["error"], seen["is_closed"]) == (True, None, True)
 
 
 @needs_compiler
 @pytest.mark.parametrize("way", [way for way in THROUGH_LIBC if way.direct], ids=str)
 def test_direct_write_that_is_refused_goes_through_the_page_cache(
-    way: Way, tmp_path: Path, shim: Path
+    way: Way, tmp_path: Path, worker: Worker
 ) -> None:
-    seen = run(way, tmp_path, "write_beside_a_good_job", shim=shim, fault="direct_einval")
+    seen = worker.run(way, tmp_path, "write_beside_a_good_job", "direct_einval")
     assert (seen["is_durable"], seen["error"], seen["is_closed"]) == (True, None, True)
     if not seen["is_direct"]:  # whichever file came last
         assert "refuses direct writes" in seen["direct_reason"]
@@ -109,28 +134,30 @@ def test_direct_write_that_is_refused_goes_through_the_page_cache(
 @pytest.mark.parametrize("way", [way for way in THROUGH_LIBC if way.direct], ids=str)
 @pytest.mark.parametrize("fault", ["hang", "sync_hang"])
 def test_disk_that_hangs_holds_up_neither_close_nor_exit(
-    way: Way, tmp_path: Path, shim: Path, fault: str
+    way: Way, tmp_path: Path, worker: Worker, fault: str
 ) -> None:
-    seen = run(way, tmp_path, "hang", shim=shim, fault=fault)
+    seen = worker.run(way, tmp_path, "hang", fault)
     assert (seen["is_captured"], seen["is_durable"], seen["is_closed"]) == (True, False, False)
     assert seen["idle_s"] > 0.1
     assert seen["close_s"] < 30
     assert "cancelled" in seen["error"]
-    run(way, tmp_path, "hang_unclosed", shim=shim, fault=fault)
+    worker.run(way, tmp_path, "hang_unclosed", fault)
 
 
 @needs_compiler
-def test_memory_in_a_write_that_hangs_is_never_given_back(tmp_path: Path, shim: Path) -> None:
+def test_memory_in_a_write_that_hangs_is_never_given_back(tmp_path: Path, worker: Worker) -> None:
     way = Way("native", "threads", True)
     if way not in WAYS:
         pytest.skip("the writer in Python has no direct lane")
-    seen = run(way, tmp_path, "hang_in_direct_lane", shim=shim, fault="hang")
+    seen = worker.run(way, tmp_path, "hang_in_direct_lane", "hang")
     assert seen == {"is_captured": False, "is_free": False, "is_closed": False, "abandoned": 1}
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_file_larger_than_the_limit_says_what_to_raise(way: Way, tmp_path: Path) -> None:
-    seen = run(way, tmp_path, "limit_file_size")
+def test_file_larger_than_the_limit_says_what_to_raise(
+    way: Way, tmp_path: Path, worker: Worker
+) -> None:
+    seen = worker.run(way, tmp_path, "limit_file_size")
     assert "File too large" in seen["error"]
     assert "ulimit -f" in seen["error"]
     assert (seen["is_free"], seen["is_closed"], seen["open"]) == (True, True, [])
@@ -138,20 +165,20 @@ def test_file_larger_than_the_limit_says_what_to_raise(way: Way, tmp_path: Path)
 
 @pytest.mark.parametrize("way", ONE_OF_EACH, ids=str)
 def test_fork_leaves_the_parent_working_and_the_child_without_a_writer(
-    way: Way, tmp_path: Path
+    way: Way, tmp_path: Path, worker: Worker
 ) -> None:
-    assert run(way, tmp_path, "fork") == {"codes": [7, 7, 7], "is_closed": True}
+    assert worker.run(way, tmp_path, "fork") == {"codes": [7, 7, 7], "is_closed": True}
 
 
 @pytest.mark.parametrize("way", ONE_OF_EACH, ids=str)
-def test_interpreter_ends_in_the_middle_of_a_job(way: Way, tmp_path: Path) -> None:
-    run(way, tmp_path, "exit_with_work")
+def test_interpreter_ends_in_the_middle_of_a_job(way: Way, tmp_path: Path, worker: Worker) -> None:
+    worker.run(way, tmp_path, "exit_with_work")
 
 
 @pytest.mark.parametrize("way", ONE_OF_EACH, ids=str)
-def test_interpreter_ends_while_threads_wait(way: Way, tmp_path: Path) -> None:
+def test_interpreter_ends_while_threads_wait(way: Way, tmp_path: Path, worker: Worker) -> None:
     for _ in range(5):  # it is a race
-        run(way, tmp_path, "exit_with_waiting_threads")
+        worker.run(way, tmp_path, "exit_with_waiting_threads")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -161,3 +161,26 @@ def test_another_beginning_is_refused(way: Way, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="allowed is one where it is partial"):
         writer.submit([plan, plan], is_partial=True)
     assert writer.close(timeout_s=EVER_S)
+
+
+@pytest.mark.parametrize("expected", [PAGE, 40 * PAGE, 1 << 62], ids=["less", "more", "no room"])
+def test_what_a_file_may_become_is_reserved_and_given_back(
+    way: Way, tmp_path: Path, expected: int
+) -> None:
+    writer = way.open()
+    path = tmp_path / "file"
+    draft = Draft(path).entry(0, np.random.default_rng(1).bytes(8 * PAGE))
+    first = dataclasses.replace(beginning(draft, 1), expected_bytes=expected)
+    ticket = writer.submit([first], is_partial=True)
+    deadline_s = time.monotonic() + EVER_S
+    while ticket.progress().written_bytes < 8 * PAGE and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    is_native = writer.facts()["implementation"] == "native"
+    size = path.stat().st_size
+    assert size == (40 * PAGE if is_native and expected == 40 * PAGE else 8 * PAGE)
+    draft.literal(b"the rest").patch(0)
+    ticket.extend(draft.plan())
+    draft.check(*finish(ticket))
+    assert path.stat().st_size == draft.plan().size_bytes < 9 * PAGE
+    assert path.stat().st_blocks * 512 < 40 * PAGE
+    assert writer.close(timeout_s=EVER_S)

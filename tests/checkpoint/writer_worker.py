@@ -1,13 +1,18 @@
-"""A process of its own for a writer that meets faults. Prints what it saw as JSON.
+"""Processes for writers that meet faults: one that has all modules, and its children.
 
-python -m tests.checkpoint.writer_worker IMPLEMENTATION IO DIRECT FOLDER CASE
+    python -m tests.checkpoint.writer_worker
+
+Reads requests, one JSON object per line, and answers each with one. Every case runs in a forked
+child, which ends as any interpreter does; to start one anew for each would take most of the time.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -153,11 +158,40 @@ def fork(way: Way, folder: Path) -> dict[str, Any]:
     return {"codes": codes, "is_closed": writer.close(timeout_s=20.0)}
 
 
-def main() -> None:
-    implementation, io, direct, folder, case = sys.argv[1:]
-    way = Way(implementation, io, direct == "direct")
-    seen = globals()[case](way, Path(folder))
+def run_case(request: dict[str, Any]) -> None:
+    """Run one case in a child, which prints what it saw as JSON."""
+    for stream, path in ((1, request["out"]), (2, request["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ["FAULT"] = request["fault"]
+    way = Way(request["implementation"], request["io"], request["direct"])
+    seen = globals()[request["case"]](way, Path(request["folder"]))
     print(json.dumps(seen), flush=True)
+    if not request["ends"]:
+        os._exit(0)
+
+
+def exit_code(child: int, timeout_s: float) -> int:
+    """Return how a child ended; one that does not is killed."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end_s:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def main() -> None:
+    assert threading.active_count() == 1, "a fork would lose the others"
+    gc.freeze()  # the children need not look for garbage in the modules when they end
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run_case(request)
+            return  # through the interpreter's whole end
+        print(json.dumps({"code": exit_code(child, request["timeout_s"])}), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,14 @@ class TierConfig(BaseModel):
     path: str
     """Folder of this level. ``/dev/shm/...`` is host memory that outlives the trainer."""
 
-    every: int = Field(default=1, ge=1)
-    """Only every this many-th checkpoint comes to this level."""
+    every: int | Auto = 1
+    """Only every this many-th checkpoint comes to this level. Auto, for all but the first: as often
+    as loses least time (Young/Daly), from what bringing one here costs the training and
+    `mean_time_between_failures_s`, and not before the last one is here."""
+
+    mean_time_between_failures_s: float | None = Field(default=None, gt=0)
+    """How often happens what destroys the faster levels, for ``"every": "auto"``; null takes the
+    plugin's."""
 
     keep: int | None = Field(default=None, ge=1)
     """Newest checkpoints kept at this level; null takes the plugin's `keep`."""
@@ -45,6 +51,8 @@ class TierConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TierConfig:
+        if isinstance(self.every, int) and self.every < 1:
+            raise ValueError(f'"every" is {self.every} at {self.path}; at least 1, or "auto"')
         if self.scope == "shared" and self.copies:
             raise ValueError(
                 f'"copies" is {self.copies} at {self.path}, whose "scope" is "shared": all nodes '
@@ -147,6 +155,11 @@ class CheckpointConfig(PluginConfig):
             raise ValueError(
                 '"compact" is for the last of two or more levels: a checkpoint is made small on '
                 "its way down, not while training waits; move it there or add a level before it"
+            )
+        if self.tiers and self.tiers[0].every == "auto":
+            raise ValueError(
+                f'"every" is "auto" at {self.tiers[0].path}, the first of "tiers", where every '
+                f'checkpoint comes; set "every_n_steps" to "auto"'
             )
         paths = [tier.path.rstrip("/") for tier in self.tiers]
         if len(set(paths)) != len(paths):

@@ -32,7 +32,8 @@ class Ledger:
         self._open: list[Saving] = []
         self._totals = {"requested": 0, "committed": 0, "failed": 0, "bytes": 0}
         self._blocked_s: list[float] = []
-        self.unraised: CheckpointError | None = None
+        self._unraised: tuple[str, CheckpointError] | None = None  # with its attempt
+        self._raised = ""  # the newest attempt whose failure was raised
 
     @property
     def is_waiting(self) -> bool:
@@ -56,7 +57,7 @@ class Ledger:
         self._blocked_s.append(saving.blocked_s)
         telemetry.count("lowtide.checkpoint.blocked_s", saving.blocked_s)
         if saving.error is not None:
-            self.unraised = self.unraised or saving.error
+            self._note(saving.attempt, saving.error)
         if saving.stage is Stage.FAILED:
             self._totals["failed"] += 1
             telemetry.count("lowtide.checkpoint.failed_count")
@@ -74,6 +75,22 @@ class Ledger:
                 begin_s = end_s
         if self._stop is not None:
             self._stop.saved(saving.step, str(saving.final()))
+
+    @property
+    def unraised(self) -> tuple[str, str] | None:
+        """The attempt of a checkpoint that has failed, and why, if the script was not told yet."""
+        return None if self._unraised is None else (self._unraised[0], str(self._unraised[1]))
+
+    def take_unraised(self, attempt: str) -> None:
+        """Note that the script is told of this failure, on this rank or on all, and the older."""
+        self._raised = max(self._raised, attempt)  # a run's attempts ascend
+        if self._unraised is not None and self._unraised[0] <= self._raised:
+            self._unraised = None
+
+    def _note(self, attempt: str, error: CheckpointError) -> None:
+        # Another rank may have known first, and this one been told with it.
+        if self._unraised is None and attempt > self._raised:
+            self._unraised = (attempt, error)
 
     def summary(self) -> dict[str, Any]:
         """Return counts, bytes and the time that training waited, as plain JSON."""

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,8 @@ class CheckpointPlugin(Plugin):
         if self._saver is None or self._ledger is None:
             return {}
         summary = {**self._ledger.summary(), "writer": self._saver.writer.facts()}
+        if intervals_s := self._saver.router.intervals_s():
+            summary["level_intervals_s"] = intervals_s
         if self._scrub is not None:
             summary |= {"scrubbed": self._scrub.checked, "damaged": dict(self._scrub.damaged)}
         if self.last_error is not None:
@@ -225,12 +227,7 @@ class CheckpointPlugin(Plugin):
         self._saver = Saver(self.config, board, buffer_bytes=sizes.host_bytes, stager=stager)
         wanted = None if self._adapter is None else self._adapter.wanted
         self._finder = Finder(board, self.config.verify, self._saver.peers, wanted)
-        if self.config.every_n_steps is not None:
-            self._interval = Interval(
-                board,
-                every_n_steps=self.config.every_n_steps,
-                between_failures_s=self.config.mean_time_between_failures_s,
-            )
+        self._interval = self._saver.router.interval()
         self._ledger = Ledger(session.telemetry, session.stop)
         if self.config.scrub_every_s is not None:
             self._scrub = Scrub(
@@ -272,7 +269,10 @@ class CheckpointPlugin(Plugin):
         saver, session = self._the_saver(), self._the_session()
         saving = saver.end(save_latest=self._save_latest)
         self._save_latest = True
-        saving.blocked_s += time.perf_counter() - self._save_begin_s
+        took_s = time.perf_counter() - self._save_begin_s
+        saving.blocked_s += took_s
+        if self._step_begin_s is not None:
+            self._step_begin_s += took_s  # it counts as blocked, not as a longer step
         ledger = self._the_ledger()
         ledger.open(saving)
         if session.stop is not None and session.stop.requested:
@@ -294,12 +294,10 @@ class CheckpointPlugin(Plugin):
         if self._the_ledger().is_waiting:
             self._the_ledger().settle()
         interval, now_s = self._interval, time.perf_counter()
-        if interval is None:
-            return
         if self._step_begin_s is not None:
-            interval.add_step(now_s - self._step_begin_s, is_saving=self._the_saver().is_busy())
+            self._the_saver().router.costs.add_step(now_s - self._step_begin_s)
         self._step_begin_s = now_s
-        if interval.is_due(moment.step):
+        if interval is not None and interval.is_due(moment.step):
             folder, state = Path(self.config.tiers[-1].path), self.client_state()
             if self._adapter is not None:
                 self._adapter.save(folder, state)
@@ -366,17 +364,19 @@ class CheckpointPlugin(Plugin):
         ledger.settle()
         self._raises += 1
         known = ledger.unraised
-        text = self._the_saver().board.share(
+        failure = self._the_saver().board.share(
             f"raise/{self._raises}",
-            lambda: None if known is None else str(known),
+            lambda: None if known is None else list(known),
             timeout_s=PATIENT_S,
         )
-        self._raise(None if text is None else CheckpointError(text))
+        self._raise(failure)
 
-    def _raise(self, error: CheckpointError | None) -> None:
-        if error is not None:
-            self._the_ledger().unraised = None
-            raise error
+    def _raise(self, failure: Sequence[str] | None) -> None:
+        """Raise what has failed, given as its attempt and the reason; once on each rank."""
+        if failure is not None:
+            attempt, why = failure
+            self._the_ledger().take_unraised(attempt)
+            raise CheckpointError(why)
 
     def _the_ledger(self) -> Ledger:
         if self._ledger is None:

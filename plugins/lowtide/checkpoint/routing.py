@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CheckpointConfig
+from lowtide.checkpoint.costs import Costs
+from lowtide.checkpoint.interval import Interval, level_interval_s
 from lowtide.checkpoint.saving import Level
 
 logger = logging.getLogger("lowtide")
@@ -24,11 +28,18 @@ class Router:
         levels: What ``tiers`` are on this rank's node, fastest first.
     """
 
-    def __init__(self, config: CheckpointConfig, board: Board, levels: Sequence[Level]) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        board: Board,
+        levels: Sequence[Level],
+    ) -> None:
         self.levels = list(levels)
+        self.costs = Costs()
         self._config = config
         self._board = board
         self._count = 0
+        self._last_s: dict[int, float] = {}  # when the last one was sent to an "auto" level
         self._sick: set[int] = set()  # levels that failed last time, as rank 0 knows them
 
     def fell_ill(self, level: Level) -> None:
@@ -54,12 +65,60 @@ class Router:
         if not tiers or folder != Path(tiers[-1].path).absolute():
             return [Level(number=0, folder=folder, keep=self._config.keep)]
         self._count += 1
-        pairs = zip(self.levels, tiers, strict=True)
-        due = [level for level, tier in pairs if self._count % tier.every == 0] or self.levels[:1]
+        is_auto = any(tier.every == "auto" for tier in tiers)
+        due = [] if is_auto else self._due()
+        if is_auto or len(due) > 1:
+            # One view of the time and of what works, or two ranks would write to two places.
+            due = self._board.share(f"{attempt}/levels", self._choose, timeout_s=PATIENT_S)
+        return [self.levels[number] for number in due or [0]]
+
+    def interval_s(self, number: int) -> float:
+        """Return the seconds between two checkpoints of a level whose turn is "auto"."""
+        tier = self._config.tiers[number]
+        between_s = tier.mean_time_between_failures_s or self._config.mean_time_between_failures_s
+        return level_interval_s(self.costs, number, between_s)
+
+    def intervals_s(self) -> dict[str, float]:
+        """Return those of all such levels, by their folders."""
+        tiers = enumerate(self._config.tiers)
+        numbers = [number for number, tier in tiers if tier.every == "auto"]
+        return {str(self.levels[number].folder): self.interval_s(number) for number in numbers}
+
+    def interval(self) -> Interval | None:
+        """Return what says when Lowtide saves by itself, if it does."""
+        if self._config.every_n_steps is None:
+            return None
+        tiers = enumerate(self._config.tiers)
+        return Interval(
+            self._board,
+            every_n_steps=self._config.every_n_steps,
+            between_failures_s=self._config.mean_time_between_failures_s,
+            costs=self.costs,
+            shares={n: 1 / tier.every for n, tier in tiers if isinstance(tier.every, int)},
+        )
+
+    def _due(self) -> list[int]:
+        """Return the numbers of the levels whose turn it is."""
+        now_s = time.monotonic()
+        due = []
+        for number, tier in enumerate(self._config.tiers):
+            if isinstance(tier.every, int):
+                is_due = self._count % tier.every == 0
+            else:
+                last_s = self._last_s.get(number, -math.inf)
+                if is_due := now_s - last_s >= self.interval_s(number):
+                    self._last_s[number] = now_s
+            due += [number] * is_due
+        return due
+
+    def _choose(self) -> list[int]:
+        """Return where the next checkpoint goes, as rank 0 knows it."""
+        due = self._due()
         if len(due) > 1:
-            # One view of what works, or two ranks would write one checkpoint to two places.
-            sick = self._board.share(f"{attempt}/sick", self._take_sick, timeout_s=PATIENT_S)
-            due = [level for level in due if level.number not in sick] or due[-1:]
+            sick = self._take_sick()
+            due = [number for number in due if number not in sick] or due[-1:]
+            for number in sick:
+                self._last_s.pop(number, None)  # it is tried again at once
         return due
 
     def _take_sick(self) -> list[int]:

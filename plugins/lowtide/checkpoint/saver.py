@@ -16,8 +16,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,16 @@ import torch
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
+from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.files.torch_file import Layout
-from lowtide.checkpoint.nodes.epochs import prune_copies
+from lowtide.checkpoint.keeping import Keeper
 from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.nodes.placement import Nodes, find_nodes
 from lowtide.checkpoint.routing import Router
 from lowtide.checkpoint.saving import Level, Saving, Stage, levels_of
 from lowtide.checkpoint.staging import Stager
 from lowtide.checkpoint.store.commit import Committer, Limits, wait_durable
-from lowtide.checkpoint.store.folders import make_part_folder, remove, remove_scratch, remove_trash
-from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
+from lowtide.checkpoint.store.folders import make_part_folder, remove
 from lowtide.checkpoint.submit import submit, write_file
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.checkpoint.writer.plan import FileResult
@@ -91,9 +90,8 @@ class Saver:
         )
         self._drain = Drain(config, self._committer, self.peers)
         self._count = 0
-        self._cleaned: set[Path] = set()
-        self._committed: dict[int, str] = {}  # the newest of each level, by its tag
-        self._replicated: dict[int, str] = {}  # the newest of which all nodes' copies are there
+        self._memos: dict[str, Memo] = {}  # of the files of the checkpoint before
+        self._keeper = Keeper(config, self._committer, board.token)
         self._pending: deque[Saving] = deque()  # not yet captured, oldest first
         self._to_commit: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
         self._to_drain: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
@@ -123,6 +121,7 @@ class Saver:
         levels = self.router.route(folder.absolute(), attempt)
         saving = Saving(levels, tag=tag, attempt=attempt, step=step, details=details)
         self.current = saving
+        self.router.costs.begin(levels[0].number)
         return saving
 
     def add(self, state: Any, name: str, *, is_stable: Callable[[torch.Tensor], bool]) -> None:
@@ -136,7 +135,8 @@ class Saver:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             saving.give_up(CheckpointError(f"{path.parent}: cannot be made ({error.strerror})"))
-        layout = Layout(state, path, is_stable=is_stable, homes=self.stager.homes)
+        memo = saving.memos[name] = self._memos.get(name, Memo())
+        layout = Layout(state, path, is_stable=is_stable, homes=self.stager.homes, memo=memo)
         if saving.error is not None:
             saving.eager_bytes += layout.finish().eager_bytes
             return
@@ -150,6 +150,7 @@ class Saver:
         if saving is None:
             raise CheckpointError("no checkpoint has begun; call begin() first")
         saving.save_latest = save_latest
+        self._memos, saving.memos = saving.memos, {}
         with self._lock:
             self.history.append(saving)
             while len(self.history) > _HISTORY and self.history[0].has_ended:
@@ -163,6 +164,7 @@ class Saver:
     def abandon(self, saving: Saving, why: str) -> None:
         """Give up a checkpoint that has begun and was not ended."""
         self.current = None
+        self.router.costs.end(saving.levels[0].number)
         saving.fail(CheckpointError(f"checkpoint {saving.tag}: {why}"))
         saving.wait_cancelled()
         with contextlib.suppress(OSError):
@@ -291,8 +293,22 @@ class Saver:
 
     def _commit(self, saving: Saving) -> None:
         level = saving.levels[0]
+        try:
+            self._commit_on(level, saving)
+        finally:
+            self.router.costs.end(level.number)
+        saving.advance(Stage.COMMITTED)
+        if len(saving.levels) > 1 or level.copies:
+            with self._lock:
+                self._draining.append(saving.tag)
+            self._to_drain.put(saving)
+        else:
+            saving.advance(Stage.DRAINED)
+        self._prune(level)
+
+    def _commit_on(self, level: Level, saving: Saving) -> None:
         results: list[FileResult] = []
-        self._clean(saving.levels)
+        self._keeper.clean(saving.levels)
         try:
             if saving.error is not None:
                 raise saving.error
@@ -319,15 +335,7 @@ class Saver:
             self._prune(level)  # on a full disk nothing else would ever make room
             raise
         self.router.recovered(level)
-        self._committed[level.number] = saving.tag
-        saving.advance(Stage.COMMITTED)
-        if len(saving.levels) > 1 or level.copies:
-            with self._lock:
-                self._draining.append(saving.tag)
-            self._to_drain.put(saving)
-        else:
-            saving.advance(Stage.DRAINED)
-        self._prune(level)
+        self._keeper.committed(level, saving.tag)
 
     def _bring_down(self, saving: Saving) -> None:
         try:
@@ -335,7 +343,7 @@ class Saver:
             self._replicate(saving, saving.levels[0], is_newest=is_newest)
             for above, level in zip(saving.levels, saving.levels[1:], strict=False):
                 try:
-                    self._drain.bring(saving, above, level, is_superseded=not is_newest)
+                    self._bring(saving, above, level, is_newest=is_newest)
                 finally:
                     self._prune(level)
                 self._replicate(saving, level, is_newest=is_newest)
@@ -344,9 +352,18 @@ class Saver:
             with self._lock:
                 self._draining.remove(saving.tag)
 
+    def _bring(self, saving: Saving, above: Level, level: Level, *, is_newest: bool) -> None:
+        costs, begin_s, took_s = self.router.costs, time.perf_counter(), None
+        costs.begin(level.number)
+        try:
+            if self._drain.bring(saving, above, level, is_superseded=not is_newest):
+                took_s = time.perf_counter() - begin_s
+        finally:
+            costs.end(level.number, took_s)
+
     def _replicate(self, saving: Saving, level: Level, *, is_newest: bool) -> None:
         if level.copies and self._drain.replicate(saving, level, is_superseded=not is_newest):
-            self._replicated[level.number] = saving.tag
+            self._keeper.replicated(level, saving.tag)
             self._prune(level)
 
     def _failed(self, saving: Saving, error: CheckpointError) -> None:
@@ -355,36 +372,7 @@ class Saver:
         if self.board.rank == 0:
             logger.warning("%s; training goes on", error)
 
-    # -- folders ----------------------------------------------------------------------------------
-
-    def _clean(self, levels: Sequence[Level]) -> None:
-        """Finish or remove what an earlier run left half done, once for each folder."""
-        for level in levels:
-            if self._committer.leads(level) and level.folder not in self._cleaned:
-                self._cleaned.add(level.folder)
-                with contextlib.suppress(OSError):  # the save itself will tell
-                    level.folder.mkdir(parents=True, exist_ok=True)
-                remove_unowned = partial(remove_scratch, token=self.board.token)
-                for clean in (finish_published, remove_abandoned, remove_unowned, remove_trash):
-                    with contextlib.suppress(OSError, CheckpointError):  # as much as is possible
-                        clean(level.folder)
-
     def _prune(self, level: Level) -> None:
-        if not self._committer.leads(level) or level.keep is None:
-            return
-        newest = (self._committed.get(level.number), self._replicated.get(level.number))
         with self._lock:
-            protected = [*self._draining, *filter(None, newest)]
-        # The copies of an earlier run are worth most until this run has made its own.
-        is_waiting = bool(level.copies) and level.number not in self._replicated
-        try:
-            prune(
-                level.folder,
-                keep=level.keep + is_waiting,
-                keep_every=self.config.keep_every_n_steps,
-                protect=protected,
-            )
-            if level.is_of_node:
-                prune_copies(level.folder)
-        except (OSError, CheckpointError) as error:
-            logger.warning("%s: old checkpoints cannot be removed: %s", level.folder, error)
+            in_use = [*self._draining]
+        self._keeper.prune(level, in_use)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 
 from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
+from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.nodes.placement import Nodes
 from lowtide.checkpoint.staging.feed import Feed
 from lowtide.checkpoint.store.folders import part_folder
@@ -86,7 +88,8 @@ def levels_of(config: CheckpointConfig, nodes: Nodes | None) -> list[Level]:
 class _Part:
     name: str
     ticket: Ticket
-    watched: list[tuple[torch.Tensor, int]]  # tensors read later, with their version at request
+    watched: list[torch.Tensor]  # read later
+    versions: list[int]  # of these, at the request
     feed: Feed | None  # brings what is on a device, if anything is
 
     @property
@@ -118,6 +121,11 @@ class _Part:
             self.feed.cancel()
 
 
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return how often each tensor has been changed, as PyTorch counts."""
+    return [tensor._version for tensor in tensors]
+
+
 class Saving:
     """One checkpoint of this rank. Made by `Saver.begin`.
 
@@ -144,6 +152,7 @@ class Saving:
         self.step = step
         self.details = details
         self.save_latest = True
+        self.memos: dict[str, Memo] = {}  # of its files by name, while they are laid out
         self.parts: list[_Part] = []
         self.error: CheckpointError | None = None
         self.blocked_s = 0.0
@@ -185,8 +194,8 @@ class Saving:
         self, name: str, ticket: Ticket, lazy: Sequence[torch.Tensor], feed: Feed | None = None
     ) -> None:
         """Add a file that is being written."""
-        watched = [(tensor, tensor._version) for tensor in lazy]
-        self.parts.append(_Part(name, ticket, watched, feed))
+        watched = list(lazy)
+        self.parts.append(_Part(name, ticket, watched, _versions(watched), feed))
 
     def advance(self, stage: Stage) -> None:
         """Note that it has reached `stage`; a failed one stays failed."""
@@ -275,7 +284,7 @@ class Saving:
 
     def _check_versions(self) -> None:
         for part in self.parts:
-            changed = sum(tensor._version != version for tensor, version in part.watched)
+            changed = sum(map(operator.ne, _versions(part.watched), part.versions))
             part.watched = []
             if changed:
                 self.give_up(

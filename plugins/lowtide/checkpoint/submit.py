@@ -27,7 +27,7 @@ class _Way:
     def tell(self, plan: FilePlan, *, is_partial: bool) -> Ticket:
         if self.ticket is None:
             # The place among the writer's jobs is taken now; the stager keeps the same order.
-            first, is_begun = (_nothing(plan.path), True) if plan.elsewhere else (plan, is_partial)
+            first, is_begun = (_nothing(plan), True) if plan.elsewhere else (plan, is_partial)
             self.ticket = self._writer.submit([first], is_partial=is_begun)
         elif not plan.elsewhere:
             self.ticket.extend(plan, is_partial=is_partial)
@@ -86,12 +86,13 @@ def write_file(writer: Writer, state: Any, path: Path, *, stall_s: float) -> Non
         scratch.unlink(missing_ok=True)
 
 
-def _nothing(path: Path) -> FilePlan:
-    """Return the plan of a file of which nothing is known yet."""
+def _nothing(plan: FilePlan) -> FilePlan:
+    """Return a plan of `plan`'s file that says nothing but how large it will be."""
     numbers = np.empty(0, np.uint64)
     return FilePlan(
-        path=path,
+        path=plan.path,
         size_bytes=0,
+        expected_bytes=max(plan.size_bytes, plan.expected_bytes),
         offsets=numbers,
         lengths=numbers,
         addresses=numbers,

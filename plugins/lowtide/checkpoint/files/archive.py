@@ -12,9 +12,8 @@ import sys
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from lowtide.core.errors import NativeUnavailableError
 from lowtide.core.native import native
 
 PAGE_BYTES = 4096
+HEADER_BYTES = 512  # that a record takes beside its bytes, roughly and rather too many
 _ALIGN_BYTES = 64  # of tensors in the file, as torch aligns them
 _DIRECT_BYTES = 1 << 20  # from this size on offsets follow addresses
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -41,8 +41,7 @@ _PADDING_ID = 0x4246  # torch's own id for padding
 _DATE = 0x21  # 1 January 1980: files of equal states are equal
 
 
-@dataclass(slots=True)
-class Record:
+class Record(NamedTuple):
     """Bytes of one storage: where they are, and the object that keeps them there."""
 
     owner: Any

@@ -59,6 +59,7 @@ _GET_STORAGE = {dtype: _GET[id(kind)] for dtype, kind in STORAGES.items()}
 _STORAGE, _CPU = (b"h%c" % (len(_GLOBALS) + i) for i in range(2))
 _NO_HOOKS = _GET[id(OrderedDict)] + b")R"
 _PUSH_REBUILD = _GET[id(_REBUILD)]
+_PUSH_REBUILD_PARAMETER = _GET[id(_REBUILD_PARAMETER)]
 _IS = {True: b"\x88", False: b"\x89"}
 
 
@@ -92,37 +93,53 @@ def integers(values: Sequence[int]) -> bytes:
     return body + ends[len(values)] if len(values) in ends else b"(" + body + b"t"
 
 
-def storage(kind: bytes, number: int, location: str, elements: int) -> bytes:
-    """Return the opcodes that push a storage: torch's persistent id of record `number`."""
+def _storage(kind: bytes, location: str, elements: int) -> tuple[bytes, bytes]:
+    """Return what pushes a storage, before and after the number of its record."""
     place = _CPU if location == "cpu" else text(location)
+    return b"(" + _STORAGE + kind, place + integer(elements) + b"tQ"
+
+
+def numbered(head: bytes, number: int, tail: bytes) -> bytes:
+    """Return `head` and `tail` with the number of a record, as torch writes it, between them."""
     name = b"%d" % number
-    head = (_STORAGE, kind, len(name), name)
-    return b"(%s%sX%c\0\0\0%s%s%stQ" % (*head, place, integer(elements))
-
-
-def storage_of(dtype: torch.dtype, number: int, location: str, elements: int) -> bytes:
-    """Return the opcodes that push a storage of elements of `dtype`."""
-    return storage(_GET_STORAGE[dtype], number, location, elements)
+    return b"%sX%c\0\0\0%s%s" % (head, len(name), name, tail)
 
 
 def whole_storage(kind: type, number: int, location: str, elements: int) -> bytes:
-    """Return the opcodes that push a storage of class `kind`."""
+    """Return the opcodes that push a storage of class `kind`: torch's persistent id of a record."""
     name = b"c%s\n%s\n" % (kind.__module__.encode(), kind.__qualname__.encode())
-    return storage(name, number, location, elements)
+    head, tail = _storage(name, location, elements)
+    return numbered(head, number, tail)
 
 
-def tensor(
-    of: bytes, offset: int, shape: Sequence[int], stride: Sequence[int], grad: bool
-) -> bytes:
-    """Return the opcodes that push a view of the storage that `of` pushes."""
-    return b"%s(%s%s%stR" % (_PUSH_REBUILD, of, integer(offset), _view(shape, stride, grad))
+@functools.lru_cache(8192)
+def around_number(
+    dtype: torch.dtype,
+    location: str,
+    elements: int,
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    grad: bool,
+    is_parameter: bool,
+) -> tuple[bytes, bytes]:
+    """Return the opcodes that push a tensor, before and after the number of its record.
 
-
-@functools.lru_cache(4096)
-def _view(shape: Sequence[int], stride: Sequence[int], grad: bool) -> bytes:
-    return integers(shape) + integers(stride) + _IS[grad] + _NO_HOOKS
-
-
-def parameter(data: bytes, grad: bool) -> bytes:
-    """Return the opcodes that push a parameter of the tensor that `data` pushes."""
-    return _GET[id(_REBUILD_PARAMETER)] + b"(" + data + _IS[grad] + _NO_HOOKS + b"tR"
+    Args:
+        dtype: Of the storage and the tensor.
+        location: Of the storage, as torch calls it.
+        elements: Of the storage.
+        offset: Where in it the tensor begins, in elements.
+        shape: Of the tensor.
+        stride: Of the tensor, in elements.
+        grad: Whether it requires a gradient.
+        is_parameter: Whether it is a parameter.
+    """
+    head, tail = _storage(_GET_STORAGE[dtype], location, elements)
+    head = _PUSH_REBUILD + b"(" + head
+    view = integer(offset) + integers(shape) + integers(stride)
+    tail += view + _IS[grad and not is_parameter] + _NO_HOOKS + b"tR"
+    if is_parameter:
+        head = _PUSH_REBUILD_PARAMETER + b"(" + head
+        tail += _IS[grad] + _NO_HOOKS + b"tR"
+    return head, tail

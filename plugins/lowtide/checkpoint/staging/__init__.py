@@ -8,7 +8,8 @@ per device:
    reads what the work queued before the save has made of the tensors.
 2. For each chunk of the file in turn, the stager's thread takes a slot of the ring, has the lane
    copy the chunk's device bytes into it, and waits for the lane's event. The slot is an image of
-   the chunk: what comes from host memory or is literal stays empty in it.
+   the chunk: what comes from host memory or is literal stays empty in it. Small neighbours are put
+   side by side on the device first and lie side by side in the slot: two operations, not hundreds.
 3. It tells the writer as much of the file as has landed (`Ticket.extend`). The slot is free when
    the writer has captured that chunk (`Ticket.captured_chunks`); until then the next chunk waits.
    So a ring that is smaller than the state is filled as fast as the writer empties it.

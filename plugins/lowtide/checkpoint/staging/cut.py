@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lowtide.checkpoint.writer.plan import FilePlan
 from lowtide.core.device import Device
+
+SMALL_BYTES = 1 << 18  # a link takes no longer for so much than for beginning a copy
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,33 @@ class Cut:
         self._skips = cut_begin - begin[of]
         self._staged = np.flatnonzero(is_staged[of])
         self._chunks = cut_begin[self._staged] // chunk_bytes
+        self._inside = self._places(numbers)
+
+    def _places(self, numbers: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Return where each device piece belongs in its slot.
+
+        As in its chunk of the file; but small neighbours on one device follow each other without
+        what the file has between them, so that they can be copied together.
+        """
+        begin = self._offsets[self._staged].astype(np.int64) - self._chunks * self._chunk_bytes
+        lengths = self._lengths[self._staged].astype(np.int64)
+        if not len(begin):
+            return begin
+        known: dict[Device, int] = {}
+        devices = [known.setdefault(w.device, len(known)) for w in self.plan.elsewhere.values()]
+        of_entry = np.zeros(int(numbers.max()) + 1, np.int64)
+        of_entry[numbers] = devices
+        device = of_entry[self._entries[self._staged]]
+        is_small = lengths <= SMALL_BYTES
+        follows = np.zeros(len(begin), bool)
+        follows[1:] = (
+            (is_small[1:] & is_small[:-1])
+            & (self._chunks[1:] == self._chunks[:-1])
+            & (device[1:] == device[:-1])
+        )
+        first = np.maximum.accumulate(np.where(follows, 0, np.arange(len(begin))))
+        before = np.cumsum(lengths) - lengths
+        return begin[first] + before - before[first]
 
     def transfer(self, first: int, *, is_partial: bool) -> Transfer | None:
         """Return what begins at device piece `first`; None if nothing does, or not all is known."""
@@ -61,18 +91,18 @@ class Cut:
         return Transfer(chunk, first, int(np.searchsorted(self._chunks, chunk, "right")))
 
     def moves(self, transfer: Transfer) -> Iterator[tuple[Device, torch.Tensor, int]]:
-        """Yield the device, its bytes, and where they belong in the chunk."""
-        for piece in self._staged[transfer.first : transfer.end]:
+        """Yield the device, its bytes, and where they belong in the slot."""
+        of_chunk = slice(transfer.first, transfer.end)
+        for piece, at in zip(self._staged[of_chunk], self._inside[of_chunk].tolist(), strict=True):
             where = self.plan.elsewhere[int(self._entries[piece])]
             skip, length = int(self._skips[piece]), int(self._lengths[piece])
-            at = int(self._offsets[piece]) - transfer.chunk * self._chunk_bytes
             yield where.device, where.memory[skip : skip + length], at
 
     def land(self, transfer: Transfer, address: int) -> None:
         """Note that a chunk's device pieces are in the slot at `address`."""
-        pieces = self._staged[transfer.first : transfer.end]
-        inside = self._offsets[pieces] - np.uint64(transfer.chunk * self._chunk_bytes)
-        self._addresses[pieces] = np.uint64(address) + inside
+        of_chunk = slice(transfer.first, transfer.end)
+        inside = self._inside[of_chunk].astype(np.uint64)
+        self._addresses[self._staged[of_chunk]] = np.uint64(address) + inside
 
     def inherit(self, before: Cut, landed: int) -> None:
         """Take over the addresses of what has `landed` of a shorter plan of the same file."""

@@ -163,7 +163,8 @@ class Stager:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 return False
-        self._by_lane.ring = self._by_caller.ring = None
+        self._by_lane.let_go()
+        self._by_caller.ring = None
         with contextlib.suppress(DeviceError):  # what failed was told when it failed
             self.homes.close(timeout_s=timeout_s)
         return True

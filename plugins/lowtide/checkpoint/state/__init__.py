@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lowtide.checkpoint.files.safetensors_file import export
+from lowtide.checkpoint.state.safetensors_file import export
 from lowtide.checkpoint.state.view import CheckpointState, Parameter, open_state
 from lowtide.checkpoint.state.zero_layout import MASTER
 from lowtide.core.errors import CheckpointError, listed

@@ -19,6 +19,7 @@ from lowtide.core.restart import RECORD_FILE, TRASH, read_record
 State: TypeAlias = Literal[
     "complete", "unverified", "incomplete", "in progress", "abandoned", "trash"
 ]
+_ENDED = ("Z", "X")  # states of processes that are only still listed
 MAX_AGE_S = 3600.0  # nothing was written for so long: whoever began it is gone
 
 _PART = re.compile(r"\.(?P<tag>.+)\.(?P<attempt>[0-9a-f]{16})\.part")
@@ -232,18 +233,22 @@ def _is_running(pid: int, *, since_s: float) -> bool:
         return False
     except PermissionError:
         pass  # somebody else's, but there
-    started_s = _start_time_s(pid)
-    # In a container that was started again the same number is soon given to the next run.
-    return started_s is None or started_s <= since_s + 1.0
+    state, started_s = _state_and_start(pid)
+    # A zombie runs no more: nobody has asked yet how it ended. In a container that was started
+    # again the same number is soon given to the next run.
+    return state not in _ENDED and (started_s is None or started_s <= since_s + 1.0)
 
 
-def _start_time_s(pid: int) -> float | None:
-    """Return the Unix time at which a process was started, or None where it cannot be known."""
+def _state_and_start(pid: int) -> tuple[str, float | None]:
+    """Return the letter of a process's state, and the Unix time at which it was started.
+
+    "" and None where they cannot be known.
+    """
     try:
         # The name of the program, in brackets, may hold blanks and brackets itself.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
         ticks = os.sysconf("SC_CLK_TCK")
-        return None if boot is None else int(boot[1]) + int(fields[19]) / ticks
+        return fields[0], None if boot is None else int(boot[1]) + int(fields[19]) / ticks
     except (OSError, ValueError, IndexError):
-        return None
+        return "", None

@@ -23,7 +23,7 @@ from lowtide.checkpoint.store.catalog import (
 )
 from lowtide.checkpoint.store.folders import trash_folder
 from lowtide.core.errors import CheckpointError
-from lowtide.core.restart import sync_folder
+from lowtide.core.restart import read_record, sync_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +144,9 @@ def finish_published(folder: Path | str) -> list[str]:
     """Give complete checkpoints their names whose run died before it could.
 
     One takes the place of an older complete one of its name. Where a newer one has the name, it
-    was replaced by that and is removed. Otherwise, and while its own process lives, it stays as it
-    is: `core.restart.choose` finds it all the same.
+    was replaced by that and is removed. Otherwise, while its own process lives, and where a compact
+    checkpoint refers to what has the name, it stays as it is: `core.restart.choose` finds it all
+    the same.
 
     Returns:
         The tags that were given.
@@ -166,12 +167,25 @@ def finish_published(folder: Path | str) -> list[str]:
             _remove(entry)
         elif holder is not None and not _is_older(holder, entry):
             continue
+        elif holder is not None and _is_needed(holder, [*named.values(), *waiting]):
+            continue  # a compact checkpoint would lose what it refers to
         elif holder is None and os.path.lexists(folder / entry.tag):
             continue  # stock DeepSpeed's or damaged: not ours to remove
         else:
             named[entry.tag] = _publish(entry, holder)
             finished.append(entry.tag)
     return finished
+
+
+def _is_needed(holder: Entry, entries: Iterable[Entry]) -> bool:
+    """Tell whether a compact checkpoint refers to `holder`, and not to another one of its tag."""
+    record = read_record(holder.path)
+    identity = (holder.tag, None if record is None else record.get("attempt"))
+    for entry in entries:
+        with contextlib.suppress(CheckpointError):  # damaged: it cannot be loaded in any case
+            if entry is not holder and identity in bases_of(entry.path):
+                return True
+    return False
 
 
 def _is_older(entry: Entry, other: Entry) -> bool:

@@ -196,7 +196,7 @@ class NativeWriter(Writer):
 def _arguments(plan: FilePlan) -> tuple[Any, ...]:
     return (
         *(os.fsencode(plan.path), plan.size_bytes, plan.offsets, plan.lengths),
-        *(plan.addresses, plan.entries, plan.literals, plan.patches),
+        *(plan.addresses, plan.entries, plan.literals, plan.patches, plan.expected_bytes),
     )
 
 

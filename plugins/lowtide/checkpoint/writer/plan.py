@@ -43,6 +43,8 @@ class FilePlan:
         literals: uint8; the memory of all literals.
         patches: uint64, shape (patches, 2); position in `literals` of four bytes that take the
             little-endian CRC-32 of an entry, and the number of that entry.
+        expected_bytes: What the size may become, where this is the beginning of a file. A writer
+            may reserve so much, and gives back in the end what was not needed.
         owners: What keeps the live memory alive; dropped once the file is captured.
         elsewhere: Entries that are not in host memory. Their addresses mean nothing, and no writer
             takes such a plan: it goes through `lowtide.checkpoint.staging`.
@@ -56,6 +58,7 @@ class FilePlan:
     entries: NDArray[np.int32]
     literals: NDArray[np.uint8]
     patches: NDArray[np.uint64]
+    expected_bytes: int = 0
     owners: list[Any] = field(default_factory=list, repr=False)
     elsewhere: dict[int, DeviceBytes] = field(default_factory=dict, repr=False)
 

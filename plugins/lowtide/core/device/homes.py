@@ -28,6 +28,11 @@ class Homes:
         self._gpus: dict[int, Device] = {}
         self._lock = threading.Lock()
 
+    @property
+    def has_given(self) -> bool:
+        """Whether there are devices that host memory, as torch sees it, may belong to."""
+        return bool(self._given)
+
     def of(self, tensor: Tensor) -> Device | None:
         """Return the device that holds `tensor`, or None for plain host memory.
 
