@@ -165,9 +165,11 @@ def random_plan(
             residents = held
     host = [i for i in range(len(pieces)) if i not in set(device)]
     chance.shuffle(host)
+    stored = [i for i in host if pieces[i].path is not None]
     return build_plan(
-        pieces, residents=residents, device_order=device, host_order=host, slots=slots
-    )
+        pieces, residents=residents, device_order=device, host_order=host, slots=slots,
+        stored_order=stored, carried=chance.randint(0, len(stored)),
+    )  # fmt: skip
 
 
 def _memory(memory_bytes: float) -> float:

@@ -21,6 +21,35 @@ USABLE_SHARE = 0.8  # of a memory's data-sheet bandwidth, for a streaming kernel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PathRates:
+    """Speeds of one rank's transfers to and from one storage path, both directions at work.
+
+    Attributes:
+        read_bytes_per_s: From the path.
+        write_bytes_per_s: To the path.
+
+    Raises:
+        ConfigError: A rate is not a positive finite number.
+    """
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(
+                    f"rates.paths.{field.name}: got {value!r}, allowed is a finite number above 0"
+                )
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds per byte that is read and written, one while the other."""
+        return 1.0 / min(self.read_bytes_per_s, self.write_bytes_per_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
     """Speeds of one rank's lanes.
 

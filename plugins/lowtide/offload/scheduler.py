@@ -94,6 +94,10 @@ class Scheduler:
             max_slots=self._config.max_slots, keep_residents=self._keep_residents,
         )  # fmt: skip
 
+    def all_agree(self, is_well: bool) -> bool:
+        """Return whether all ranks are well. Collective."""
+        return self._agree([float(is_well)])[0] > 0.0
+
     def observe(self, trace: StepTrace) -> None:
         """Correct the rates by what an update took; at most once per plan and few steps."""
         plan, rates = self.plan, self.rates
