@@ -48,7 +48,9 @@ def test_every_path_is_read_and_written(ranks: list[Any]) -> None:
             assert {"read0", "read1", "write0", "write1"} <= set(found["lanes"]), way
             assert "write1" in found["chart"]
             assert [each["folder"][-1] for each in found["summary"]] == ["a", "b"]
-        assert "device" in facts["auto facts"]["lanes"] or "device" in facts["random facts"]["lanes"]
+        assert (
+            "device" in facts["auto facts"]["lanes"] or "device" in facts["random facts"]["lanes"]
+        )
 
 
 def test_files_have_no_names(ranks: list[Any]) -> None:

@@ -39,7 +39,7 @@ def test_smallest_block() -> None:
         ({}, None),
         (with_zero(stage=2), None),
         ({**GOOD, "zero_optimization": {}}, r'stage 0 with offload_optimizer.device "none"; set'),
-        (with_zero(offload_optimizer={"device": "nvme"}), r'stage 3 .*device "nvme"; set'),
+        (with_zero(offload_optimizer={"device": "nvme"}), r'device is "nvme".*"storage": {"paths"'),
         (with_zero(offload_optimizer={}), r'device "none"; set'),
         (with_offload(super_offload=True), "super_offload is set too"),
         (with_offload(ratio=0.5), "ratio is set too"),

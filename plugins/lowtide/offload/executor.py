@@ -117,9 +117,12 @@ class Executor:
         tier = self._tier
         if tier is None:
             return None
-        tier.noted = lambda number, *rest: trace.add_transfer(
-            self.subgroups[self._index_of[number]].key, *rest
-        )
+
+        def note(number: int, lane: str, nbytes: int, begin_s: float, end_s: float) -> None:
+            key = self.subgroups[self._index_of[number]].key
+            trace.add_transfer(key, lane, nbytes, begin_s, end_s)
+
+        tier.noted = note
         order = [n for i in plan.stored_order if (n := self.subgroups[i].stored) is not None]
         # To and fro: what is updated last is in memory, and comes first the next time.
         return Flow(tier, order[:: 1 if self._version % 2 else -1], plan.carried)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lowtide.offload.trace import StepTrace
 
 logger = logging.getLogger("lowtide")
 
+_T = TypeVar("_T")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -140,11 +141,17 @@ class Updater:
                 there is storage, so that no rank waits for one that has given up.
         """
         if self.tier is None:
-            self._update(scale)
+            self._update(self._ready_executor(), scale)
             return
+        # Twice, because planning is collective too: nobody may be in another collective call.
+        executor = self._together(self._ready_executor)
+        self._together(lambda: self._update(executor, scale))
+
+    def _together(self, action: Callable[[], _T]) -> _T:
+        """Do something on all ranks, or raise on all ranks. Collective."""
         failure: LowtideError | None = None
         try:
-            self._update(scale)
+            found = action()
         except LowtideError as error:
             failure = error
         is_well = self.scheduler.all_agree(failure is None)
@@ -155,9 +162,9 @@ class Updater:
                 "offload.storage: another rank has lost optimizer state, and its log says why; "
                 "start again from the last checkpoint"
             )
+        return found
 
-    def _update(self, scale: float) -> None:
-        executor = self._ready_executor()
+    def _update(self, executor: Executor, scale: float) -> None:
         # Plans may fail, on their collective or a device; so nothing has been changed before.
         plan = self.scheduler.next_plan(executor)
         sources = [master.gradients.source(scale) for master in self.masters]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowtide.offload.storage.tier import State, Tier
+from lowtide.offload.storage.tier import State, Tier, ignored
 
 
 class Flow:
@@ -103,6 +103,7 @@ class Flow:
         tier = self._tier
         with tier.changed:
             tier.wait(lambda: tier.dirty <= self._stays)
+            tier.noted = ignored
 
 
 def _nothing() -> None:

@@ -99,7 +99,7 @@ class Tier:
         self.dirty: set[int] = set()  # buffers that are newer than the file
         self.held: dict[int, Buffer] = {}  # pieces that are in a buffer, whole
         self.free = [Buffer(layout.buffer_bytes) for _ in range(layout.buffers)]
-        self.noted: Noted = _ignored
+        self.noted: Noted = ignored
         self._stall_s = stall_s
         self._left_out: set[int] = set()  # paths that refused a write
         self._lanes = {
@@ -415,7 +415,5 @@ def _nothing() -> None:
     pass
 
 
-def _ignored(_piece: int, _lane: str, _nbytes: int, _begin_s: float, _end_s: float) -> None:
-    pass
-
-
+def ignored(_piece: int, _lane: str, _nbytes: int, _begin_s: float, _end_s: float) -> None:
+    """Note nothing: transfers outside of updates are no part of a trace."""
