@@ -187,9 +187,9 @@ class OffloadConfig(PluginConfig):
         stage, place = zero.get("stage", 0), offload.get("device", "none")
         if stage in (1, 2, 3) and place == "nvme":
             raise ConfigError(
-                'lowtide.offload: offload_optimizer.device is "nvme", which has schedules of its '
-                'own; set it to "cpu" and name the folders here: "lowtide": {"offload": {"storage": '
-                '{"paths": ["/nvme/scratch"], "host_memory_bytes": 64000000000}}}'
+                'lowtide.offload: offload_optimizer.device is "nvme", which has a schedule of its '
+                'own; set it to "cpu" and name the folders in the block: "offload": {"storage": '
+                '{"paths": ["/nvme/scratch"], "host_memory_bytes": 64000000000}}'
             )
         if self.storage is not None and stage != 3:
             raise ConfigError(

@@ -42,7 +42,8 @@ class Piece:
     def __post_init__(self) -> None:
         if self.path is not None and (self.path < 0 or self.is_movable):
             raise ConfigError(
-                f"piece.path: got {self.path!r}, allowed is 0 or more on a piece that is not movable"
+                f"piece.path: got {self.path!r}, allowed is None, or 0 and more where the piece "
+                "is not movable"
             )
         if self.numel < 1:
             raise ConfigError(f"piece.numel: got {self.numel!r}, allowed is a whole number from 1")
@@ -221,8 +222,8 @@ def check_plan(pieces: Sequence[Piece], plan: Plan, *, memory_bytes: float | Non
     everywhere = sorted((*plan.device_order, *plan.host_order, *plan.stored_order))
     if everywhere != list(range(len(pieces))):
         raise ConfigError(
-            f"plan: device_order, host_order and stored_order name the pieces {everywhere[:20]}, allowed is "
-            f"each of 0 to {len(pieces) - 1} once"
+            f"plan: device_order, host_order and stored_order name the pieces {everywhere[:20]}, "
+            f"allowed is each of 0 to {len(pieces) - 1} once"
         )
     misplaced = [i for i in plan.host_order if pieces[i].path is not None]
     misplaced += [i for i in plan.stored_order if pieces[i].path is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -26,10 +27,8 @@ def aligned(nbytes: int) -> Tensor:
     """Return memory that direct I/O takes: uint8, shape (nbytes,), at a page's begin, zeros."""
     memory = mmap.mmap(-1, max(nbytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them: only slower
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them: only slower
-            pass
     return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
@@ -110,7 +109,7 @@ class ScratchFile:
         Raises:
             OSError: as the system says.
         """
-        view, crc, done = memoryview(source.numpy()), 0, 0
+        view, crc, done = memoryview(source.numpy().data), 0, 0
         while done < len(view):
             part = view[done : done + CHUNK_BYTES]
             crc = crc32(part, crc)
@@ -133,7 +132,7 @@ class ScratchFile:
         Raises:
             OSError: as the system says, or the file ends too early.
         """
-        view, crc, done = memoryview(target.numpy()), 0, 0
+        view, crc, done = memoryview(target.numpy().data), 0, 0
         while done < len(view):
             part = view[done : done + CHUNK_BYTES]
             filled = 0

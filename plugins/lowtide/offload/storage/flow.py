@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowtide.offload.storage.tier import State, Tier, ignored
+from lowtide.offload.storage.piece import State
+from lowtide.offload.storage.tier import Tier, ignored
 
 
 class Flow:

@@ -59,7 +59,8 @@ class Range:
         self._nbytes = -(-max(4 * numel, 1) // PAGE_BYTES) * PAGE_BYTES
         self._address = self._map(None, self._nbytes, 0, -1, 0)
         # A subclass, because plain ctypes arrays take no weak references.
-        block = type("_Block", (ctypes.c_char * self._nbytes,), {}).from_address(self._address)
+        kind: Any = type("_Block", (ctypes.c_char * self._nbytes,), {})
+        block = kind.from_address(self._address)
         weakref.finalize(block, self._c.munmap, self._address, self._nbytes).atexit = False
         self.tensor: Tensor = torch.frombuffer(block, dtype=torch.float32)[:numel]
 

@@ -1,9 +1,10 @@
-"""How fast the paths are, all of them and both directions at once: a short measurement at the start."""
+"""How fast the paths are: a short measurement at the start, all of them at once, both ways."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 
 from lowtide.core.errors import StorageError
@@ -30,15 +31,15 @@ def measure_paths(files: Sequence[ScratchFile], given: Sequence[Given]) -> list[
         StorageError: a path has no room or fails.
     """
     unknown = [j for j, pair in enumerate(given) if None in pair]
-    jobs: list[tuple[int, Callable[[], None]]] = []
+    jobs: list[tuple[int, Callable[[], object]]] = []
     for j in unknown:
         first = files[j].reserve(2 * SAMPLE_BYTES)
         source, target = aligned(SAMPLE_BYTES), aligned(SAMPLE_BYTES)
         source.random_()
-        _transfer(files[j], lambda j=j, s=source, o=first: files[j].write(s, o, _nothing))
+        _transfer(files[j], partial(files[j].write, source, first, _nothing))
         jobs += [
-            (j, lambda j=j, t=target, o=first: files[j].read(t, o, _nothing)),
-            (j, lambda j=j, s=source, o=first: files[j].write(s, o + SAMPLE_BYTES, _nothing)),
+            (j, partial(files[j].read, target, first, _nothing)),
+            (j, partial(files[j].write, source, first + SAMPLE_BYTES, _nothing)),
         ]
     found = _together(files, jobs)
     rates = list(given)
@@ -49,7 +50,7 @@ def measure_paths(files: Sequence[ScratchFile], given: Sequence[Given]) -> list[
 
 
 def _together(
-    files: Sequence[ScratchFile], jobs: Sequence[tuple[int, Callable[[], None]]]
+    files: Sequence[ScratchFile], jobs: Sequence[tuple[int, Callable[[], object]]]
 ) -> list[float]:
     """Repeat all jobs at once until each has run for long enough; return bytes per second."""
     rates = [0.0] * len(jobs)

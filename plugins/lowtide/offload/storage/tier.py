@@ -10,62 +10,25 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from lowtide.core.errors import StorageError
-from lowtide.offload.rates import STATE_BYTES, PathRates
-from lowtide.offload.storage.files import ScratchFile, aligned
+from lowtide.offload.rates import PathRates
+from lowtide.offload.storage.files import ScratchFile
 from lowtide.offload.storage.lanes import StorageLane
 from lowtide.offload.storage.layout import Extent, Layout, assign
 from lowtide.offload.storage.mapping import Range
+from lowtide.offload.storage.piece import Buffer, Piece, State, fill, part_of
 
 logger = logging.getLogger("lowtide")
 
-State = tuple[Tensor, Tensor, Tensor]  # master, first moment, second moment
 Noted = Callable[[int, str, int, float, float], None]  # piece, lane, bytes, begin_s, end_s
 
 _POLL_S = 0.2
 _ATTEMPTS = 2  # of a read: what went wrong on the way, and not on the medium, goes right then
-
-
-@dataclass
-class Piece:
-    """A stored part of a master.
-
-    Attributes:
-        extent: Which part.
-        path: Number of the path; None: it had to stay in memory.
-        offset: Where in that path's file.
-        crc: CRC-32 of what is there; None: somebody else may have written there.
-    """
-
-    extent: Extent
-    path: int | None
-    offset: int = 0
-    crc: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of master and moments."""
-        return STATE_BYTES * self.extent.numel
-
-
-class Buffer:
-    """Staging memory for one piece at a time: master and moments one behind the other."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.memory = aligned(nbytes)
-
-    def state(self, numel: int) -> State:
-        """Return master and moments of a piece of `numel` elements."""
-        master, exp_avg, exp_avg_sq = (
-            self.memory[4 * i * numel : 4 * (i + 1) * numel].view(torch.float32) for i in range(3)
-        )
-        return master, exp_avg, exp_avg_sq
 
 
 class Tier:
@@ -180,23 +143,23 @@ class Tier:
         for tensor, source in zip(self.tensors(flat), sources, strict=True):
             for extent in self.layout.extents:
                 if extent.flat == flat and not extent.is_stored:
-                    _fill(_part(tensor, extent), source, extent)
+                    fill(part_of(tensor, extent), source, extent)
             # Behind the last vector.
             last = max(e.begin + e.numel for e in self.layout.extents if e.flat == flat)
-            _fill(tensor[last:], source, Extent(flat, last, tensor.numel() - last, False))
+            fill(tensor[last:], source, Extent(flat, last, tensor.numel() - last, False))
         for number in mine:
             piece = self.pieces[number]
             if piece.path is None:
                 for part, source in zip(self.mapped(number), sources, strict=True):
-                    _fill(part, source, piece.extent)
+                    fill(part, source, piece.extent)
                 continue
             with self.changed:
                 self.wait(lambda: bool(self.free))
                 buffer = self.held[number] = self.free.pop()
                 self.dirty.add(number)
             for part, source in zip(buffer.state(piece.extent.numel), sources, strict=True):
-                _fill(part, source, piece.extent)
-            self.write(number, lambda n=number: self.release(n))
+                fill(part, source, piece.extent)
+            self.write(number, partial(self.release, number))
         with self.changed:
             self.wait(lambda: not self.dirty)
 
@@ -321,9 +284,7 @@ class Tier:
             self._write_elsewhere(number, then)
             return
         path, offset = piece.path, piece.offset
-        self._lanes["write", path].submit(
-            lambda progress: self._write_now(number, path, offset, then, progress)
-        )
+        self._lanes["write", path].submit(partial(self._write_now, number, path, offset, then))
 
     def _write_now(
         self,
@@ -373,9 +334,7 @@ class Tier:
             except StorageError as error:
                 self._leave_out(path, error)
                 continue
-            self._lanes["write", path].submit(
-                lambda progress, p=path, o=offset: self._write_now(number, p, o, then, progress)
-            )
+            self._lanes["write", path].submit(partial(self._write_now, number, path, offset, then))
             return
         begin_s = perf_counter()
         if piece.path is not None:
@@ -387,8 +346,8 @@ class Tier:
                 number, piece.nbytes,
             )  # fmt: skip
         numel = piece.extent.numel
-        for part, new in zip(self.mapped(number), self.held[number].state(numel), strict=True):
-            part.copy_(new)
+        for old, new in zip(self.mapped(number), self.held[number].state(numel), strict=True):
+            old.copy_(new)
         self._written(number, "memory", begin_s, then)
 
     def _settle(self, number: int, path: int, offset: int) -> None:
@@ -398,17 +357,6 @@ class Tier:
             begin = offset + 4 * turn * extent.numel
             each.show_file(extent.begin, extent.numel, self.files[path].descriptor, begin)
         piece.path, piece.offset = path, offset
-
-
-def _part(tensor: Tensor, extent: Extent) -> Tensor:
-    return tensor.narrow(0, extent.begin, extent.numel)
-
-
-def _fill(target: Tensor, source: Tensor | None, extent: Extent) -> None:
-    if source is None:
-        target.zero_()
-    else:
-        target.copy_(_part(source.detach().view(-1), extent))
 
 
 def _nothing() -> None:
