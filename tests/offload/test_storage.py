@@ -108,9 +108,14 @@ class Bench:
         )  # fmt: skip
         flats = self.gradients[self.step - 1]
         for executor in (self.reference, self.executor):
+            buffers = executor.buffers
             works = [Work(e.part_of(flats[e.flat]), 0.5, step) for e in executor.subgroups]
             pieces = executor.pieces()
-            chosen = host_only_plan(pieces) if plan is None or executor is self.reference else plan
+            chosen = (
+                host_only_plan(pieces, buffers=buffers)
+                if plan is None or executor is self.reference
+                else plan
+            )
             executor.run(chosen, works)
 
     def assert_equal(self) -> None:

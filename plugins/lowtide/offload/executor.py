@@ -15,7 +15,7 @@ from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError, StorageErro
 from lowtide.core.state import Location, StateAuthority
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.one_update import OneUpdate, Pace, Work, update_there
-from lowtide.offload.rates import STATE_BYTES
+from lowtide.offload.rates import STATE_BYTES, PathRates
 from lowtide.offload.schedule import Piece, Plan
 from lowtide.offload.staging import Landings, Place, Slot, make_resident, make_slots
 from lowtide.offload.storage.flow import Flow
@@ -195,6 +195,15 @@ class Executor:
     def _upload_bytes(self, weights: Tensor | None) -> int:
         is_far = weights is not None and self._place.landings.is_far(weights)
         return weights.element_size() if weights is not None and is_far else 0
+
+    @property
+    def buffers(self) -> int:
+        """Staging buffers for stored subgroups, at least 1."""
+        return 1 if self._tier is None else max(1, self._tier.layout.buffers)
+
+    def path_rates(self) -> tuple[PathRates, ...]:
+        """Return how fast the storage paths are."""
+        return () if self._tier is None else tuple(self._tier.rates)
 
     def resident_bytes(self) -> int:
         """Return the device memory of residents' state."""

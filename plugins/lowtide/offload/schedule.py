@@ -12,7 +12,6 @@ from lowtide.offload.rates import STATE_BYTES
 
 GRADIENT_BYTES = (0, 2, 4)
 MAX_SLOTS = 64
-MOST_CARRIED = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +82,7 @@ class Plan:
         host_order: Pieces in memory that the host updates, in this order.
         stored_order: Pieces from storage that the host updates, in this order; every other update
             goes through them the other way round.
+        buffers: Staging buffers, one stored piece each; 0 where nothing is stored.
         carried: How many of the last of these stay in their buffers until the next update.
         slots: Staging slots; each holds the largest load of a device piece (`slot_bytes`).
             0 where nothing is loaded.
@@ -99,6 +99,7 @@ class Plan:
     host_order: tuple[int, ...]
     slots: int
     stored_order: tuple[int, ...] = ()
+    buffers: int = 0
     carried: int = 0
     slot_bytes: int = 0
     resident_bytes: int = 0
@@ -185,7 +186,8 @@ def build_plan(
     host_order: Iterable[int],
     slots: int,
     stored_order: Iterable[int] | None = None,
-    carried: int = MOST_CARRIED,
+    buffers: int = 1,
+    carried: int = 0,
 ) -> Plan:
     """Return the plan with its sizes worked out; nothing is predicted.
 
@@ -204,7 +206,8 @@ def build_plan(
         host_order=host,
         slots=slots if largest else 0,
         stored_order=tuple(stored if stored_order is None else stored_order),
-        carried=min(carried, len(stored)),
+        buffers=buffers if stored else 0,
+        carried=min(carried, buffers, len(stored)),
         slot_bytes=largest,
         resident_bytes=sum(pieces[i].state_bytes for i in held),
         fraction=staged / movable if movable else 0.0,
