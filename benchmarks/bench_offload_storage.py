@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 warnings.simplefilter("ignore")
-PIECE = 4_000_000
+PIECES = 40  # so that buffers are a small part of the state
 
 
 def parse() -> argparse.Namespace:
@@ -65,16 +65,18 @@ def config_of(offload_optimizer: dict[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-def storage(paths: list[str], memory_bytes: float, **settings: Any) -> dict[str, Any]:
+def storage(options: argparse.Namespace, paths: list[str], **settings: Any) -> dict[str, Any]:
+    memory_bytes = options.memory * 12 * options.params
     chosen = {"paths": paths, "host_memory_bytes": memory_bytes, **settings}
-    block = {"device": "cpu", "subgroup_params": PIECE, "storage": chosen}
+    piece = int(options.params) // PIECES
+    block = {"device": "cpu", "subgroup_params": piece, "storage": chosen}
     return config_of({"device": "cpu"}, lowtide={"offload": block})
 
 
 def contenders(options: argparse.Namespace, console: Console) -> dict[str, dict[str, Any]]:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    paths, memory_bytes = options.path, options.memory * 12 * options.params
+    paths = options.path
     found = {"stock, all in memory": config_of({"device": "cpu"})}
     try:
         AsyncIOBuilder().load()
@@ -83,15 +85,15 @@ def contenders(options: argparse.Namespace, console: Console) -> dict[str, dict[
     else:
         nvme = {
             "device": "nvme", "nvme_path": paths[0], "pipeline_read": True,
-            "pipeline_write": True, "buffer_count": 4,
+            "pipeline_write": True, "buffer_count": 12,  # fewer, and its pipelined writes fail
         }  # fmt: skip
         aio = {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 1}
         aio |= {"single_submit": False, "overlap_events": True}
         found["stock NVMe"] = config_of(nvme, aio=aio)
-    found["storage, in turn"] = storage(paths[:1], memory_bytes, buffers=1)
-    found["storage"] = storage(paths[:1], memory_bytes)
+    found["storage, in turn"] = storage(options, paths[:1], buffers=1)
+    found["storage"] = storage(options, paths[:1])
     if len(paths) > 1:
-        found[f"storage, {len(paths)} paths"] = storage(paths, memory_bytes)
+        found[f"storage, {len(paths)} paths"] = storage(options, paths)
     return found
 
 
