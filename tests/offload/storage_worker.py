@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch.distributed as dist
 
 from lowtide.core.errors import LowtideError
 from lowtide.offload.storage.files import ScratchFile
+from tests.helpers.memory import resident_bytes
 from tests.helpers.ranks import leave_result
 from tests.offload.deepspeed_worker import AUTO, RANDOM, Case, build, train
 
 MEMORY_BYTES = 12 * 5300  # of the 9,000 parameters of a rank; three buffers of 1024 among them
+MOMENTS = ("exp_avg", "exp_avg_sq")
 CASE = Case(accumulation=2, groups=True, sometimes=True)
 
 
@@ -43,10 +46,16 @@ def facts_of(engine: Any) -> dict[str, Any]:
     plugin = engine.lowtide.offload
     tier = plugin._updater.tier
     trace = plugin.trace()
+    leaves = engine.optimizer.fp32_partitioned_groups_flat
+    tensors = [leaf.data for leaf in leaves]
+    tensors += [engine.optimizer.optimizer.state[x][k] for x in leaves for k in MOMENTS]
     return {
         "memory": tier.in_memory_bytes(),
+        "resident": sum(map(resident_bytes, tensors)),
+        "pages": 2 * len(tensors) * mmap.PAGESIZE,  # of both ends, which others use too
+        "buffers": sum(resident_bytes(e.memory) for e in [*tier.free, *tier.held.values()]),
         "stored": sum(tier.stored_bytes()),
-        "state": sum(12 * leaf.numel() for leaf in engine.optimizer.fp32_partitioned_groups_flat),
+        "state": sum(12 * leaf.numel() for leaf in leaves),
         "lanes": sorted({each["lane"] for each in trace}),
         "plan": [len(plugin.plan().stored_order), len(plugin.plan().host_order)],
         "chart": plugin.chart(),

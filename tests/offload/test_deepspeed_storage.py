@@ -37,6 +37,8 @@ def test_memory_holds_no_more_than_was_allowed(ranks: list[Any]) -> None:
         for way in WAYS:
             found = facts[f"{way} facts"]
             assert found["memory"] <= MEMORY_BYTES
+            assert 0 < found["buffers"] <= 3 * 12 * 1024
+            assert 0 < found["resident"] + found["buffers"] <= MEMORY_BYTES + found["pages"]
             assert found["memory"] + found["stored"] >= found["state"]
             assert found["stored"] > 0
 

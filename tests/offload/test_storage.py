@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from lowtide.offload.executor import Executor
 from lowtide.offload.one_update import Work
 from lowtide.offload.plan import build_plan, host_only_plan, random_plan
 from lowtide.offload.rates import PathRates
-from lowtide.offload.storage.files import ScratchFile
+from lowtide.offload.storage.files import CHUNK_BYTES, ScratchFile, aligned
 from lowtide.offload.storage.layout import assign, lay_out, shares
-from lowtide.offload.storage.mapping import PAGE_ELEMENTS
+from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS
 from lowtide.offload.storage.opening import open_tier
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
+from tests.helpers.memory import resident_bytes
 
 NUMELS = (5_000, 30_005, 20_000, 900)
 MEMORY_BYTES = 12 * 22_000
@@ -219,6 +222,23 @@ def test_direct_io_is_left_out_where_it_and_memory_maps_disagree(
         ScratchFile(tmp_path)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_large_pieces_go_in_parts_and_come_back_whole(tmp_path: Path, direct: bool) -> None:
+    file = ScratchFile(tmp_path, direct=direct)
+    nbytes = 2 * CHUNK_BYTES + 8192
+    offset = file.reserve(nbytes)
+    source, target, calls = aligned(nbytes), aligned(nbytes), []
+    source.random_(generator=torch.Generator().manual_seed(1))
+    crc = file.write(source, offset, lambda: calls.append(1))
+    assert crc == zlib.crc32(source.numpy().tobytes())
+    assert file.read(target, offset, lambda: calls.append(1)) == crc
+    assert torch.equal(source, target)
+    assert len(calls) >= 6
+    with pytest.raises(OSError, match="has become shorter"):
+        file.read(target, offset + nbytes - CHUNK_BYTES - PAGE_BYTES, lambda: None)
+    file.close()
+
+
 # -- updates -----------------------------------------------------------------------------------
 
 
@@ -231,6 +251,20 @@ def test_any_plan_gives_the_bits_of_memory(bench: Bench) -> None:
     bench.close()
     for flat, state in enumerate(bench.expected):  # the maps outlive the files
         assert all(map(torch.equal, state, bench.found[flat]))
+
+
+def test_memory_is_given_back_to_the_kernel(bench: Bench) -> None:
+    for turn in range(3):
+        bench.run()
+        if turn == 1:
+            bench.executor.drain()  # readers look through the page cache
+            assert sum(each.sum().item() for state in bench.found for each in state) != 0
+        held = sum(resident_bytes(each) for state in bench.found for each in state)
+        buffers = [*bench.tier.free, *bench.tier.held.values()]
+        held += sum(resident_bytes(each.memory) for each in buffers)
+        pages = 2 * sum(len(state) for state in bench.found) * mmap.PAGESIZE  # of both ends
+        assert 0 < held <= MEMORY_BYTES + pages
+        assert held < 12 * sum(NUMELS) / 2
 
 
 def test_what_is_updated_last_is_neither_written_nor_read(bench: Bench) -> None:

@@ -140,7 +140,7 @@ class Scheduler:
         due = (
             self._step % self._config.replan_every_n_steps == self._config.replan_every_n_steps - 1
         )
-        if due:  # reading a GPU's clocks costs time too
+        if due or self._is_host_only:  # reading a GPU's clocks costs time
             better = corrected(rates, dict(plan.busy_s), trace.busy_s())
             if self._is_host_only:
                 self._host_rates = better

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from lowtide.core.errors import ConfigError, StorageError
-from lowtide.core.native import crc32
+from lowtide.core.native import crc32, crc32_combine
+from lowtide.offload.storage.lanes import Crew
 from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS, Range
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
+DEPTH = 4  # parts of a piece that are under way at once
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _PREFIX = ".lowtide-offload-"
 
@@ -51,6 +53,7 @@ class ScratchFile:
         self.folder = Path(folder)
         self.size_bytes = 0
         self._direct = -1
+        self._crew = Crew("lowtide-offload-parts", 2 * DEPTH)  # of a read and of a write
         try:
             self.descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=self.folder)
         except OSError as error:
@@ -77,6 +80,7 @@ class ScratchFile:
 
     def close(self) -> None:
         """Close the file. Memory maps of it stay."""
+        self._crew.close()
         self._finalizer()
 
     def reserve(self, nbytes: int) -> int:
@@ -104,23 +108,25 @@ class ScratchFile:
         Args:
             source: uint8, shape (nbytes,), of `aligned` memory, a multiple of `PAGE_BYTES`.
             offset: A multiple of `PAGE_BYTES`.
-            progress: Called after each part.
+            progress: Called after each part, from several threads.
 
         Raises:
             OSError: as the system says.
         """
-        view, crc, done = memoryview(source.numpy().data), 0, 0
-        while done < len(view):
-            part = view[done : done + CHUNK_BYTES]
-            crc = crc32(part, crc)
-            written = 0
+        view = memoryview(source.numpy().data)
+
+        def move(begin: int) -> int:
+            part, written = view[begin : begin + CHUNK_BYTES], 0
+            crc = crc32(part)
             while written < len(part):
-                step = os.pwrite(self._at(written), part[written:], offset + done + written)
+                step = os.pwrite(self._at(written), part[written:], offset + begin + written)
                 if step == 0:
                     raise OSError(errno.EIO, "wrote nothing")
                 written += step
                 progress()
-            done += len(part)
+            return crc
+
+        crc = self._in_parts(move, len(view))
         if not self.is_direct:
             os.fdatasync(self.descriptor)
         self._drop(offset, len(view))
@@ -132,19 +138,28 @@ class ScratchFile:
         Raises:
             OSError: as the system says, or the file ends too early.
         """
-        view, crc, done = memoryview(target.numpy().data), 0, 0
-        while done < len(view):
-            part = view[done : done + CHUNK_BYTES]
-            filled = 0
+        view = memoryview(target.numpy().data)
+
+        def move(begin: int) -> int:
+            part, filled = view[begin : begin + CHUNK_BYTES], 0
             while filled < len(part):
-                step = os.preadv(self._at(filled), [part[filled:]], offset + done + filled)
+                step = os.preadv(self._at(filled), [part[filled:]], offset + begin + filled)
                 if step == 0:
                     raise OSError(errno.EIO, "the scratch file has become shorter")
                 filled += step
                 progress()
-            crc = crc32(part, crc)
-            done += len(part)
+            return crc32(part)
+
+        crc = self._in_parts(move, len(view))
         self._drop(offset, len(view))
+        return crc
+
+    def _in_parts(self, move: Callable[[int], int], nbytes: int) -> int:
+        """Move parts, several at once, as devices like it; return the CRC-32 of the whole."""
+        begins = range(0, nbytes, CHUNK_BYTES)
+        crc = 0
+        for begin, found in zip(begins, self._crew.map(move, begins), strict=True):
+            crc = crc32_combine(crc, found, min(CHUNK_BYTES, nbytes - begin))
         return crc
 
     def _at(self, position: int) -> int:

@@ -11,7 +11,7 @@ from lowtide.core.errors import StorageError
 from lowtide.offload.rates import PathRates
 from lowtide.offload.storage.files import ScratchFile, aligned
 
-SAMPLE_BYTES = 8 << 20
+SAMPLE_BYTES = 16 << 20
 LEAST_S = 0.25
 
 Given = tuple[float | None, float | None]  # read and write rate of a path; None: to be measured

@@ -203,6 +203,11 @@ class Tier:
             self._check()
             self.changed.wait(_POLL_S)
             for lane in self._lanes.values():
+                if lane.error is not None:
+                    raise StorageError(
+                        f"offload.storage: lane {lane.name} has ended ({lane.error!r}); report "
+                        f"this, and start again from the last checkpoint"
+                    ) from lane.error
                 if lane.stalled_s() > self._stall_s:
                     self.failure = self.failure or StorageError(
                         f"offload.storage: {str(self.files[lane.path].folder)!r}: a "
