@@ -18,17 +18,20 @@ from lowtide.core.device import open_device
 from lowtide.core.errors import ConfigError, StorageError
 from lowtide.core.state import Location, StateAuthority
 from lowtide.offload.adam import Powers, adam_step
-from lowtide.offload.config import StorageConfig
+from lowtide.offload.config import OffloadConfig, StorageConfig
 from lowtide.offload.executor import Executor
 from lowtide.offload.one_update import Work
 from lowtide.offload.plan import build_plan, host_only_plan, random_plan
 from lowtide.offload.rates import PathRates
+from lowtide.offload.schedule import check_plan
+from lowtide.offload.scheduler import Scheduler
 from lowtide.offload.storage.files import CHUNK_BYTES, ScratchFile, aligned
 from lowtide.offload.storage.layout import assign, lay_out, shares
 from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS
 from lowtide.offload.storage.opening import open_tier
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
+from lowtide.offload.trace import StepTrace
 from tests.helpers.memory import resident_bytes
 
 NUMELS = (5_000, 30_005, 20_000, 900)
@@ -414,6 +417,33 @@ def test_a_path_that_hangs_is_named_and_not_waited_for(
     finally:
         freed.set()
         bench.device.close()
+
+
+# -- predictions -------------------------------------------------------------------------------
+
+
+def test_predictions_settle_at_what_is_measured(bench: Bench) -> None:
+    config = OffloadConfig(device="cpu")
+    scheduler = Scheduler(config, bench.device, lambda numbers: numbers, may_update=False)
+    pieces = bench.executor.pieces()
+    first = scheduler.next_plan(bench.executor)
+    check_plan(pieces, first)
+    assert first.makespan_s is not None
+    assert len(first.stored_order) == len(bench.tier.pieces)
+    trace = StepTrace(begin_s=0.0, end_s=20.0)
+    trace.add("a", 1, 0.0, 6.0)
+    for lane, end_s in (("read0", 9.0), ("write0", 3.0), ("read1", 2.0), ("write1", 7.0)):
+        trace.add_transfer("a", lane, 1, 0.0, end_s)
+    for _ in range(40):
+        scheduler.observe(trace)
+        plan = scheduler.next_plan(bench.executor)
+    busy = dict(plan.busy_s)
+    for lane, expected in (("host", 6.0), ("read0", 9.0), ("read1", 2.0), ("write1", 7.0)):
+        assert busy[lane] == pytest.approx(expected, rel=1e-3), lane
+    assert plan.lower_bound_s is not None
+    assert 6.0 <= plan.lower_bound_s * (1 + 1e-6) < 10.0
+    facts = scheduler.facts()
+    assert len(facts["rates"]["paths"]) == 2
 
 
 # -- settings ----------------------------------------------------------------------------------

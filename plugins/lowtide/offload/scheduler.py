@@ -12,7 +12,7 @@ from lowtide.core.device import Device
 from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.executor import Executor
-from lowtide.offload.plan import host_only_plan, make_plan, random_plan
+from lowtide.offload.plan import host_only_plan, make_plan, predict, random_plan
 from lowtide.offload.probe import measure, measure_host
 from lowtide.offload.rates import PathRates, Rates
 from lowtide.offload.schedule import Piece, Plan
@@ -65,6 +65,7 @@ class Scheduler:
         self._is_host_only = True
         self._buffers = 1
         self._all_can = False  # every rank's device can update
+        self._host_pieces: list[Piece] = []
         self._host_rates: Rates | None = None  # of a rank with storage and no device to use
         self.rates: Rates | None = None
         self.plan: Plan | None = None
@@ -111,10 +112,12 @@ class Scheduler:
                 paths=executor.path_rates(),
             )  # fmt: skip
         self.plans += 1
+        self._host_pieces = [
+            dataclasses.replace(p, is_movable=False, low_precision_bytes=0) for p in pieces
+        ]
         return make_plan(
-            [dataclasses.replace(p, is_movable=False, low_precision_bytes=0) for p in pieces],
-            self._host_rates, memory_bytes=0, buffers=executor.buffers,
-        )  # fmt: skip
+            self._host_pieces, self._host_rates, memory_bytes=0, buffers=executor.buffers
+        )
 
     def _random(self, executor: Executor, pieces: list[Piece], *, can: bool) -> Plan:
         seed = (self._config.random_seed or 0) * 1_000_003 + self._step
@@ -143,7 +146,9 @@ class Scheduler:
         if due or self._is_host_only:  # reading a GPU's clocks costs time
             better = corrected(rates, dict(plan.busy_s), trace.busy_s())
             if self._is_host_only:
+                # Corrections are ratios to the prediction, so that has to follow at once.
                 self._host_rates = better
+                self.plan = predict(self._host_pieces, plan, better, memory_bytes=0)
             else:
                 self.rates = better
 
