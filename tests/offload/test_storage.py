@@ -264,7 +264,9 @@ def test_memory_is_given_back_to_the_kernel(bench: Bench) -> None:
             assert sum(each.sum().item() for state in bench.found for each in state) != 0
         held = sum(resident_bytes(each) for state in bench.found for each in state)
         buffers = [*bench.tier.free, *bench.tier.held.values()]
-        held += sum(resident_bytes(each.memory) for each in buffers)
+        staging = sum(resident_bytes(each.memory) for each in buffers)
+        assert 0 < staging <= 3 * bench.tier.layout.buffer_bytes
+        held += staging
         pages = 2 * sum(len(state) for state in bench.found) * mmap.PAGESIZE  # of both ends
         assert 0 < held <= MEMORY_BYTES + pages
         assert held < 12 * sum(NUMELS) / 2
@@ -364,6 +366,7 @@ def test_state_stays_in_memory_where_no_path_takes_it(
     bench.run()
     assert bench.moves() == {}
     bench.assert_equal()
+    assert sum(map(resident_bytes, bench.found[1])) >= 12 * NUMELS[1]
 
 
 def test_a_read_that_fails_once_is_repeated(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ _PREFIX = ".lowtide-offload-"
 
 def aligned(nbytes: int) -> Tensor:
     """Return memory that direct I/O takes: uint8, shape (nbytes,), at a page's begin, zeros."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them: only slower
             memory.madvise(mmap.MADV_HUGEPAGE)
