@@ -124,7 +124,7 @@ class Executor:
 
         tier.noted = note
         order = [n for i in plan.stored_order if (n := self.subgroups[i].stored) is not None]
-        # To and fro: what is updated last is in memory, and comes first the next time.
+        # Back and forth: what is updated last is in memory, and comes first the next time.
         return Flow(tier, order[:: 1 if self._version % 2 else -1], plan.carried)
 
     def _host_updates(self, update: OneUpdate, on_host: Sequence[int], flow: Flow | None) -> None:
