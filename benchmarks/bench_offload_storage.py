@@ -10,10 +10,10 @@ ZeRO-3 engines with bfloat16 and clipping step in turn on the same data:
   writes follow each other
 - storage: the same with all lanes, on the first path, and on all of them where there are several
 
-Seconds of ``engine.step`` and of whole iterations, bytes that the process moved to and from block
-devices meanwhile (``/proc/self/io``; a tmpfs is none), the update's lower bound (the slowest of
-reads, writes and host at the rates that the planner believes in), and whether the 16-bit weights
-are stock's bit for bit. Medians over the rounds, after two to warm up.
+Host memory for optimizer state, seconds of ``engine.step`` and of whole iterations, bytes that the
+process moved to and from block devices meanwhile (``/proc/self/io``; a tmpfs is none), the update's
+lower bound (the slowest of reads, writes and host at the rates that the planner believes in), and
+whether the 16-bit weights are stock's bit for bit. Medians over the rounds, after two to warm up.
 
     python benchmarks/bench_offload_storage.py [--path DIR]... [--params 60e6] [--memory 0.35]
 """
@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 warnings.simplefilter("ignore")
+BUFFERS = 12  # of stock NVMe, one tensor of a sub-group each; with fewer its pipeline fails
 PIECES = 40  # so that buffers are a small part of the state
 
 
@@ -85,7 +86,7 @@ def contenders(options: argparse.Namespace, console: Console) -> dict[str, dict[
     else:
         nvme = {
             "device": "nvme", "nvme_path": paths[0], "pipeline_read": True,
-            "pipeline_write": True, "buffer_count": 12,  # fewer, and its pipelined writes fail
+            "pipeline_write": True, "buffer_count": BUFFERS,
         }  # fmt: skip
         aio = {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 1}
         aio |= {"single_submit": False, "overlap_events": True}
@@ -125,9 +126,25 @@ def iterate(engine: Any, x: torch.Tensor) -> tuple[float, ...]:
     return end_s - step_s, end_s - begin_s, after[0] - before[0], after[1] - before[1]
 
 
+def host_bytes(engine: Any) -> float:
+    """Return the host memory for masters, moments, float32 gradients and staging."""
+    if hasattr(engine, "lowtide"):
+        return float(engine.lowtide.offload.summary()["host_memory_bytes"])
+    numels = [each.numel() for each in engine.optimizer.fp16_partitioned_groups_flat]
+    if engine.optimizer.swap_optimizer:
+        return 4.0 * BUFFERS * max(numels)
+    return 16.0 * sum(numels)
+
+
 def row_of(name: str, engine: Any, times: list[tuple[float, ...]], base_s: float) -> list[str]:
     step_s, iteration_s, read, written = (statistics.median(e) for e in zip(*times, strict=True))
-    cells = [name, f"{step_s:.3f}", f"{base_s / step_s:.2f}", f"{iteration_s:.3f}"]
+    cells = [
+        name,
+        f"{host_bytes(engine) / 1e6:.0f}",
+        f"{step_s:.3f}",
+        f"{base_s / step_s:.2f}",
+        f"{iteration_s:.3f}",
+    ]
     cells += [f"{read / 1e6:.0f}", f"{written / 1e6:.0f}"]
     plan = engine.lowtide.offload.plan() if hasattr(engine, "lowtide") else None
     if plan is None or not plan.lower_bound_s:
@@ -158,7 +175,16 @@ def compare(options: argparse.Namespace, console: Console) -> None:
         title=f"ZeRO-3, {options.params / 1e6:.0f}M parameters, {state / 1e6:.0f} MB of state, "
         f"{options.memory:.0%} of it in memory, {torch.get_num_threads()} thread(s)"
     )
-    columns = ["", "step s", f"x {rival}", "iteration s", "read MB", "written MB", "stored MB"]
+    columns = [
+        "",
+        "host MB",
+        "step s",
+        f"x {rival}",
+        "iteration s",
+        "read MB",
+        "written MB",
+        "stored MB",
+    ]
     for column in [*columns, "predicted s", "bound s", "x bound", "stock's bits"]:
         table.add_column(column, justify="right")
     weights = {
@@ -186,7 +212,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
 
 def main() -> None:
     """Print one table."""
-    options, console = parse(), Console(width=150)
+    options, console = parse(), Console(width=160)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

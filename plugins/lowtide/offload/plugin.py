@@ -123,7 +123,7 @@ class OffloadPlugin(Plugin):
             "update_s": trace.makespan_s,
             "busy_s": trace.busy_s(),
             **updater.scheduler.facts(),
-            **({} if updater.tier is None else {"storage": updater.tier.facts()}),
+            **({} if updater.tier is None else updater.tier.facts()),
         }
 
     def _built(self, moment: Moment) -> None:

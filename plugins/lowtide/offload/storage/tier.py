@@ -111,9 +111,9 @@ class Tier:
                 found[each.path] += each.nbytes
         return found
 
-    def facts(self) -> list[dict[str, object]]:
-        """Return for each path what it holds and how fast it is, for reports."""
-        return [
+    def facts(self) -> dict[str, object]:
+        """Return the host memory in use, and what each path holds and its rates, for reports."""
+        paths = [
             {
                 "folder": str(file.folder),
                 "stored_bytes": nbytes,
@@ -125,6 +125,7 @@ class Tier:
                 zip(self.files, self.rates, self.stored_bytes(), strict=True)
             )
         ]
+        return {"host_memory_bytes": self.in_memory_bytes(), "storage": paths}
 
     # -- from and to memory -------------------------------------------------------------------
 
