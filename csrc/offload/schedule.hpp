@@ -85,6 +85,10 @@ struct Outcome {
 // How fast each lane goes while exactly the lanes of `mask` (bit i: lane i) are at work.
 LaneSpeeds lane_speeds(const LaneRates &rates, unsigned mask);
 
+// Throws std::invalid_argument for a job that names unknown pieces, has lists of a wrong length or
+// release times that are not finite and >= 0.
+void check_job(const PieceSizes &sizes, const Job &job);
+
 // Simulates many plans of the same pieces at the same rates. Not for two threads at once.
 class Simulator {
   public:
