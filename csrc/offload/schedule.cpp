@@ -83,7 +83,7 @@ class Run {
 
     // Goes on to the next end of a span, or to the next release if that comes first.
     void advance(const LaneSpeeds &speed, double wake_s) {
-        LaneSpeeds need{};
+        LaneSpeeds need; // of the lanes that there are
         double step_s = never;
         for (std::size_t lane = 0; lane < lanes_; ++lane) {
             need[lane] = piece_[lane] >= 0 ? work_[lane] / speed[lane] : never;

@@ -46,7 +46,7 @@ struct PieceSizes {
     std::vector<double> numel;
     std::vector<double> upload_bytes;
     std::vector<double> gradient_bytes;
-    std::vector<std::int32_t> path; // -1: in memory
+    std::vector<std::int32_t> path; // -1: in memory; empty: all of them
 };
 
 constexpr std::uint32_t downcast_in_background = 1;

@@ -44,7 +44,7 @@ void check_job(const PieceSizes &sizes, const Job &job) {
         throw std::invalid_argument("buffers and carried: allowed are numbers from 0");
     }
     for (const std::int32_t i : job.stored_order) {
-        if (sizes.path[static_cast<std::size_t>(i)] < 0) {
+        if (sizes.path.empty() || sizes.path[static_cast<std::size_t>(i)] < 0) {
             throw std::invalid_argument("stored_order: piece " + std::to_string(i) +
                                         " has no path");
         }
@@ -109,7 +109,7 @@ Simulator::Simulator(PieceSizes sizes, const LaneRates &rates)
     : sizes_(std::move(sizes)), rates_(rates) {
     const std::size_t count = sizes_.numel.size();
     if (sizes_.upload_bytes.size() != count || sizes_.gradient_bytes.size() != count ||
-        sizes_.path.size() != count) {
+        (!sizes_.path.empty() && sizes_.path.size() != count)) {
         throw std::invalid_argument("sizes: numel, upload_bytes, gradient_bytes and path must have "
                                     "the same length");
     }

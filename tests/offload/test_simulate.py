@@ -303,7 +303,7 @@ def test_native_code_refuses_what_it_cannot_simulate() -> None:
     for arguments, message in (
         (([1.0], [2.0], [4.0], [-1], rates[:8], []), "rates: got 8 numbers"),
         (([1.0], [2.0], [], [-1], rates, []), "same length"),
-        (([1.0], [2.0], [4.0], [], rates, []), "same length"),
+        (([1.0], [2.0], [4.0], [-1, -1], rates, []), "same length"),
         (([0.0], [2.0], [4.0], [-1], rates, []), "numel"),
         (([1.0], [-2.0], [4.0], [-1], rates, []), "sizes"),
         (([1.0], [2.0], [4.0], [-1], [0.0, *rates[1:]], []), "above 0"),

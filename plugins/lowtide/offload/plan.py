@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from lowtide.core.errors import ConfigError
-from lowtide.offload.fluid import kinds_of, lower_bound_s, storage_bound_s
+from lowtide.offload.fluid import Kinds, kinds_of, lower_bound_s, storage_bound_s
 from lowtide.offload.improve import improve
 from lowtide.offload.rates import Rates
 from lowtide.offload.reference import Outcome, lane_names
@@ -82,7 +82,7 @@ def make_plan(
         carried=buffers,
     )
     plan, outcome = _best_carried(search, plan, search.outcomes[found.slots])
-    bound_s = _bound_s(pieces, rates, memory_bytes, buffers)
+    bound_s = _bound_s(pieces, search.kinds, rates, memory_bytes, buffers)
     return _predicted(plan, rates, outcome, bound_s)
 
 
@@ -97,9 +97,11 @@ def _best_carried(search: Search, plan: Plan, outcome: Outcome) -> tuple[Plan, O
     return best, best_outcome
 
 
-def _bound_s(pieces: Sequence[Piece], rates: Rates, memory_bytes: float, buffers: int) -> float:
+def _bound_s(
+    pieces: Sequence[Piece], kinds: Kinds, rates: Rates, memory_bytes: float, buffers: int
+) -> float:
     return max(
-        lower_bound_s(kinds_of(pieces), rates, memory_bytes=memory_bytes),
+        lower_bound_s(kinds, rates, memory_bytes=memory_bytes),
         storage_bound_s(pieces, rates, carried=buffers),
     )
 
@@ -115,7 +117,7 @@ def predict(pieces: Sequence[Piece], plan: Plan, rates: Rates, *, memory_bytes: 
         return dataclasses.replace(plan, makespan_s=0.0, lower_bound_s=0.0)
     check_paths(pieces, rates)
     outcome = machine(pieces, rates).run(plan_job(plan, Options()))
-    bound_s = _bound_s(pieces, rates, memory_bytes, plan.buffers)
+    bound_s = _bound_s(pieces, kinds_of(pieces), rates, memory_bytes, plan.buffers)
     return _predicted(plan, rates, outcome, bound_s)
 
 

@@ -197,8 +197,9 @@ def build_plan(
     largest = slot_bytes(pieces, device, held)
     kept = set(held)
     staged = sum(pieces[i].numel for i in device if i not in kept)
-    host = tuple(i for i in host_order if pieces[i].path is None)
     stored = [i for i, piece in enumerate(pieces) if piece.path is not None]
+    apart = set(stored)
+    host = tuple(i for i in host_order if i not in apart) if apart else tuple(host_order)
     movable = staged + sum(pieces[i].numel for i in (*host, *stored))
     return Plan(
         residents=held,
