@@ -41,10 +41,14 @@ def ways(folder: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
 
 
+def updater_of(engine: Any) -> Any:
+    return engine.lowtide.offload._updater
+
+
 def facts_of(engine: Any) -> dict[str, Any]:
     """Return what the tier holds, and what the tensors that it stands for take."""
     plugin = engine.lowtide.offload
-    tier = plugin._updater.tier
+    tier = updater_of(engine).tier
     trace = plugin.trace()
     leaves = engine.optimizer.fp32_partitioned_groups_flat
     tensors = [leaf.data for leaf in leaves]
@@ -68,6 +72,11 @@ def training(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for way, (chosen, others) in ways(folder).items():
         engine = build(CASE, chosen, **others)
+        if chosen is not None:
+            leaves, tier = engine.optimizer.fp32_partitioned_groups_flat, updater_of(engine).tier
+            facts[f"{way} at the start"] = [
+                leaves[i].data_ptr() == tier.tensors(i)[0].data_ptr() for i in tier.ranges
+            ]
         found = train(engine, CASE, 8)
         engine.save_checkpoint(str(folder / way))
         facts[way] = [*found, *train(engine, CASE, 6, begin=8)]
@@ -117,7 +126,7 @@ def failing(folder: Path) -> dict[str, Any]:
             ScratchFile.write = refused  # type: ignore[method-assign]
         facts[way] = [*found, *train(engine, case, 5, begin=3)]
         if way == "host":
-            facts["stored after"] = engine.lowtide.offload._updater.tier.stored_bytes()
+            facts["stored after"] = updater_of(engine).tier.stored_bytes()
 
             def flipped(self: ScratchFile, target: torch.Tensor, *arguments: Any) -> int:
                 return read(self, target, *arguments) ^ 1

@@ -36,6 +36,9 @@ def test_memory_holds_no_more_than_was_allowed(ranks: list[Any]) -> None:
     for facts in ranks:
         for way in WAYS:
             found = facts[f"{way} facts"]
+            moved = facts[f"{way} at the start"]
+            assert moved
+            assert all(moved)
             assert found["memory"] <= MEMORY_BYTES
             assert 0 < found["buffers"] <= 3 * 12 * 1024
             assert 0 < found["resident"] + found["buffers"] <= MEMORY_BYTES + found["pages"]
