@@ -114,19 +114,16 @@ def offload(
         host_params_per_s=host_params_per_s,
         host_memory_bytes_per_s=_giga(host_memory_gb_per_s),
         device_params_per_s=device_params_per_s,
+        paths=tuple(_path(text) for text in storage or []),
     )
-    paths = tuple(_path(text) for text in storage or [])
-    rates = rates.replace(paths=paths)
+    paths = rates.paths
     memory_bytes = _memory_bytes(found, memory_gb)
     numel = -(-_whole("--params", params) // ranks)
     pieces = cut(
         numel, _whole("--subgroup-size", subgroup_size), gradient_upload_bytes=gradient_bytes
     )
     buffers = 2 * len(paths) + 1
-    if paths:
-        pieces = _stored(pieces, paths, host_memory_gb, buffers)
-    elif host_memory_gb is not None:
-        raise ConfigError("--host-memory-gb: limits what stays in memory; name a --storage too")
+    pieces = _stored(pieces, paths, host_memory_gb, buffers)
     outlook = look_ahead(
         pieces,
         rates,
@@ -165,6 +162,10 @@ def _stored(
 ) -> list[Piece]:
     from lowtide.offload.outlook import store
 
+    if not paths and host_memory_gb is None:
+        return pieces
+    if not paths:
+        raise ConfigError("--host-memory-gb: limits what stays in memory; name a --storage too")
     if host_memory_gb is None or not host_memory_gb > 0:
         raise ConfigError(
             f"--host-memory-gb: got {host_memory_gb}, and --storage takes what does not fit there; "
@@ -191,7 +192,7 @@ def _giga(value: float | None) -> float | None:
     return None if value is None else value * 1e9
 
 
-def _changed(rates: Rates, **changes: float | bool | None) -> Rates:
+def _changed(rates: Rates, **changes: Any) -> Rates:
     return rates.replace(**{k: value for k, value in changes.items() if value is not None})
 
 
