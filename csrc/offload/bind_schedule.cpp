@@ -17,9 +17,12 @@ namespace {
 using lowtide::offload::Job;
 using lowtide::offload::LaneRates;
 using lowtide::offload::Outcome;
+using lowtide::offload::PathRates;
 using lowtide::offload::Simulator;
 
-LaneRates rates_of(const std::vector<double> &values) {
+using Pairs = std::vector<std::pair<double, double>>;
+
+LaneRates rates_of(const std::vector<double> &values, const Pairs &paths) {
     if (values.size() != 9) {
         throw py::value_error("rates: got " + std::to_string(values.size()) +
                               " numbers, allowed are the 9 members of LaneRates in their order");
@@ -34,6 +37,9 @@ LaneRates rates_of(const std::vector<double> &values) {
     rates.launch_s = values[6];
     rates.host_memory_bytes_per_s = values[7];
     rates.host_update_bytes = values[8];
+    for (const auto &[read, write] : paths) {
+        rates.paths.push_back(PathRates{read, write});
+    }
     return rates;
 }
 
@@ -41,9 +47,19 @@ using Indices = std::vector<std::int32_t>;
 
 py::tuple run(Simulator &simulator, Indices device_order, Indices host_order, Indices residents,
               std::int32_t slots, std::vector<double> release_s, Indices host_gates,
-              Indices device_gates, std::uint32_t flags, bool is_traced) {
-    const Job job{std::move(device_order), std::move(host_order), std::move(residents),    slots,
-                  std::move(release_s),    std::move(host_gates), std::move(device_gates), flags};
+              Indices device_gates, std::uint32_t flags, Indices stored_order, std::int32_t buffers,
+              std::int32_t carried, bool is_traced) {
+    const Job job{std::move(device_order),
+                  std::move(host_order),
+                  std::move(residents),
+                  slots,
+                  std::move(release_s),
+                  std::move(host_gates),
+                  std::move(device_gates),
+                  flags,
+                  std::move(stored_order),
+                  buffers,
+                  carried};
     Outcome outcome;
     {
         const py::gil_scoped_release unlocked;
@@ -65,14 +81,17 @@ void bind_schedule(py::module_ &module) {
                           "Simulates plans of the same pieces at the same rates; "
                           "lowtide.offload.simulate has the words.")
         .def(py::init([](std::vector<double> numel, std::vector<double> upload_bytes,
-                         std::vector<double> gradient_bytes, const std::vector<double> &rates) {
-                 return Simulator(
-                     {std::move(numel), std::move(upload_bytes), std::move(gradient_bytes)},
-                     rates_of(rates));
+                         std::vector<double> gradient_bytes, Indices path,
+                         const std::vector<double> &rates, const Pairs &paths) {
+                 return Simulator({std::move(numel), std::move(upload_bytes),
+                                   std::move(gradient_bytes), std::move(path)},
+                                  rates_of(rates, paths));
              }),
-             py::arg("numel"), py::arg("upload_bytes"), py::arg("gradient_bytes"), py::arg("rates"))
+             py::arg("numel"), py::arg("upload_bytes"), py::arg("gradient_bytes"), py::arg("path"),
+             py::arg("rates"), py::arg("paths"))
         .def("run", &run, py::arg("device_order"), py::arg("host_order"), py::arg("residents"),
              py::arg("slots"), py::arg("release_s"), py::arg("host_gates"), py::arg("device_gates"),
-             py::arg("flags"), py::arg("is_traced"),
-             "(makespan_s, host_end_s, device_end_s, busy_s of 6 lanes, spans) of one plan.");
+             py::arg("flags"), py::arg("stored_order"), py::arg("buffers"), py::arg("carried"),
+             py::arg("is_traced"),
+             "(makespan_s, host_end_s, device_end_s, busy_s of all lanes, spans) of one plan.");
 }

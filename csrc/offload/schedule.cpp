@@ -9,28 +9,8 @@
 namespace lowtide::offload {
 namespace {
 
-constexpr double state_bytes = 12;   // fp32 master weight and two fp32 moments
-constexpr double downcast_bytes = 6; // host memory traffic: read 4, write 2
+constexpr double state_bytes = 12; // fp32 master weight and two fp32 moments
 constexpr double never = std::numeric_limits<double>::infinity();
-
-bool is_positive(double value) { return value > 0 && value < never; }
-bool is_at_least_zero(double value) { return value >= 0 && value < never; }
-
-void check_indices(const std::vector<std::int32_t> &list, std::size_t count, const char *name) {
-    for (const std::int32_t value : list) {
-        if (value < 0 || static_cast<std::size_t>(value) >= count) {
-            throw std::invalid_argument(std::string(name) + ": got piece " + std::to_string(value) +
-                                        ", allowed is 0 to " + std::to_string(count) + " - 1");
-        }
-    }
-}
-
-void check_length(std::size_t found, std::size_t wanted, const char *name) {
-    if (found != 0 && found != wanted) {
-        throw std::invalid_argument(std::string(name) + ": got " + std::to_string(found) +
-                                    " entries, allowed is 0 or " + std::to_string(wanted));
-    }
-}
 
 class Queue {
   public:
@@ -51,8 +31,19 @@ class Run {
         : sizes_(sizes), rates_(rates), job_(job), is_traced_(is_traced),
           is_held_(sizes.numel.size(), 0), is_loaded_(sizes.numel.size(), 0),
           downcasts_(job.host_order.size()), uploads_(job.host_order.size()),
-          flushes_(job.device_order.size()), releases_(job.release_s) {
+          flushes_(job.device_order.size()), releases_(job.release_s), lanes_(rates.lane_count()),
+          is_arrived_(sizes.numel.size(), 0), is_staying_(sizes.numel.size(), 0),
+          transfers_(2 * rates.paths.size(), Queue(job.stored_order.size())) {
         piece_.fill(-1);
+        result_.busy_s.resize(lanes_);
+        const std::size_t stored = job.stored_order.size();
+        const std::size_t carried = std::min({index(job.carried), index(job.buffers), stored});
+        read_next_ = carried;
+        buffers_free_ = index(job.buffers) - carried;
+        for (std::size_t turn = 0; turn < carried; ++turn) {
+            is_arrived_[index(job.stored_order[turn])] = 1;
+            is_staying_[index(job.stored_order[stored - 1 - turn])] = 1;
+        }
         for (const std::int32_t i : job.residents) {
             is_held_[index(i)] = 1;
         }
@@ -69,11 +60,12 @@ class Run {
         start_queued(flush, flushes_);
         start_device(); // before the prefetch: it may need no load at all
         start_prefetch();
+        start_storage();
     }
 
     unsigned mask() const {
         unsigned bits = 0;
-        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+        for (std::size_t lane = 0; lane < lanes_; ++lane) {
             bits |= static_cast<unsigned>(piece_[lane] >= 0) << lane;
         }
         return bits;
@@ -90,10 +82,10 @@ class Run {
     void sleep_until(double time_s) { now_s_ = time_s; }
 
     // Goes on to the next end of a span, or to the next release if that comes first.
-    void advance(const std::array<double, lane_count> &speed, double wake_s) {
-        std::array<double, lane_count> need{};
+    void advance(const LaneSpeeds &speed, double wake_s) {
+        LaneSpeeds need; // of the lanes that there are
         double step_s = never;
-        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+        for (std::size_t lane = 0; lane < lanes_; ++lane) {
             need[lane] = piece_[lane] >= 0 ? work_[lane] / speed[lane] : never;
             step_s = std::min(step_s, need[lane]);
         }
@@ -104,7 +96,7 @@ class Run {
             now_s_ += step_s;
         }
         unsigned ended = 0;
-        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+        for (std::size_t lane = 0; lane < lanes_; ++lane) {
             if (piece_[lane] < 0) {
                 continue;
             }
@@ -114,7 +106,7 @@ class Run {
                 work_[lane] -= speed[lane] * step_s;
             }
         }
-        for (std::size_t lane = 0; lane < lane_count; ++lane) {
+        for (std::size_t lane = 0; lane < lanes_; ++lane) {
             if ((ended >> lane & 1u) != 0) {
                 end(lane);
             }
@@ -122,7 +114,8 @@ class Run {
     }
 
     Outcome finish() {
-        if (host_done_ < job_.host_order.size() || device_done_ < job_.device_order.size()) {
+        if (host_done_ < job_.host_order.size() || device_done_ < job_.device_order.size() ||
+            stored_done_ < job_.stored_order.size()) {
             throw std::invalid_argument("plan: it can never end: pieces wait for each other");
         }
         result_.makespan_s = now_s_;
@@ -153,7 +146,18 @@ class Run {
     }
 
     void start_host() {
-        if (piece_[host] >= 0 || is_host_held_ || host_next_ >= job_.host_order.size()) {
+        if (piece_[host] >= 0 || is_host_held_) {
+            return;
+        }
+        if (stored_next_ < job_.stored_order.size()) {
+            const std::int32_t i = job_.stored_order[stored_next_];
+            if (is_arrived_[index(i)] && is_released(i)) {
+                begin(host, i, sizes_.numel[index(i)]);
+                ++stored_next_;
+                return;
+            }
+        }
+        if (host_next_ >= job_.host_order.size()) {
             return;
         }
         const std::int32_t i = job_.host_order[host_next_];
@@ -173,6 +177,25 @@ class Run {
               lane == upload     ? sizes_.upload_bytes[index(i)]
               : lane == downcast ? numel
                                  : state_bytes * numel);
+    }
+
+    std::size_t path(std::int32_t i) const { return index(sizes_.path[index(i)]); }
+
+    void start_storage() {
+        const auto &order = job_.stored_order;
+        while (read_next_ < order.size() && buffers_free_ > 0) {
+            const std::int32_t i = order[read_next_];
+            transfers_[2 * path(i)].push(i);
+            --buffers_free_;
+            ++read_next_;
+        }
+        for (std::size_t lane = named_lanes; lane < lanes_; ++lane) {
+            Queue &queue = transfers_[lane - named_lanes];
+            if (piece_[lane] < 0 && !queue.empty()) {
+                const std::int32_t i = queue.pop();
+                begin(lane, i, state_bytes * sizes_.numel[index(i)]);
+            }
+        }
     }
 
     void start_prefetch() {
@@ -211,7 +234,14 @@ class Run {
         }
         switch (lane) {
         case host:
-            ++host_done_;
+            if (is_arrived_[index(i)]) {
+                ++stored_done_;
+                if (!is_staying_[index(i)]) {
+                    transfers_[2 * path(i) + 1].push(i);
+                }
+            } else {
+                ++host_done_;
+            }
             if (rates_.downcast_params_per_s == 0) {
                 updated(i);
             } else {
@@ -239,9 +269,16 @@ class Run {
                 --slots_used_;
             }
             break;
-        default:
+        case flush:
             --slots_used_;
             result_.device_end_s = now_s_;
+            break;
+        default:
+            if ((lane - named_lanes) % 2 == 0) {
+                is_arrived_[index(i)] = 1;
+            } else {
+                ++buffers_free_;
+            }
         }
     }
 
@@ -268,110 +305,29 @@ class Run {
     std::int32_t slots_used_ = 0;
     std::vector<char> is_held_;
     std::vector<char> is_loaded_;
-    std::array<std::int32_t, lane_count> piece_{};
-    std::array<double, lane_count> work_{};
-    std::array<double, lane_count> begin_s_{};
+    std::array<std::int32_t, most_lanes> piece_{};
+    LaneSpeeds work_{};
+    LaneSpeeds begin_s_{};
     Queue downcasts_;
     Queue uploads_;
     Queue flushes_;
     std::vector<double> releases_;
     std::size_t released_ = 0;
+    std::size_t lanes_;
+    std::size_t stored_next_ = 0; // places in the order of stored pieces: next to update ...
+    std::size_t stored_done_ = 0;
+    std::size_t read_next_ = 0; // ... and next to read
+    std::size_t buffers_free_ = 0;
+    std::vector<char> is_arrived_;
+    std::vector<char> is_staying_;
+    std::vector<Queue> transfers_; // of each path: to be read, to be written
     Outcome result_;
 };
 
 } // namespace
 
-std::array<double, lane_count> lane_speeds(const LaneRates &rates, unsigned mask) {
-    const auto is_busy = [mask](std::size_t lane) { return (mask >> lane & 1u) != 0; };
-    const int to_device = is_busy(prefetch) + is_busy(upload);
-    const int from_device = is_busy(flush);
-    const int sharing_in = rates.is_duplex ? to_device : to_device + from_device;
-    const int sharing_out = rates.is_duplex ? from_device : to_device + from_device;
-    const double inward = rates.host_to_device_bytes_per_s / std::max(sharing_in, 1);
-    const double outward = rates.device_to_host_bytes_per_s / std::max(sharing_out, 1);
-    const std::array<double, lane_count> alone{
-        rates.host_params_per_s, rates.downcast_params_per_s, inward, inward, 1.0, outward};
-    const std::array<double, lane_count> traffic{rates.host_params_per_s * rates.host_update_bytes,
-                                                 rates.downcast_params_per_s * downcast_bytes,
-                                                 inward,
-                                                 inward,
-                                                 0.0,
-                                                 outward};
-    std::array<double, lane_count> found{};
-    std::vector<std::pair<double, std::size_t>> waiting;
-    for (std::size_t lane = 0; lane < lane_count; ++lane) {
-        found[lane] = is_busy(lane) ? alone[lane] : 0.0;
-        if (found[lane] != 0 && traffic[lane] != 0) {
-            waiting.emplace_back(traffic[lane], lane);
-        }
-    }
-    if (rates.host_memory_bytes_per_s == 0) {
-        return found;
-    }
-    // Max-min fairness: the modest get what they want, the others equal shares of what is left.
-    std::sort(waiting.begin(), waiting.end());
-    double left = rates.host_memory_bytes_per_s;
-    for (std::size_t place = 0; place < waiting.size(); ++place) {
-        auto [wanted, lane] = waiting[place];
-        const double fair = left / static_cast<double>(waiting.size() - place);
-        if (wanted > fair) {
-            found[lane] = alone[lane] * (fair / wanted);
-            wanted = fair;
-        }
-        left -= wanted;
-    }
-    return found;
-}
-
-Simulator::Simulator(PieceSizes sizes, const LaneRates &rates)
-    : sizes_(std::move(sizes)), rates_(rates) {
-    const std::size_t count = sizes_.numel.size();
-    if (sizes_.upload_bytes.size() != count || sizes_.gradient_bytes.size() != count) {
-        throw std::invalid_argument("sizes: numel, upload_bytes and gradient_bytes must have the "
-                                    "same length");
-    }
-    // A NaN among them would make a lane that never ends.
-    if (!std::all_of(sizes_.numel.begin(), sizes_.numel.end(), is_positive)) {
-        throw std::invalid_argument("numel: allowed are finite numbers above 0");
-    }
-    for (const auto *list : {&sizes_.upload_bytes, &sizes_.gradient_bytes}) {
-        if (!std::all_of(list->begin(), list->end(), is_at_least_zero)) {
-            throw std::invalid_argument("sizes: allowed are finite numbers from 0");
-        }
-    }
-    for (const double rate : {rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s,
-                              rates.host_params_per_s, rates.device_params_per_s}) {
-        if (!is_positive(rate)) {
-            throw std::invalid_argument("rates: allowed are finite numbers above 0");
-        }
-    }
-    for (const double value : {rates.downcast_params_per_s, rates.launch_s,
-                               rates.host_memory_bytes_per_s, rates.host_update_bytes}) {
-        if (!is_at_least_zero(value)) {
-            throw std::invalid_argument("rates: allowed are finite numbers from 0");
-        }
-    }
-}
-
-const std::array<double, lane_count> &Simulator::speeds(unsigned mask) {
-    if (!is_known_[mask]) {
-        speeds_[mask] = lane_speeds(rates_, mask);
-        is_known_[mask] = true;
-    }
-    return speeds_[mask];
-}
-
 Outcome Simulator::run(const Job &job, bool is_traced) {
-    const std::size_t count = sizes_.numel.size();
-    check_indices(job.device_order, count, "device_order");
-    check_indices(job.host_order, count, "host_order");
-    check_indices(job.residents, count, "residents");
-    check_length(job.release_s.size(), count, "release_s");
-    check_length(job.host_gates.size(), job.host_order.size(), "host_gates");
-    check_length(job.device_gates.size(), job.device_order.size(), "device_gates");
-    if (!std::all_of(job.release_s.begin(), job.release_s.end(), is_at_least_zero)) {
-        throw std::invalid_argument("release_s: allowed are finite numbers from 0");
-    }
+    check_job(sizes_, job);
     Run run(sizes_, rates_, job, is_traced);
     while (true) {
         run.start();

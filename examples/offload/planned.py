@@ -5,6 +5,7 @@ losses; the planned one also shows its plan and who worked when in the last upda
 
     torchrun --nproc-per-node 2 examples/offload/planned.py
     torchrun --nproc-per-node 2 examples/offload/planned.py --stock
+    torchrun --nproc-per-node 2 examples/offload/planned.py --storage runs/a --storage runs/b
 """
 
 from __future__ import annotations
@@ -29,10 +30,19 @@ def main() -> None:
     parser.add_argument("--config", default=str(HERE / "ds.json"))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--stock", action="store_true", help="leave the lowtide block out")
+    parser.add_argument("--storage", action="append", metavar="DIR", help="state in files there")
     options = parser.parse_args()
     config = json.loads(Path(options.config).read_text(encoding="utf-8"))
     if options.stock:
         del config["lowtide"]
+    elif options.storage:
+        for folder in options.storage:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        # About half of what a rank holds; the rest lives in the folders.
+        config["lowtide"]["offload"]["storage"] = {
+            "paths": options.storage,
+            "host_memory_bytes": 600_000,
+        }
 
     deepspeed.init_distributed()
     torch.manual_seed(0)

@@ -129,6 +129,13 @@ def test_planned_updates_print_the_losses_of_stock_and_their_lanes(tmp_path: Pat
     trace = strict((tmp_path / "runs/offload/telemetry/trace.rank0.json").read_text())
     named = {event["args"].get("name") for event in trace["traceEvents"] if event["ph"] == "M"}
     assert {"offload/host", "emulated:0/prefetch", "emulated:0/flush"} <= named
+    folders = ["--storage", str(tmp_path / "a"), "--storage", str(tmp_path / "b")]
+    stored, log = run_script(tmp_path, script, "--steps", "6", *folders)
+    assert stored == stock[:6]
+    assert set(re.findall(r"^(read0|write1) .*%$", log, flags=re.MULTILINE)) == {"read0", "write1"}
+    trace = strict((tmp_path / "runs/offload/telemetry/trace.rank0.json").read_text())
+    named = {event["args"].get("name") for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert {"offload/host", "offload/read0", "offload/write1"} <= named
 
 
 def test_twins_of_tensor_parallelism_learn_the_same(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lowtide.core.config import resolve
-from lowtide.core.errors import ConfigError
-from lowtide.core.lifecycle import Session
+from lowtide.core.errors import ConfigError, StorageError
+from lowtide.core.lifecycle import Event, Session
 from lowtide.core.schema import key_table
+from lowtide.offload import plugin as plugin_module
 from lowtide.offload.config import OffloadConfig
+from lowtide.offload.plugin import OffloadPlugin
 
 GOOD: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
@@ -33,13 +36,68 @@ def test_smallest_block() -> None:
     assert config.random_seed is None
 
 
+def stored(**changes: Any) -> dict[str, Any]:
+    return {"offload": {"storage": {"paths": ["/a"], "host_memory_bytes": 64e9, **changes}}}
+
+
+def test_storage_is_for_zero_3() -> None:
+    config = resolve(stored(), host_config=GOOD).plugins["offload"]
+    assert isinstance(config, OffloadConfig)
+    assert config.storage is not None
+    assert [each.path for each in config.storage.folders] == ["/a"]
+    assert config.storage.buffer_count == 3
+    with pytest.raises(ConfigError, match=r"offload\.storage: works under ZeRO stage 3.*stage 2"):
+        resolve(stored(), host_config=with_zero(stage=2))
+
+
+def test_storage_is_refused_behind_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        @staticmethod
+        def connect(build: Any) -> None:
+            build(type("Hybrid", (), {"allows_storage": False})(), None)
+
+        @staticmethod
+        def close() -> None: ...
+
+    monkeypatch.setitem(plugin_module._ADAPTERS, "megatron", lambda _moment: Adapter)
+    session = Session.open(stored(), host="megatron")
+    with pytest.raises(ConfigError, match=r"storage: works under DeepSpeed's ZeRO .* is Hybrid"):
+        session.fire(Event.OPTIMIZER_BUILT, optimizer=None)
+
+
+def test_a_rank_whose_neighbour_cannot_store_gives_up_too(tmp_path: Path) -> None:
+    config = resolve(stored(paths=[str(tmp_path)]), host_config=GOOD).plugins["offload"]
+    assert isinstance(config, OffloadConfig)
+    plugin = OffloadPlugin(config)
+    with pytest.raises(StorageError, match="another rank cannot store its optimizer state"):
+        plugin._open_storage([4096], lambda numbers: [0.0 for _ in numbers], 0)
+    assert plugin._open_storage([4096], lambda numbers: numbers, 0) is None  # all of it fits
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"paths": []}, r"storage\.paths"),
+        ({"paths": [{"path": "/a", "read_bytes_per_s": 0}]}, '"read_bytes_per_s" must be above 0'),
+        ({"paths": [{"folder": "/a"}]}, "folder"),
+        ({"host_memory_bytes": 0}, r"host_memory_bytes"),
+        ({"host_memory_bytes": "64GB"}, r"write 64000000000"),
+        ({"buffers": 0}, '"buffers" must be 1 to 64'),
+        ({"path": ["/a"]}, r"storage\.path: unknown key"),
+    ],
+)
+def test_nonsense_about_storage_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(stored(**changes), host_config=GOOD)
+
+
 @pytest.mark.parametrize(
     ("host_config", "said"),
     [
         ({}, None),
         (with_zero(stage=2), None),
         ({**GOOD, "zero_optimization": {}}, r'stage 0 with offload_optimizer.device "none"; set'),
-        (with_zero(offload_optimizer={"device": "nvme"}), r'stage 3 .*device "nvme"; set'),
+        (with_zero(offload_optimizer={"device": "nvme"}), r'device is "nvme".*"storage": {"paths"'),
         (with_zero(offload_optimizer={}), r'device "none"; set'),
         (with_offload(super_offload=True), "super_offload is set too"),
         (with_offload(ratio=0.5), "ratio is set too"),

@@ -301,24 +301,31 @@ def test_native_code_refuses_what_it_cannot_simulate() -> None:
     offload = native().offload
     rates = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 30.0]
     for arguments, message in (
-        (([1.0], [2.0], [4.0], rates[:8]), "rates: got 8 numbers"),
-        (([1.0], [2.0], [], rates), "same length"),
-        (([0.0], [2.0], [4.0], rates), "numel"),
-        (([1.0], [-2.0], [4.0], rates), "sizes"),
-        (([1.0], [2.0], [4.0], [0.0, *rates[1:]]), "above 0"),
-        (([1.0], [2.0], [4.0], [*rates[:6], float("nan"), 0.0, 30.0]), "from 0"),
+        (([1.0], [2.0], [4.0], [-1], rates[:8], []), "rates: got 8 numbers"),
+        (([1.0], [2.0], [], [-1], rates, []), "same length"),
+        (([1.0], [2.0], [4.0], [-1, -1], rates, []), "same length"),
+        (([0.0], [2.0], [4.0], [-1], rates, []), "numel"),
+        (([1.0], [-2.0], [4.0], [-1], rates, []), "sizes"),
+        (([1.0], [2.0], [4.0], [-1], [0.0, *rates[1:]], []), "above 0"),
+        (([1.0], [2.0], [4.0], [-1], [*rates[:6], float("nan"), 0.0, 30.0], []), "from 0"),
+        (([1.0], [2.0], [4.0], [1], rates, [(1.0, 1.0)]), "path: got 1"),
+        (([1.0], [2.0], [4.0], [0], rates, [(1.0, 0.0)]), "paths: allowed"),
+        (([1.0], [2.0], [4.0], [0], rates, [(1.0, 1.0)] * 9), "at most 8"),
     ):
         with pytest.raises(ValueError, match=message):
             offload.Simulator(*arguments)
-    simulator = offload.Simulator([1.0], [2.0], [4.0], rates)
+    simulator = offload.Simulator([1.0], [2.0], [4.0], [-1], rates, [])
     for changes, message in (
         ({"host_order": [1]}, "host_order: got piece 1"),
         ({"device_order": [-1]}, "device_order: got piece -1"),
         ({"residents": [7]}, "residents: got piece 7"),
         ({"host_gates": [0, 0]}, "host_gates: got 2 entries"),
         ({"release_s": [float("nan")]}, "release_s"),
+        ({"stored_order": [0]}, "piece 0 has no path"),
+        ({"buffers": -1}, "buffers and carried"),
     ):
         job = {"device_order": [], "host_order": [0], "residents": [], "slots": 0}
         job |= {"release_s": [], "host_gates": [], "device_gates": [], "flags": 0}
+        job |= {"stored_order": [], "buffers": 0, "carried": 0}
         with pytest.raises(ValueError, match=message):
             simulator.run(**{**job, **changes}, is_traced=False)

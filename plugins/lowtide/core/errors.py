@@ -50,6 +50,10 @@ class DeviceOutOfMemoryError(DeviceError):
     """A device's memory cannot hold a requested allocation."""
 
 
+class StorageError(LowtideError, RuntimeError):
+    """Optimizer state cannot be written to, or read back from, a path."""
+
+
 class StaleStateError(LowtideError, RuntimeError):
     """A piece of optimizer state was about to be read where it is not the newest copy."""
 

@@ -56,8 +56,6 @@ def _rows(node: dict[str, Any], path: str, defs: dict[str, Any], rows: list[KeyR
         if "properties" in target:
             _rows(target, f"{path}.{key}", defs, rows)
             continue
-        items = target.get("items", {})
-        element = defs[items["$ref"].rsplit("/", 1)[1]] if "$ref" in items else {}
         default = json.dumps(entry["default"]) if "default" in entry else "required"
         description = " ".join(str(entry.get("description", "")).replace("``", "`").split())
         rows.append(
@@ -68,7 +66,15 @@ def _rows(node: dict[str, Any], path: str, defs: dict[str, Any], rows: list[KeyR
                 description=description,
             )
         )
-        _rows(element, f"{path}.{key}[]", defs, rows)  # of a list of objects: their keys
+        for option in [target, *target.get("anyOf", [])]:  # an object or null: its keys
+            _rows(_resolved(option, defs), f"{path}.{key}", defs, rows)
+            items = option.get("items", {})
+            for element in [items, *items.get("anyOf", [])]:  # of a list of objects: their keys
+                _rows(_resolved(element, defs), f"{path}.{key}[]", defs, rows)
+
+
+def _resolved(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    return defs[node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
 
 
 def _schema_type(node: dict[str, Any], defs: dict[str, Any]) -> str:

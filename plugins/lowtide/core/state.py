@@ -33,6 +33,7 @@ class Location(str, Enum):
 
     HOST = "host"
     DEVICE = "device"
+    BUFFER = "buffer"  # in its owner's staging memory, on the way to a file
     IN_FLIGHT = "in_flight"  # on its way; neither end may be read or written
 
 

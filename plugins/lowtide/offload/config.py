@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lowtide.core.config import Auto, PluginConfig
 from lowtide.core.errors import ConfigError
 
+MAX_PATHS = 8
+MAX_BUFFERS = 64
 RANDOM = re.compile(r"random:(\d+)")
 
 
@@ -32,6 +35,82 @@ class EmulatedConfig(BaseModel):
 
     host_params_per_s: float | None = Field(default=None, gt=0)
     """Updates on the host, so that a slow machine can show the proportions of a fast one."""
+
+
+class StoragePath(BaseModel):
+    """One folder that holds optimizer state."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    path: str
+    """An existing folder; scratch files there have no name and go with the process."""
+
+    read_bytes_per_s: float | Auto = "auto"
+    """One rank's reads, while it writes too. Auto: measured at the start."""
+
+    write_bytes_per_s: float | Auto = "auto"
+    """One rank's writes, while it reads too. Auto: measured at the start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StoragePath:
+        for name in ("read_bytes_per_s", "write_bytes_per_s"):
+            value = getattr(self, name)
+            if value != "auto" and not 0 < value < math.inf:
+                raise ValueError(f'"{name}" must be above 0, or "auto"')
+        return self
+
+    @property
+    def given(self) -> tuple[float | None, float | None]:
+        """Rates that need not be measured."""
+        read, write = self.read_bytes_per_s, self.write_bytes_per_s
+        return (
+            None if isinstance(read, str) else read,
+            None if isinstance(write, str) else write,
+        )
+
+
+class StorageConfig(BaseModel):
+    """Optimizer state that does not fit in host memory: in files, on several paths at once."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    paths: list[StoragePath | str] = Field(min_length=1, max_length=MAX_PATHS)
+    """Folders, each as text or with its rates. State is divided in proportion to their speed."""
+
+    host_memory_bytes: float = Field(gt=0)
+    """Each rank's host memory for masters, moments and staging buffers. What does not fit lives
+    in the paths."""
+
+    buffers: int | Auto = "auto"
+    """Staging buffers of one piece each. Auto: two per path, one being read and one being written,
+    and one that is updated."""
+
+    stall_s: float = Field(default=60.0, gt=0)
+    """A read or write that gets no further for so long ends the run with an error that names the
+    path, instead of hanging."""
+
+    direct_io: bool = True
+    """Leave the page cache out where the file system can do that."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StorageConfig:
+        if self.buffers != "auto" and not 1 <= self.buffers <= MAX_BUFFERS:
+            raise ValueError(f'"buffers" must be 1 to {MAX_BUFFERS}, or "auto"')
+        return self
+
+    @property
+    def folders(self) -> list[StoragePath]:
+        """The paths, all written out."""
+        return [StoragePath(path=e) if isinstance(e, str) else e for e in self.paths]
+
+    @property
+    def buffer_count(self) -> int:
+        """Staging buffers."""
+        return 2 * len(self.paths) + 1 if isinstance(self.buffers, str) else self.buffers
 
 
 class OffloadConfig(PluginConfig):
@@ -64,6 +143,9 @@ class OffloadConfig(PluginConfig):
 
     replan_every_n_steps: int = Field(default=10, ge=1)
     """How often the ranks compare their measured rates and plan again where they have changed."""
+
+    storage: StorageConfig | None = None
+    """Optimizer state in files, beside host memory. Null: all of it is in host memory."""
 
     emulated: EmulatedConfig = EmulatedConfig()
     """Rates of the emulated device."""
@@ -103,6 +185,18 @@ class OffloadConfig(PluginConfig):
         zero = _mapping(host_config.get("zero_optimization"))
         offload = _mapping(zero.get("offload_optimizer"))
         stage, place = zero.get("stage", 0), offload.get("device", "none")
+        if stage in (1, 2, 3) and place == "nvme":
+            raise ConfigError(
+                'lowtide.offload: offload_optimizer.device is "nvme", which has a schedule of its '
+                'own; set it to "cpu" and name the folders in the block: "offload": {"storage": '
+                '{"paths": ["/nvme/scratch"], "host_memory_bytes": 64000000000}}'
+            )
+        if self.storage is not None and stage != 3:
+            raise ConfigError(
+                f"lowtide.offload.storage: works under ZeRO stage 3, and this is stage {stage}, "
+                f'whose state DeepSpeed reads behind our back; set "zero_optimization": '
+                f'{{"stage": 3}}, or remove lowtide.offload.storage'
+            )
         if stage not in (1, 2, 3) or place != "cpu":
             raise ConfigError(
                 f"lowtide.offload: schedules an optimizer that is in CPU memory, and this is stage "

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections import deque
 from collections.abc import Iterable, Sequence
 from time import perf_counter
 
 from torch import Tensor
 
 from lowtide.core.device import Device
-from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
+from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError, StorageError
 from lowtide.core.state import Location, StateAuthority
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.one_update import OneUpdate, Pace, Work, update_there
-from lowtide.offload.rates import STATE_BYTES
+from lowtide.offload.rates import STATE_BYTES, PathRates
 from lowtide.offload.schedule import Piece, Plan
 from lowtide.offload.staging import Landings, Place, Slot, make_resident, make_slots
+from lowtide.offload.storage.flow import Flow
+from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import Subgroup
 from lowtide.offload.trace import StepTrace
 
@@ -30,6 +34,7 @@ class Executor:
         subgroups: All of this rank's, in the host's order.
         authority: Told where the newest copies are.
         pace: Slows updates down to given rates, on an emulated device.
+        tier: Where stored subgroups are.
     """
 
     def __init__(
@@ -38,12 +43,19 @@ class Executor:
         subgroups: Sequence[Subgroup],
         authority: StateAuthority,
         pace: Pace | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self.device = device
         self.subgroups = list(subgroups)
         self.failure: DeviceError | None = None  # why the device is not used any more
         self.trace = StepTrace()
-        self._place = Place(device, self.subgroups, Landings(device))
+        self._tier = tier
+        self._index_of = {
+            each.stored: index
+            for index, each in enumerate(self.subgroups)
+            if each.stored is not None
+        }
+        self._place = Place(device, self.subgroups, Landings(device), tier=tier)
         self._pace = pace or Pace()
         self._authority = authority
         self._version = 0
@@ -52,7 +64,10 @@ class Executor:
 
     def close(self) -> None:
         """Bring everything to the host and give up the keys."""
-        self.drain()
+        try:
+            self.drain()
+        except StorageError as error:  # raised already, or by the next update
+            logger.error("offload: %s", error)
         for each in self.subgroups:
             self._authority.unregister(each.key)
         self._place.residents.clear()
@@ -67,6 +82,7 @@ class Executor:
 
         Raises:
             DeviceError: a failure on the device took state with it that was only there.
+            StorageError: stored state cannot be read back, or a path hangs.
         """
         begin_s = perf_counter()
         self._version += 1
@@ -76,25 +92,75 @@ class Executor:
         except DeviceOutOfMemoryError as error:
             logger.warning("offload: no room to stage, so the host updates all: %s", error)
             slots, on_device = [], []
-            self.drain()
+            self.drain(list(self._place.residents))
         on_host = [*plan.host_order, *(i for i in plan.device_order if i not in set(on_device))]
         update = OneUpdate(self._place, works, self._pace, may_upload=self.failure is None)
         self.trace = update.trace
         update.trace.begin_s = begin_s
         update.trace.is_degraded = len(on_device) < len(plan.device_order)
+        flow = self._flow(plan, update.trace)
         if on_device:
             update.queue(on_device, slots)
-        for index in on_host:
-            update.on_host(index)
+        try:
+            self._host_updates(update, on_host, flow)
+        except StorageError:
+            with contextlib.suppress(DeviceError):
+                update.finish()  # nothing may be under way when the caller gives up
+            raise
         self.failure = self.failure or update.finish()
         update.trace.end_s = perf_counter()
         self._publish()
         return update.trace
 
-    def drain(self, indices: Iterable[int] | None = None) -> None:
-        """Copy residents' state to the host, which has the newest copy from then on."""
+    def _flow(self, plan: Plan, trace: StepTrace) -> Flow | None:
+        """Begin to read stored state."""
+        tier = self._tier
+        if tier is None:
+            return None
+
+        def note(number: int, lane: str, nbytes: int, begin_s: float, end_s: float) -> None:
+            key = self.subgroups[self._index_of[number]].key
+            trace.add_transfer(key, lane, nbytes, begin_s, end_s)
+
+        tier.noted = note
+        order = [n for i in plan.stored_order if (n := self.subgroups[i].stored) is not None]
+        # Back and forth: what is updated last is in memory, and comes first the next time.
+        return Flow(tier, order[:: 1 if self._version % 2 else -1], plan.carried)
+
+    def _host_updates(self, update: OneUpdate, on_host: Sequence[int], flow: Flow | None) -> None:
+        """Update stored subgroups as they arrive, and others in the time between."""
+        rest = deque(on_host)
+        while rest or (flow is not None and not flow.is_over):
+            found = None
+            if flow is not None and not flow.is_over:
+                found = flow.take(wait=not rest)
+            if flow is not None and found is not None:
+                number, state = found
+                update.on_host(self._index_of[number], state)
+                flow.done(number)
+            elif rest:
+                update.on_host(rest.popleft())
+        if flow is not None:
+            flow.finish()
+
+    def drain(self, indices: Iterable[int] | None = None, *, may_write: bool = True) -> None:
+        """Bring state to the host's own tensors, which have the newest copy from then on.
+
+        Args:
+            indices: Which subgroups; None: all.
+            may_write: Whether somebody may change it there.
+        """
         residents = self._place.residents
-        for index in self._place.bring_home(residents if indices is None else indices):
+        indices = None if indices is None else list(indices)
+        if self._tier is not None:
+            chosen = range(len(self.subgroups)) if indices is None else indices
+            numbers = [n for i in chosen if (n := self.subgroups[i].stored) is not None]
+            self._tier.drain(numbers, may_write=may_write)
+            for number in numbers:
+                key = self.subgroups[self._index_of[number]].key
+                self._authority.publish(key, Location.HOST, self._version)
+        away = residents if indices is None else [i for i in indices if i in residents]
+        for index in self._place.bring_home(away):
             self._authority.publish(self.subgroups[index].key, Location.HOST, self._version)
 
     # -- for planning -------------------------------------------------------------------------
@@ -106,19 +172,38 @@ class Executor:
                 numel=each.numel,
                 low_precision_bytes=self._upload_bytes(each.weights),
                 gradient_upload_bytes=each.gradient_bytes,
-                # A GPU's kernel writes the rounded parameters itself, into its own memory.
-                is_movable=(
-                    self.device.kind != "cuda"
-                    or each.weights is None
-                    or self.device.owns(each.weights)
-                ),
+                is_movable=self._is_movable(each),
+                path=self._path_of(each),
             )
             for each in self.subgroups
         ]
 
+    def _is_movable(self, each: Subgroup) -> bool:
+        if each.stored is not None:  # also one that had to stay in memory: a plan stays valid
+            return False
+        if self.device.kind != "cuda":
+            return True
+        # A GPU's kernel writes the rounded parameters itself, into its own memory.
+        return each.may_travel and (each.weights is None or self.device.owns(each.weights))
+
+    def _path_of(self, each: Subgroup) -> int | None:
+        if self._tier is None or each.stored is None:
+            return None
+        # One that no path takes any more is still updated by the flow of stored ones.
+        return self._tier.pieces[each.stored].path or 0
+
     def _upload_bytes(self, weights: Tensor | None) -> int:
         is_far = weights is not None and self._place.landings.is_far(weights)
         return weights.element_size() if weights is not None and is_far else 0
+
+    @property
+    def buffers(self) -> int:
+        """Staging buffers for stored subgroups, at least 1."""
+        return 1 if self._tier is None else max(1, self._tier.layout.buffers)
+
+    def path_rates(self) -> tuple[PathRates, ...]:
+        """Return how fast the storage paths are."""
+        return () if self._tier is None else tuple(self._tier.rates)
 
     def resident_bytes(self) -> int:
         """Return the device memory of residents' state."""
@@ -165,8 +250,12 @@ class Executor:
             resident = self._place.residents.get(index)
             is_away = resident is not None and resident.is_newest
             where = Location.DEVICE if is_away else Location.HOST
+            if self._tier is not None and each.stored in self._tier.dirty:
+                where = Location.BUFFER
             self._authority.publish(each.key, where, self._version)
 
     def _drain_keys(self, keys: Sequence[str]) -> None:
         wanted = set(keys)
-        self.drain([i for i in self._place.residents if self.subgroups[i].key in wanted])
+        self.drain(
+            [i for i, each in enumerate(self.subgroups) if each.key in wanted], may_write=False
+        )

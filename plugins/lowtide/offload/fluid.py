@@ -117,7 +117,7 @@ def division_bound_s(pieces: Sequence[Piece], plan: Plan, rates: Rates) -> float
     A background downcast may run beside the host update, so only the slower of them counts.
     """
     held = set(plan.residents)
-    host = [pieces[i] for i in plan.host_order]
+    host = [pieces[i] for i in (*plan.host_order, *plan.stored_order)]
     device = [pieces[i] for i in plan.device_order]
     work = Work(
         host=sum(p.numel for p in host),
@@ -131,7 +131,24 @@ def division_bound_s(pieces: Sequence[Piece], plan: Plan, rates: Rates) -> float
     if rates.downcast_params_per_s:
         slower = min(rates.host_params_per_s, rates.downcast_params_per_s)
         times["host"] = work.host / slower
-    return max(times.values()) * _ROUNDING
+    bound_s = max(times.values()) * _ROUNDING
+    return max(bound_s, storage_bound_s(pieces, rates, carried=plan.carried))
+
+
+def storage_bound_s(pieces: Sequence[Piece], rates: Rates, *, carried: int) -> float:
+    """Return the least time of the busiest storage lane.
+
+    Args:
+        pieces: All pieces.
+        rates: Speeds of the paths, among others.
+        carried: At most so many pieces stay in buffers, and may all be of that path.
+    """
+    bound_s = 0.0
+    for j, path in enumerate(rates.paths):
+        sizes = sorted(p.state_bytes for p in pieces if p.path == j)
+        moved = sum(sizes[: max(0, len(sizes) - carried)])
+        bound_s = max(bound_s, moved * path.turn_s)
+    return bound_s * _ROUNDING
 
 
 def kinds_of(pieces: Sequence[Piece]) -> Kinds:

@@ -98,6 +98,8 @@ def _neighbours(search: Search, start: Candidate) -> Iterator[Candidate]:
 
 def _moved(search: Search, start: Candidate) -> Iterator[Candidate]:
     for i in search.by_size:
+        if search.pieces[i].path is not None:
+            continue  # it has an order of its own
         device = tuple(j for j in start.device if j != i)
         host = tuple(j for j in start.host if j != i)
         others = start.residents - {i}

@@ -8,6 +8,8 @@ lanes do the rest, and the calling thread is free for the host's share:
     flush      state back to the host
     host       update on the host's cores, in the calling thread, with its pool of threads
     upload     parameters that the host has rounded, to the device
+    read0      state of stored subgroups to host memory, one lane per path (storage/flow.py)
+    write0     and back
 
 A failure on the device loses nothing. State leaves the host only as a copy, and comes back after
 its update is complete; so whatever did not come back is updated on the host, from the copy there.
@@ -169,8 +171,8 @@ class OneUpdate:
 
     # -- host -------------------------------------------------------------------------------
 
-    def on_host(self, index: int) -> None:
-        """Update a subgroup from its host copy, in the calling thread."""
+    def on_host(self, index: int, state: State | None = None) -> None:
+        """Update a subgroup in the calling thread, from its host copy or from `state`."""
         place, work = self._place, self._works[index]
         subgroup = place.subgroups[index]
         weights, landings = subgroup.weights, place.landings
@@ -183,8 +185,9 @@ class OneUpdate:
             rounded = landings.of(self._turn, weights)
         begin_s = perf_counter()
         update_there(
-            "host", place.device, self._pace, subgroup.state(), work, work.gradient, rounded
-        )
+            "host", place.device, self._pace, subgroup.state() if state is None else state, work,
+            work.gradient, rounded,
+        )  # fmt: skip
         self.trace.add(subgroup.key, subgroup.numel, begin_s, perf_counter())
         if weights is None or rounded is None or not is_far:
             return
@@ -264,9 +267,9 @@ class OneUpdate:
                 for host, new in zip(subgroup.state(), there, strict=True):
                     flush.copy(host, new, label=subgroup.key)
                 flush.synchronize()
-        for subgroup in place.subgroups:  # what the host had rounded may not have got through
-            if subgroup.weights is not None:
-                subgroup.weights.copy_(subgroup.master)
+        for index, subgroup in enumerate(place.subgroups):
+            if subgroup.weights is not None:  # what the host had rounded may not have got through
+                subgroup.weights.copy_(place.newest_on_host(index)[0])
 
 
 def update_there(

@@ -5,15 +5,17 @@ Everything here is simulated from rates, so it is as good as they are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowtide.core.errors import ConfigError
 from lowtide.offload.plan import host_only_plan, make_plan, stride_plan
-from lowtide.offload.rates import Rates
+from lowtide.offload.rates import PathRates, Rates
 from lowtide.offload.schedule import Piece, Plan
 from lowtide.offload.simulate import Options, Simulation, simulate
+from lowtide.offload.storage.layout import assign, lay_out
 
 STOCK_DOWNCAST = 2.5
 """How much faster than Adam the unfused downcast of stock's loop is taken to be, with its pageable
@@ -33,6 +35,7 @@ class Forecast:
         to_host_bytes: Copied back.
         device_bytes: Device memory for slots and residents.
         on_device: Share of all parameters that the device updates.
+        storage_bytes: Read from storage, and as many written to it.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Forecast:
     to_host_bytes: int
     device_bytes: int
     on_device: float
+    storage_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast for JSON."""
@@ -77,6 +81,34 @@ def cut(numel: int, subgroup_size: int, **piece: Any) -> list[Piece]:
     return [Piece(numel=size, **piece) for size in sizes]
 
 
+def store(
+    pieces: Sequence[Piece], paths: Sequence[PathRates], *, memory_bytes: float, buffers: int
+) -> list[Piece]:
+    """Return pieces of which only some stay in host memory, as a run would divide them.
+
+    Args:
+        pieces: Equal ones, the last perhaps smaller.
+        paths: Where the others go.
+        memory_bytes: Host memory for state and staging buffers.
+        buffers: Staging buffers.
+
+    Raises:
+        ConfigError: The memory does not hold the buffers.
+    """
+    layout = lay_out(
+        [sum(p.numel for p in pieces)], memory_bytes=memory_bytes, piece=pieces[0].numel,
+        buffers=buffers, vector=1,
+    )  # fmt: skip
+    places = iter(assign(len(layout.stored), paths))
+    return [
+        dataclasses.replace(
+            pieces[0], numel=each.numel, is_movable=not each.is_stored,
+            path=next(places) if each.is_stored else None,
+        )
+        for each in layout.extents
+    ]  # fmt: skip
+
+
 def look_ahead(
     pieces: Sequence[Piece], rates: Rates, *, memory_bytes: float, **wishes: Any
 ) -> Outlook:
@@ -89,12 +121,16 @@ def look_ahead(
         **wishes: Passed on to `make_plan`.
     """
     plan = make_plan(pieces, rates, memory_bytes=memory_bytes, **wishes)
+    is_stored = any(p.path is not None for p in pieces)
+    buffers = int(wishes.get("buffers", 1))
     stock = rates.replace(
         downcast_params_per_s=rates.downcast_params_per_s
         or STOCK_DOWNCAST * rates.host_params_per_s
     )
-    host = host_only_plan(pieces)
-    forecasts = [_forecast("stock loop", pieces, host, stock, Options.stock())]
+    host = host_only_plan(pieces, buffers=buffers)
+    in_turn = dataclasses.replace(host, buffers=min(1, host.buffers), carried=0)
+    name = "read, update, write in turn" if is_stored else "stock loop"
+    forecasts = [_forecast(name, pieces, in_turn, stock, Options.stock())]
     split = stride_plan(pieces, 0, residents=_most_residents(pieces, memory_bytes))
     if split.residents:
         name = f"static split, {len(split.residents) / len(pieces):.0%} resident"
@@ -104,6 +140,10 @@ def look_ahead(
         if stride.device_bytes <= memory_bytes and all(p.is_movable for p in pieces):
             name = "every second, one slot"
             forecasts.append(_forecast(name, pieces, stride, stock, Options.artifact()))
+    if is_stored:
+        cyclic = dataclasses.replace(host, carried=0)
+        name = "overlapped, same order each time"
+        forecasts.append(_forecast(name, pieces, cyclic, rates, Options()))
     forecasts.append(_forecast("host only, overlapped", pieces, host, rates, Options()))
     simulation = simulate(pieces, plan, rates)
     forecasts.append(_forecast("this plan", pieces, plan, rates, Options()))
@@ -122,7 +162,9 @@ def _forecast(
     simulation = simulate(pieces, plan, rates, options=options, is_traced=False)
     staged = sum(pieces[i].state_bytes for i in plan.staged)
     gradient = sum(pieces[i].gradient_bytes for i in plan.device_order)
-    upload = sum(pieces[i].low_precision_bytes * pieces[i].numel for i in plan.host_order)
+    on_host = (*plan.host_order, *plan.stored_order)
+    upload = sum(pieces[i].low_precision_bytes * pieces[i].numel for i in on_host)
+    moved = plan.stored_order[plan.carried :]
     return Forecast(
         name=name,
         update_s=simulation.makespan_s,
@@ -130,6 +172,7 @@ def _forecast(
         to_host_bytes=staged,
         device_bytes=plan.device_bytes,
         on_device=sum(pieces[i].numel for i in plan.device_order) / sum(p.numel for p in pieces),
+        storage_bytes=sum(pieces[i].state_bytes for i in moved),
     )
 
 

@@ -25,6 +25,11 @@ class LaneSpan(Protocol):
         """End."""
 
 
+def in_order(lanes: Iterable[str]) -> list[str]:
+    """Return lanes in the order that pictures show them: storage behind the others."""
+    return sorted(lanes, key=lambda lane: (LANES.index(lane) if lane in LANES else 99, lane))
+
+
 def lane_rows(
     spans: Iterable[LaneSpan], makespan_s: float, columns: int
 ) -> dict[str, list[tuple[float, int]]]:
@@ -70,7 +75,7 @@ def lane_chart(spans: Iterable[LaneSpan], makespan_s: float, columns: int = 64) 
         return "nothing was updated"
     rows = lane_rows(known, makespan_s, columns)
     lines = []
-    for lane in [each for each in LANES if each in rows]:
+    for lane in in_order(rows):
         busy_s = sum(span.end_s - span.begin_s for span in known if span.lane == lane)
         drawn = "".join(mark(busy) for busy, _ in rows[lane])
         lines.append(f"{lane:<9}{drawn} {busy_s / makespan_s:4.0%}")

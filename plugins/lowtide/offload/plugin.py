@@ -9,18 +9,21 @@ from typing import Any
 import torch
 
 from lowtide.core.device import Device, open_device
-from lowtide.core.errors import ConfigError
+from lowtide.core.errors import ConfigError, LowtideError, StorageError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 from lowtide.core.native import native_cuda, status_cuda
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.one_update import Pace
 from lowtide.offload.picture import lane_chart
 from lowtide.offload.schedule import Plan
-from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.scheduler import Agree, Scheduler
+from lowtide.offload.storage.opening import open_tier
+from lowtide.offload.storage.tier import Tier
 from lowtide.offload.updater import Rule, Updater
 
 logger = logging.getLogger("lowtide")
 
+_BEFORE_OTHERS = -1000  # a checkpoint plugin may load in its own way
 _AFTER_OTHERS = 100  # the last that touches the optimizer
 
 
@@ -100,6 +103,7 @@ class OffloadPlugin(Plugin):
         self._session = session
         on = session.hooks.on
         on(Event.OPTIMIZER_BUILT, self._built, plugin=self.name, order=_AFTER_OTHERS)
+        on(Event.BEFORE_LOAD, lambda _moment: self.drain(), plugin=self.name, order=_BEFORE_OTHERS)
         on(Event.AFTER_UPDATE, self._updated, plugin=self.name)
         on(Event.CLOSED, lambda _moment: self._release(), plugin=self.name)
 
@@ -119,6 +123,7 @@ class OffloadPlugin(Plugin):
             "update_s": trace.makespan_s,
             "busy_s": trace.busy_s(),
             **updater.scheduler.facts(),
+            **({} if updater.tier is None else updater.tier.facts()),
         }
 
     def _built(self, moment: Moment) -> None:
@@ -132,14 +137,21 @@ class OffloadPlugin(Plugin):
         device = self._device = self._open(session)
 
         def build(holder: Any, rule: Rule) -> Updater:
+            if config.storage is not None and not holder.allows_storage:
+                raise ConfigError(
+                    f"lowtide.offload.storage: works under DeepSpeed's ZeRO stage 3 only, and this "
+                    f"is {type(holder).__name__}; remove the key"
+                )
+            masters, agree = holder.masters(), adapter.agree()
             return Updater(
-                holder.masters(), rule,
+                masters, rule,
                 device=device,
                 scheduler=Scheduler(
-                    config, device, adapter.agree(),
+                    config, device, agree,
                     allows_residents=holder.allows_residents, may_update=self._may_update(device),
                 ),
                 authority=session.state,
+                tier=self._open_storage([m.leaf.numel() for m in masters], agree, session.rank),
                 subgroup_params=config.subgroup_params,
                 pace=Pace(config.emulated.device_params_per_s, config.emulated.host_params_per_s),
             )  # fmt: skip
@@ -152,6 +164,29 @@ class OffloadPlugin(Plugin):
                 len(self._updater.masters),
                 sum(each.leaf.numel() for each in self._updater.masters), device.name,
             )  # fmt: skip
+
+    def _open_storage(self, numels: list[int], agree: Agree, rank: int) -> Tier | None:
+        """Open the storage tier, if there is one. Collective: ranks fail together."""
+        config = self.config
+        if config.storage is None:
+            return None
+        found: Tier | LowtideError | None
+        try:
+            found = open_tier(
+                config.storage, numels,
+                subgroup_params=config.subgroup_params, rank=rank, meet=lambda: agree([1.0]),
+            )  # fmt: skip
+        except LowtideError as error:
+            found = error
+        is_well = agree([float(not isinstance(found, LowtideError))])[0] > 0.0
+        if isinstance(found, LowtideError):
+            raise found
+        if not is_well:
+            raise StorageError(
+                "offload.storage: another rank cannot store its optimizer state, and its log says "
+                "why; correct lowtide.offload.storage and start again"
+            )
+        return found
 
     def _may_update(self, device: Device) -> bool:
         """Whether `device` has kernels; without them, it is where weights go and no more.
@@ -192,7 +227,9 @@ class OffloadPlugin(Plugin):
             return
         trace, plan = updater.trace, updater.scheduler.plan
         for each in trace.on_host():  # lanes of the device draw themselves
-            session.telemetry.add_span(each.subgroup, "offload/host", each.begin_s, each.end_s)
+            session.telemetry.add_span(
+                each.subgroup, f"offload/{each.lane}", each.begin_s, each.end_s
+            )
         session.telemetry.gauge("lowtide.offload.update_s", trace.makespan_s)
         if plan is not None:
             session.telemetry.gauge("lowtide.offload.device_fraction", plan.fraction)

@@ -24,11 +24,30 @@ LEAST_S = 0.1  # of each measurement
 SLOWDOWN = 0.05  # beyond this, lanes disturb each other
 
 
-class _Samples:
+class _HostSamples:
+    """Scratch memory on the host, and a timed update there."""
+
+    def __init__(self, executor: Executor, numel: int = 0) -> None:
+        self.executor, self.device = executor, executor.device
+        largest = max((each.numel for each in executor.subgroups), default=0)
+        self.numel = numel or max(ALIGNMENT, min(SAMPLE_PARAMS, largest))
+        self.here = [self.device.host_empty(self.numel, torch.float32) for _ in range(8)]
+        for tensor in self.here:
+            tensor.zero_()
+        # All zeros: nothing overflows however often it is repeated.
+        self.step = adam_step((0.9, 0.95), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+    def host(self) -> int:
+        """Update on the host; return parameters."""
+        self.executor.try_update("host", self.here[4:8], self.step)
+        return self.numel
+
+
+class _Samples(_HostSamples):
     """Scratch memory on both sides, and one timed operation for each lane."""
 
     def __init__(self, executor: Executor) -> None:
-        self.executor, self.device = executor, executor.device
+        self.device = executor.device
         largest = max((each.numel for each in executor.subgroups), default=0)
         numel = max(ALIGNMENT, min(SAMPLE_PARAMS, largest))
         while True:
@@ -39,12 +58,7 @@ class _Samples:
                 if numel <= LEAST_PARAMS:
                     raise
                 numel //= 4
-        self.numel = numel
-        self.here = [self.device.host_empty(numel, torch.float32) for _ in range(8)]
-        for tensor in self.here:
-            tensor.zero_()
-        # All zeros: nothing overflows however often it is repeated.
-        self.step = adam_step((0.9, 0.95), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        super().__init__(executor, numel)
 
     def up(self) -> int:
         """Copy to the device; return bytes."""
@@ -53,11 +67,6 @@ class _Samples:
     def down(self) -> int:
         """Copy from the device; return bytes."""
         return self._copy("flush", self.here[1], self.there[1])
-
-    def host(self) -> int:
-        """Update on the host; return parameters."""
-        self.executor.try_update("host", self.here[4:8], self.step)
-        return self.numel
 
     def device_update(self) -> int:
         """Update on the device; return parameters."""
@@ -74,6 +83,12 @@ class _Samples:
     def _copy(self, lane: str, dst: Tensor, src: Tensor) -> int:
         self.device.lane(lane).copy(dst, src).wait()
         return 4 * self.numel
+
+
+def measure_host(executor: Executor) -> float:
+    """Measure how many parameters a second the host updates, alone; takes a tenth of a second."""
+    samples = _HostSamples(executor)
+    return _rate(samples.host)
 
 
 def measure(executor: Executor) -> Rates:

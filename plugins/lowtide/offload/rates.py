@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lowtide.core.errors import ConfigError, UnknownNameError, listed, near
 
@@ -18,6 +19,41 @@ UNFUSED_UPDATE_BYTES = 28.0  # the same without the 16-bit weight ...
 DOWNCAST_BYTES = 6.0  # ... which a second pass makes: read 4, write 2
 DEVICE_UPDATE_BYTES = 30.0  # of device memory, as on the host
 USABLE_SHARE = 0.8  # of a memory's data-sheet bandwidth, for a streaming kernel
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if not _is_finite(value) or value <= 0:
+        raise ConfigError(f"{name}: got {value!r}, allowed is a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PathRates:
+    """Speeds of one rank's transfers to and from one storage path, both directions at work.
+
+    Attributes:
+        read_bytes_per_s: From the path.
+        write_bytes_per_s: To the path.
+
+    Raises:
+        ConfigError: A rate is not a positive finite number.
+    """
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_rate(f"rates.paths.{field.name}", getattr(self, field.name))
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds per byte that is read and written, one while the other."""
+        return 1.0 / min(self.read_bytes_per_s, self.write_bytes_per_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +72,7 @@ class Rates:
         launch_s: Fixed cost of one update on the device.
         host_memory_bytes_per_s: This rank's share of the host's memory bandwidth, which host
             update and copies divide among them; None: never the limit.
+        paths: Storage paths.
 
     Raises:
         ConfigError: A rate is not a positive finite number, or `launch_s` is negative.
@@ -49,21 +86,20 @@ class Rates:
     device_params_per_s: float
     launch_s: float = 0.0
     host_memory_bytes_per_s: float | None = None
+    paths: tuple[PathRates, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "is_duplex" or (value is None and "None" in str(field.type)):
+            if field.name in ("is_duplex", "paths") or (
+                value is None and "None" in str(field.type)
+            ):
                 continue
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            is_allowed = is_number and math.isfinite(value)
             if field.name == "launch_s":
-                if not is_allowed or value < 0:
+                if not _is_finite(value) or value < 0:
                     raise ConfigError(f"rates.launch_s: got {value!r}, allowed are seconds >= 0")
-            elif not is_allowed or value <= 0:
-                raise ConfigError(
-                    f"rates.{field.name}: got {value!r}, allowed is a finite number above 0"
-                )
+            else:
+                _check_rate(f"rates.{field.name}", value)
 
     @property
     def host_update_bytes(self) -> float:
@@ -71,11 +107,11 @@ class Rates:
         is_fused = self.downcast_params_per_s is None
         return HOST_UPDATE_BYTES if is_fused else UNFUSED_UPDATE_BYTES
 
-    def replace(self, **changes: float | bool | None) -> Rates:
+    def replace(self, **changes: Any) -> Rates:
         """Return a copy with some rates changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **changes)
 
-    def as_dict(self) -> dict[str, float | bool | None]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the rates for JSON."""
         return dataclasses.asdict(self)
 

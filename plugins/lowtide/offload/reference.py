@@ -8,11 +8,18 @@ Lanes, each doing one thing at a time, in order:
     prefetch  state and gradients of device pieces to the device  `device_order`, needs a slot
     device    Adam on the device                                  `device_order`, needs the load
     flush     state of staged pieces back to the host             after the update; frees the slot
+    read0     state of stored pieces from the first path          `stored_order`, needs a buffer
+    write0    and back                                            after the update; frees the buffer
+
+There is a read and a write lane for each path. Whenever the host is free, it takes the next piece
+of `stored_order` if that has arrived, else the next of `host_order`. The first `carried` pieces are
+in buffers at the begin, and the last `carried` stay there: the next update goes the other way.
 
 Upload and prefetch share the host-to-device direction evenly; on a half-duplex link all copies
-share the link's time evenly. Host update, downcast and copies then share the host's memory
+share the link's time evenly. Host update, downcast, copies, reads and writes share the memory's
 bandwidth by max-min fairness: nobody gets more than it asks for, and what is left is divided
-evenly. Rates are constant between two events, so the result is exact up to rounding.
+evenly. Reads and writes of one path do not disturb each other: their rates are those of both at
+work. Rates are constant between two events, so the result is exact up to rounding.
 
 Source: own derivation (lane model, memory roofline).
 """
@@ -33,6 +40,11 @@ LANES = ("host", "downcast", "prefetch", "upload", "device", "flush")
 HOST, DOWNCAST, PREFETCH, UPLOAD, DEVICE, FLUSH = range(6)
 
 
+def lane_names(paths: int) -> tuple[str, ...]:
+    """Return the names of all lanes where there are so many storage paths."""
+    return (*LANES, *(f"{kind}{j}" for j in range(paths) for kind in ("read", "write")))
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A plan as the simulator wants it: orders, and what must come before what.
@@ -40,6 +52,9 @@ class Job:
     Attributes:
         host_gates: For each place of `host_order`: device updates that must be done before.
         device_gates: For each place of `device_order`: host pieces that must be done before.
+        stored_order: Stored pieces in the order of their updates.
+        buffers: Staging buffers, one stored piece each.
+        carried: How many of the first are in buffers already, and of the last stay there.
     """
 
     device_order: Sequence[int]
@@ -50,6 +65,9 @@ class Job:
     host_gates: Sequence[int] = ()
     device_gates: Sequence[int] = ()
     flags: int = 0
+    stored_order: Sequence[int] = ()
+    buffers: int = 0
+    carried: int = 0
 
 
 class Outcome(NamedTuple):
@@ -75,7 +93,7 @@ class ReferenceMachine:
         state = _State(self._pieces, self._rates, job)
         while True:
             state.start()
-            mask = sum(1 << lane for lane in range(6) if state.piece[lane] >= 0)
+            mask = sum(1 << lane for lane, piece in enumerate(state.piece) if piece >= 0)
             wake_s = state.next_release_s()
             if not mask:
                 if math.isinf(wake_s):
@@ -85,7 +103,11 @@ class ReferenceMachine:
             if mask not in self._speeds:
                 self._speeds[mask] = speeds(self._rates, mask)
             state.advance(self._speeds[mask], wake_s)
-        if state.host_done < len(job.host_order) or state.device_done < len(job.device_order):
+        if (
+            state.host_done < len(job.host_order)
+            or state.device_done < len(job.device_order)
+            or state.stored_done < len(job.stored_order)
+        ):
             raise ConfigError("plan: it can never end: pieces wait for each other")
         spans = tuple(state.spans) if is_traced else ()
         return Outcome(state.now_s, state.host_end_s, state.device_end_s, state.busy_s, spans)
@@ -96,7 +118,7 @@ def speeds(rates: Rates, mask: int) -> list[float]:
 
     Args:
         rates: Each lane's speed alone.
-        mask: Bit i stands for lane i of `LANES`.
+        mask: Bit i stands for lane i of `lane_names`.
 
     Returns:
         Parameters a second for host and downcast, bytes a second for copies, and 1 for the
@@ -109,7 +131,8 @@ def speeds(rates: Rates, mask: int) -> list[float]:
     inward = rates.host_to_device_bytes_per_s / max(sharing_in, 1)
     outward = rates.device_to_host_bytes_per_s / max(sharing_out, 1)
     downcast = rates.downcast_params_per_s or 0.0
-    alone = (rates.host_params_per_s, downcast, inward, inward, 1.0, outward)
+    storage = [r for p in rates.paths for r in (p.read_bytes_per_s, p.write_bytes_per_s)]
+    alone = (rates.host_params_per_s, downcast, inward, inward, 1.0, outward, *storage)
     traffic = (
         rates.host_params_per_s * rates.host_update_bytes,
         downcast * DOWNCAST_BYTES,
@@ -117,12 +140,13 @@ def speeds(rates: Rates, mask: int) -> list[float]:
         inward,
         0.0,
         outward,
+        *storage,
     )
-    found = [alone[lane] if mask >> lane & 1 else 0.0 for lane in range(6)]
+    found = [rate if mask >> lane & 1 else 0.0 for lane, rate in enumerate(alone)]
     if rates.host_memory_bytes_per_s is None:
         return found
     left = float(rates.host_memory_bytes_per_s)
-    waiting = sorted((traffic[lane], lane) for lane in range(6) if found[lane] and traffic[lane])
+    waiting = sorted((wanted, i) for i, wanted in enumerate(traffic) if found[i] and wanted)
     for place, (wanted, lane) in enumerate(waiting):
         fair = left / (len(waiting) - place)
         if wanted > fair:
@@ -151,17 +175,33 @@ class _State:
     device_end_s: float = 0.0
     held: set[int] = field(default_factory=set)
     loaded: set[int] = field(default_factory=set)
-    piece: list[int] = field(default_factory=lambda: [-1] * 6)
-    work: list[float] = field(default_factory=lambda: [0.0] * 6)
-    begin_s: list[float] = field(default_factory=lambda: [0.0] * 6)
-    busy_s: list[float] = field(default_factory=lambda: [0.0] * 6)
-    queues: dict[int, deque[int]] = field(
-        default_factory=lambda: {lane: deque() for lane in (DOWNCAST, UPLOAD, FLUSH)}
-    )
+    stored_next: int = 0  # places in `stored_order`: next to be updated ...
+    stored_done: int = 0
+    read_next: int = 0  # ... and next to be read
+    buffers_free: int = 0
+    arrived: set[int] = field(default_factory=set)
+    staying: set[int] = field(default_factory=set)
+    piece: list[int] = field(default_factory=list)
+    work: list[float] = field(default_factory=list)
+    begin_s: list[float] = field(default_factory=list)
+    busy_s: list[float] = field(default_factory=list)
+    queues: dict[int, deque[int]] = field(default_factory=dict)
     spans: list[tuple[int, int, float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.held = set(self.job.residents)
+        job, lanes = self.job, range(6 + 2 * len(self.rates.paths))
+        self.held = set(job.residents)
+        self.piece = [-1] * len(lanes)
+        self.work, self.begin_s, self.busy_s = ([0.0] * len(lanes) for _ in range(3))
+        self.queues = {lane: deque() for lane in (DOWNCAST, UPLOAD, FLUSH, *lanes[6:])}
+        carried = min(job.carried, job.buffers, len(job.stored_order))
+        self.read_next, self.buffers_free = carried, job.buffers - carried
+        self.arrived = set(job.stored_order[:carried])
+        self.staying = set(job.stored_order[len(job.stored_order) - carried :])
+
+    def path(self, i: int) -> int:
+        """Return the path of a stored piece."""
+        return self.pieces[i].path or 0
 
     def load_bytes(self, i: int) -> int:
         """Bytes that go to the device before the update of a device piece."""
@@ -191,16 +231,37 @@ class _State:
                 self.begin(lane, i, float(work))
         self._start_device()  # before the prefetch: it may need no load at all
         self._start_prefetch()
+        self._start_storage()
 
     def _start_host(self) -> None:
         job, place = self.job, self.host_next
-        if self.piece[HOST] >= 0 or self.is_host_held or place >= len(job.host_order):
+        if self.piece[HOST] >= 0 or self.is_host_held:
+            return
+        if self.stored_next < len(job.stored_order):
+            i = job.stored_order[self.stored_next]
+            if i in self.arrived and self.is_released(i):
+                self.begin(HOST, i, float(self.pieces[i].numel))
+                self.stored_next += 1
+                return
+        if place >= len(job.host_order):
             return
         i = job.host_order[place]
         is_open = not job.host_gates or job.host_gates[place] <= self.device_done
         if is_open and self.is_released(i):
             self.begin(HOST, i, float(self.pieces[i].numel))
             self.host_next += 1
+
+    def _start_storage(self) -> None:
+        order = self.job.stored_order
+        while self.read_next < len(order) and self.buffers_free:
+            i = order[self.read_next]
+            self.queues[6 + 2 * self.path(i)].append(i)
+            self.buffers_free -= 1
+            self.read_next += 1
+        for lane in range(6, len(self.piece)):
+            if self.piece[lane] < 0 and self.queues[lane]:
+                i = self.queues[lane].popleft()
+                self.begin(lane, i, float(self.pieces[i].state_bytes))
 
     def _start_prefetch(self) -> None:
         order = self.job.device_order
@@ -227,16 +288,16 @@ class _State:
 
     def advance(self, speed: list[float], wake_s: float) -> None:
         """Go on to the next end of a span, or to the next release if that comes first."""
+        lanes = range(len(self.piece))
         need = [
-            self.work[lane] / speed[lane] if self.piece[lane] >= 0 else math.inf
-            for lane in range(6)
+            self.work[lane] / speed[lane] if self.piece[lane] >= 0 else math.inf for lane in lanes
         ]
         step_s = min(need)
         is_woken = wake_s - self.now_s < step_s
         step_s = wake_s - self.now_s if is_woken else step_s
         self.now_s = wake_s if is_woken else self.now_s + step_s
         ended = []
-        for lane in range(6):
+        for lane in lanes:
             if self.piece[lane] < 0:
                 continue
             if need[lane] <= step_s:
@@ -252,7 +313,12 @@ class _State:
     def _end(self, lane: int, i: int) -> None:
         flags = self.job.flags
         if lane == HOST:
-            self.host_done += 1
+            if i in self.arrived:
+                self.stored_done += 1
+                if i not in self.staying:
+                    self.queues[7 + 2 * self.path(i)].append(i)
+            else:
+                self.host_done += 1
             if self.rates.downcast_params_per_s is None:
                 self._updated(i)
             else:
@@ -273,9 +339,13 @@ class _State:
                 self.queues[FLUSH].append(i)
             elif self.load_bytes(i):
                 self.slots_used -= 1
-        else:
+        elif lane == FLUSH:
             self.slots_used -= 1
             self.device_end_s = self.now_s
+        elif lane % 2 == 0:
+            self.arrived.add(i)
+        else:
+            self.buffers_free += 1
 
     def _updated(self, i: int) -> None:
         """Go on behind host update and downcast."""

@@ -25,6 +25,8 @@ class Piece:
         gradient_upload_bytes: Bytes per parameter of gradient that must go to the device before a
             device update: 0 where it never left the device, else 2 or 4.
         is_movable: Whether the device may update it; if not, the host does.
+        path: Number of the storage path where its state lives; None: it is in memory. The host
+            updates what is stored.
 
     Raises:
         ConfigError: A value is out of range.
@@ -34,8 +36,14 @@ class Piece:
     low_precision_bytes: int = 2
     gradient_upload_bytes: int = 4
     is_movable: bool = True
+    path: int | None = None
 
     def __post_init__(self) -> None:
+        if self.path is not None and (self.path < 0 or self.is_movable):
+            raise ConfigError(
+                f"piece.path: got {self.path!r}, allowed is None, or 0 and more where the piece "
+                "is not movable"
+            )
         if self.numel < 1:
             raise ConfigError(f"piece.numel: got {self.numel!r}, allowed is a whole number from 1")
         if self.low_precision_bytes < 0:
@@ -71,7 +79,11 @@ class Plan:
     Attributes:
         residents: Pieces whose state never leaves the device, ascending.
         device_order: Pieces that the device updates, in this order; residents are among them.
-        host_order: Pieces that the host updates, in this order.
+        host_order: Pieces in memory that the host updates, in this order.
+        stored_order: Pieces from storage that the host updates, in this order; every other update
+            goes through them the other way round.
+        buffers: Staging buffers, one stored piece each; 0 where nothing is stored.
+        carried: How many of the last of these stay in their buffers until the next update.
         slots: Staging slots; each holds the largest load of a device piece (`slot_bytes`).
             0 where nothing is loaded.
         slot_bytes: Size of one slot.
@@ -86,6 +98,9 @@ class Plan:
     device_order: tuple[int, ...]
     host_order: tuple[int, ...]
     slots: int
+    stored_order: tuple[int, ...] = ()
+    buffers: int = 0
+    carried: int = 0
     slot_bytes: int = 0
     resident_bytes: int = 0
     fraction: float = 0.0
@@ -125,7 +140,7 @@ class Plan:
         Raises:
             ConfigError: Keys are missing or unknown.
         """
-        orders = ("residents", "device_order", "host_order")
+        orders = ("residents", "device_order", "host_order", "stored_order")
         try:
             changed = {name: tuple(int(i) for i in values[name]) for name in orders}
             return cls(**{**values, **changed})
@@ -137,8 +152,10 @@ class Plan:
         return json.dumps(self.as_dict())
 
     def __str__(self) -> str:
+        stored = f"{len(self.stored_order)} from storage"
         parts = [
             f"{len(self.host_order)} pieces on the host",
+            *([stored] if self.stored_order else []),
             f"{len(self.staged)} staged in {self.slots} slot(s)",
             f"{len(self.residents)} resident",
             f"fraction {self.fraction:.3f}",
@@ -168,19 +185,30 @@ def build_plan(
     device_order: Iterable[int],
     host_order: Iterable[int],
     slots: int,
+    stored_order: Iterable[int] | None = None,
+    buffers: int = 1,
+    carried: int = 0,
 ) -> Plan:
-    """Return the plan with its sizes worked out; nothing is predicted."""
+    """Return the plan with its sizes worked out; nothing is predicted.
+
+    Stored pieces may stand in `host_order` too; their own order is `stored_order`, None: by number.
+    """
     held, device = tuple(sorted(residents)), tuple(device_order)
     largest = slot_bytes(pieces, device, held)
     kept = set(held)
     staged = sum(pieces[i].numel for i in device if i not in kept)
-    host = tuple(host_order)
-    movable = staged + sum(pieces[i].numel for i in host)
+    stored = [i for i, piece in enumerate(pieces) if piece.path is not None]
+    apart = set(stored)
+    host = tuple(i for i in host_order if i not in apart) if apart else tuple(host_order)
+    movable = staged + sum(pieces[i].numel for i in (*host, *stored))
     return Plan(
         residents=held,
         device_order=device,
         host_order=host,
         slots=slots if largest else 0,
+        stored_order=tuple(stored if stored_order is None else stored_order),
+        buffers=buffers if stored else 0,
+        carried=min(carried, buffers, len(stored)),
         slot_bytes=largest,
         resident_bytes=sum(pieces[i].state_bytes for i in held),
         fraction=staged / movable if movable else 0.0,
@@ -195,11 +223,17 @@ def check_plan(pieces: Sequence[Piece], plan: Plan, *, memory_bytes: float | Non
             piece that may not move is on the device, something is loaded without a slot, or the
             device memory exceeds `memory_bytes`.
     """
-    everywhere = sorted((*plan.device_order, *plan.host_order))
+    everywhere = sorted((*plan.device_order, *plan.host_order, *plan.stored_order))
     if everywhere != list(range(len(pieces))):
         raise ConfigError(
-            f"plan: device_order and host_order name the pieces {everywhere[:20]}, allowed is "
-            f"each of 0 to {len(pieces) - 1} once"
+            f"plan: device_order, host_order and stored_order name the pieces {everywhere[:20]}, "
+            f"allowed is each of 0 to {len(pieces) - 1} once"
+        )
+    misplaced = [i for i in plan.host_order if pieces[i].path is not None]
+    misplaced += [i for i in plan.stored_order if pieces[i].path is None]
+    if misplaced:
+        raise ConfigError(
+            f"plan: pieces {misplaced} are in the wrong order; stored_order has those with a path"
         )
     strangers = set(plan.residents) - set(plan.device_order)
     if strangers:

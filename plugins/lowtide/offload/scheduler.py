@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -11,9 +12,9 @@ from lowtide.core.device import Device
 from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.executor import Executor
-from lowtide.offload.plan import host_only_plan, make_plan, random_plan
-from lowtide.offload.probe import measure
-from lowtide.offload.rates import Rates
+from lowtide.offload.plan import host_only_plan, make_plan, predict, random_plan
+from lowtide.offload.probe import measure, measure_host
+from lowtide.offload.rates import PathRates, Rates
 from lowtide.offload.schedule import Piece, Plan
 from lowtide.offload.trace import StepTrace
 
@@ -22,6 +23,7 @@ logger = logging.getLogger("lowtide")
 MISFIT = 0.10  # of prediction and measurement, that is worth a new plan ...
 PATIENCE = 3  # ... when it was so in this many of the last updates
 SMOOTHING = 0.5
+_UNUSED = 1e15  # of a lane that has nothing to do
 SAFETY_SHARE = 0.05  # of the device's memory, left alone when Lowtide chooses how much to use
 
 # Smallest of a list of numbers over all ranks, for each place. Collective.
@@ -60,7 +62,11 @@ class Scheduler:
         self._budget = 0.0
         self._lasting = 0.0
         self._share = 1.0  # of the memory that seems free: less where it turned out to be split up
+        self._is_host_only = True
+        self._buffers = 1
         self._all_can = False  # every rank's device can update
+        self._host_pieces: list[Piece] = []
+        self._host_rates: Rates | None = None  # of a rank with storage and no device to use
         self.rates: Rates | None = None
         self.plan: Plan | None = None
         self.plans = 0  # made so far
@@ -71,32 +77,63 @@ class Scheduler:
         pieces = executor.pieces()
         can = self._may_update and executor.failure is None
         if self._config.random_seed is not None:
-            self.plan = self._random(executor, pieces) if can else host_only_plan(pieces)
+            self.plan = self._random(executor, pieces, can=can)
             return self.plan
         is_new = pieces != self._pieces
-        self._pieces = pieces
+        self._pieces, self._buffers = pieces, executor.buffers
         # Never by what only this rank knows: the others would wait for it, or it for them.
         is_due = self._step == 1 or self._step % self._config.replan_every_n_steps == 0
         if is_due and self._config.device != "cpu":
             is_new = self._confer(executor, can=can) or is_new
-        if not can or not self._all_can:
-            self.plan = host_only_plan(pieces)
+        self._is_host_only = not can or not self._all_can
+        if self._is_host_only:
+            if is_new or self.plan is None or not self.plan.is_host_only or self._is_wrong():
+                self.plan = self._host_plan(executor, pieces)
         elif self.plan is None or is_new:
             self._make_plan()
         if self.plan is None:
             raise AssertionError("unreachable: every branch makes a plan or keeps one")
         return self.plan
 
-    def _random(self, executor: Executor, pieces: list[Piece]) -> Plan:
+    def _is_wrong(self) -> bool:
+        """Whether a plan that this rank alone decides on no longer fits what is measured."""
+        return self._misfits >= PATIENCE and self._host_rates is not None
+
+    def _host_plan(self, executor: Executor, pieces: list[Piece]) -> Plan:
+        """Return a plan without the device. With storage there is something to predict."""
+        if not executor.path_rates():
+            return host_only_plan(pieces)
+        self._misfits = 0
+        if self._host_rates is None:
+            # The device's rates do not count: nothing may move.
+            self._host_rates = Rates(
+                host_to_device_bytes_per_s=_UNUSED, device_to_host_bytes_per_s=_UNUSED,
+                device_params_per_s=_UNUSED, host_params_per_s=measure_host(executor),
+                paths=executor.path_rates(),
+            )  # fmt: skip
+        self.plans += 1
+        self._host_pieces = [
+            dataclasses.replace(p, is_movable=False, low_precision_bytes=0) for p in pieces
+        ]
+        return make_plan(
+            self._host_pieces, self._host_rates, memory_bytes=0, buffers=executor.buffers
+        )
+
+    def _random(self, executor: Executor, pieces: list[Piece], *, can: bool) -> Plan:
         seed = (self._config.random_seed or 0) * 1_000_003 + self._step
         return random_plan(
-            pieces, seed, memory_bytes=self._memory(executor),
+            pieces, seed, memory_bytes=self._memory(executor) if can else 0.0,
             max_slots=self._config.max_slots, keep_residents=self._keep_residents,
+            buffers=executor.buffers,
         )  # fmt: skip
+
+    def all_agree(self, is_well: bool) -> bool:
+        """Return whether all ranks are well. Collective."""
+        return self._agree([float(is_well)])[0] > 0.0
 
     def observe(self, trace: StepTrace) -> None:
         """Correct the rates by what an update took; at most once per plan and few steps."""
-        plan, rates = self.plan, self.rates
+        plan, rates = self.plan, self._known_rates()
         if trace.is_degraded:
             self._misfits, self._share = PATIENCE, 0.8 * self._share
         if plan is None or rates is None or plan.makespan_s is None or trace.is_degraded:
@@ -106,8 +143,17 @@ class Scheduler:
         due = (
             self._step % self._config.replan_every_n_steps == self._config.replan_every_n_steps - 1
         )
-        if due:  # reading a GPU's clocks costs time too
-            self.rates = corrected(rates, dict(plan.busy_s), trace.busy_s())
+        if due or self._is_host_only:  # reading a GPU's clocks costs time
+            better = corrected(rates, dict(plan.busy_s), trace.busy_s())
+            if self._is_host_only:
+                # Corrections are ratios to the prediction, so that has to follow at once.
+                self._host_rates = better
+                self.plan = predict(self._host_pieces, plan, better, memory_bytes=0)
+            else:
+                self.rates = better
+
+    def _known_rates(self) -> Rates | None:
+        return self._host_rates if self._is_host_only else self.rates
 
     # -- plans --------------------------------------------------------------------------------
 
@@ -142,7 +188,7 @@ class Scheduler:
         """Return this rank's rates as numbers, measured at the first time; zeros: it cannot."""
         if self.rates is None:
             try:
-                self.rates = measure(executor)
+                self.rates = measure(executor).replace(paths=executor.path_rates())
             except DeviceOutOfMemoryError as error:  # perhaps there is more another time
                 logger.warning("offload: the host updates all, no room to measure: %s", error)
             except DeviceError as error:
@@ -165,10 +211,11 @@ class Scheduler:
 
     def _planned(self, keep_residents: bool | list[int]) -> Plan:
         if self.rates is None:  # nothing to update on this rank
-            return host_only_plan(self._pieces)
+            return host_only_plan(self._pieces, buffers=self._buffers)
         return make_plan(
             self._pieces, self.rates, memory_bytes=self._budget, fraction=self._config.fraction,
             keep_residents=keep_residents, max_slots=self._config.max_slots,
+            buffers=self._buffers,
         )  # fmt: skip
 
     def _memory(self, executor: Executor) -> float:
@@ -190,9 +237,10 @@ class Scheduler:
 
     def facts(self) -> dict[str, Any]:
         """Return rates and plan for reports."""
+        rates = self._known_rates()
         return {
             "plans": self.plans,
-            "rates": None if self.rates is None else self.rates.as_dict(),
+            "rates": None if rates is None else rates.as_dict(),
             "plan": None if self.plan is None else str(self.plan),
         }
 
@@ -221,13 +269,21 @@ def corrected(rates: Rates, predicted_s: dict[str, float], measured_s: dict[str,
             so their ratio to the measured ones is the error of the rate alone.
         measured_s: Measured busy seconds.
     """
-    changes: dict[str, float] = {}
+    changes: dict[str, Any] = {}
     for name, lanes in _OF_LANES.items():
         predicted = sum(predicted_s.get(lane, 0.0) for lane in lanes)
         measured = sum(measured_s.get(lane, 0.0) for lane in lanes)
         if predicted > 0.0 and measured > 0.0:
             changes[name] = getattr(rates, name) * (predicted / measured) ** SMOOTHING
-    return rates.replace(**changes)
+    paths = []
+    for j, path in enumerate(rates.paths):
+        found = dataclasses.asdict(path)
+        for kind in ("read", "write"):
+            predicted, measured = (b.get(f"{kind}{j}", 0.0) for b in (predicted_s, measured_s))
+            if predicted > 0.0 and measured > 0.0:
+                found[f"{kind}_bytes_per_s"] *= (predicted / measured) ** SMOOTHING
+        paths.append(PathRates(**found))
+    return rates.replace(**changes, paths=tuple(paths))
 
 
 def _numbers(rates: Rates) -> list[float]:

@@ -47,12 +47,14 @@ class Wish:
         fraction: Share of what is not resident to stage; None: the best.
         residents: The resident set; None: chosen by the search.
         max_slots: Most slots.
+        buffers: Staging buffers for stored pieces.
     """
 
     memory_bytes: float
     fraction: float | None
     residents: frozenset[int] | None
     max_slots: int
+    buffers: int = 1
 
 
 class Search:
@@ -65,6 +67,7 @@ class Search:
         self.load = [STATE_BYTES * n + g for n, g in zip(self.numel, self.gradient, strict=True)]
         self.total = sum(self.numel)
         self.by_size = sorted(range(len(pieces)), key=self.numel.__getitem__, reverse=True)
+        self.stored = tuple(i for i, p in enumerate(pieces) if p.path is not None)
         self.movable = [i for i in self.by_size if pieces[i].is_movable]
         self.best: dict[int, tuple[tuple[float, float, int, int], Candidate]] = {}
         self.outcomes: dict[int, Outcome] = {}  # of the best plans
@@ -108,9 +111,7 @@ class Search:
     def judge(self, candidate: Candidate) -> tuple[float, float]:
         """Simulate a plan, remember it if it is the best of its slots; return both sides' ends."""
         self.simulations += 1
-        outcome = self.machine.run(
-            Job(candidate.device, candidate.host, tuple(candidate.residents), candidate.slots)
-        )
+        outcome = self.machine.run(self._job(candidate))
         known, seconds = self.best.get(candidate.slots), outcome.makespan_s
         if known is None or self.wish.fraction is not None or seconds <= known[0][1] * _NEAR:
             host = sum(map(self.numel.__getitem__, candidate.host))
@@ -121,6 +122,16 @@ class Search:
                 self.best[candidate.slots] = (key, candidate)
                 self.outcomes[candidate.slots] = outcome
         return outcome.host_end_s, outcome.device_end_s
+
+    def _job(self, candidate: Candidate) -> Job:
+        device, residents = candidate.device, tuple(candidate.residents)
+        if not self.stored:
+            return Job(device, candidate.host, residents, candidate.slots)
+        in_memory = [i for i in candidate.host if self.pieces[i].path is None]
+        return Job(
+            device, in_memory, residents, candidate.slots, stored_order=self.stored,
+            buffers=self.wish.buffers, carried=self.wish.buffers,
+        )  # fmt: skip
 
     def arrange(
         self, staged: Sequence[int], residents: frozenset[int], slots: int, *, before: int = -1

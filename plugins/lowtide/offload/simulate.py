@@ -18,7 +18,7 @@ from lowtide.core.errors import ConfigError, NativeUnavailableError
 from lowtide.core.native import native
 from lowtide.offload.fluid import division_bound_s
 from lowtide.offload.rates import Rates
-from lowtide.offload.reference import LANES, Job, Outcome, ReferenceMachine
+from lowtide.offload.reference import Job, Outcome, ReferenceMachine, lane_names
 from lowtide.offload.schedule import Piece, Plan, check_plan
 
 
@@ -106,7 +106,7 @@ def simulate(
     Raises:
         ConfigError: The plan does not fit the pieces, or release times do not.
     """
-    job = _checked_job(pieces, plan, options or Options(), release_s)
+    job = _checked_job(pieces, plan, rates, options or Options(), release_s)
     outcome = machine(pieces, rates).run(job, is_traced=is_traced)
     return _simulation(pieces, plan, rates, outcome)
 
@@ -120,7 +120,7 @@ def simulate_reference(
     release_s: Sequence[float] = (),
 ) -> Simulation:
     """Do what `simulate` does, in Python."""
-    job = _checked_job(pieces, plan, options or Options(), release_s)
+    job = _checked_job(pieces, plan, rates, options or Options(), release_s)
     outcome = ReferenceMachine(pieces, rates).run(job, is_traced=True)
     return _simulation(pieces, plan, rates, outcome)
 
@@ -141,7 +141,9 @@ class NativeMachine:
             [p.numel for p in pieces],
             [p.low_precision_bytes * p.numel for p in pieces],
             [p.gradient_upload_bytes * p.numel for p in pieces],
+            [-1 if p.path is None else p.path for p in pieces] if rates.paths else [],
             _numbers(rates),
+            [(p.read_bytes_per_s, p.write_bytes_per_s) for p in rates.paths],
         )
 
     def run(self, job: Job, *, is_traced: bool = False) -> Outcome:
@@ -156,6 +158,9 @@ class NativeMachine:
                 job.host_gates,
                 job.device_gates,
                 job.flags,
+                job.stored_order,
+                job.buffers,
+                job.carried,
                 is_traced,
             )
         )
@@ -174,6 +179,9 @@ def plan_job(plan: Plan, options: Options, release_s: Sequence[float] = ()) -> J
             device_order=tuple(device),
             host_order=tuple(host),
             slots=plan.slots,
+            stored_order=plan.stored_order,
+            buffers=plan.buffers,
+            carried=plan.carried,
         )
     return Job(
         device_order=plan.device_order,
@@ -184,19 +192,41 @@ def plan_job(plan: Plan, options: Options, release_s: Sequence[float] = ()) -> J
         host_gates=host_gates,
         device_gates=device_gates,
         flags=options.flags,
+        stored_order=plan.stored_order,
+        buffers=plan.buffers,
+        carried=plan.carried,
     )
 
 
 def _checked_job(
-    pieces: Sequence[Piece], plan: Plan, options: Options, release_s: Sequence[float]
+    pieces: Sequence[Piece],
+    plan: Plan,
+    rates: Rates,
+    options: Options,
+    release_s: Sequence[float],
 ) -> Job:
     check_plan(pieces, plan)
+    check_paths(pieces, rates)
     if len(release_s) not in (0, len(pieces)) or not all(0 <= t < math.inf for t in release_s):
         raise ConfigError(
             f"release_s: got {len(release_s)} times for {len(pieces)} pieces, allowed is one "
             "finite time >= 0 for each piece, or none"
         )
     return plan_job(plan, options, release_s)
+
+
+def check_paths(pieces: Sequence[Piece], rates: Rates) -> None:
+    """Make sure that there are rates for the path of every stored piece.
+
+    Raises:
+        ConfigError: there are none for one of them.
+    """
+    most = max((p.path for p in pieces if p.path is not None), default=-1)
+    if most >= len(rates.paths):
+        raise ConfigError(
+            f"rates.paths: got {len(rates.paths)} paths, and a piece is stored on path {most}; "
+            f"allowed is at least {most + 1}"
+        )
 
 
 def _numbers(rates: Rates) -> list[float]:
@@ -215,11 +245,12 @@ def _numbers(rates: Rates) -> list[float]:
 
 
 def _simulation(pieces: Sequence[Piece], plan: Plan, rates: Rates, outcome: Outcome) -> Simulation:
+    names = lane_names(len(rates.paths))
     return Simulation(
         makespan_s=outcome.makespan_s,
         host_end_s=outcome.host_end_s,
         device_end_s=outcome.device_end_s,
-        busy_s=dict(zip(LANES, outcome.busy_s, strict=True)),
-        trace=tuple(Span(i, LANES[lane], begin, end) for i, lane, begin, end in outcome.spans),
+        busy_s=dict(zip(names, outcome.busy_s, strict=True)),
+        trace=tuple(Span(i, names[lane], begin, end) for i, lane, begin, end in outcome.spans),
         lower_bound_s=division_bound_s(pieces, plan, rates),
     )

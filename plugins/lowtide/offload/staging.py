@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowtide.core.device import Device, DeviceEvent
 from lowtide.core.errors import DeviceError
+from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import Subgroup
 
 logger = logging.getLogger("lowtide")
@@ -130,12 +131,21 @@ class Place:
         subgroups: All of this rank's, in the host's order.
         residents: Those that are on the device, by number.
         landings: Buffers for rounded parameters.
+        tier: Where the stored ones are.
     """
 
     device: Device
     subgroups: list[Subgroup]
     landings: Landings
     residents: dict[int, Resident] = field(default_factory=dict)
+    tier: Tier | None = None
+
+    def newest_on_host(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a subgroup's state on the host, which may be in a staging buffer."""
+        subgroup = self.subgroups[index]
+        if self.tier is None or subgroup.stored is None:
+            return subgroup.state()
+        return self.tier.newest(subgroup.stored)
 
     def bring_home(self, indices: Iterable[int]) -> list[int]:
         """Copy residents whose newest state is on the device to the host; return which."""

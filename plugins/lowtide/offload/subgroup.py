@@ -25,6 +25,9 @@ class Subgroup:
         weights: Where the rounded parameters go; shape (numel,), on the host or the device. None
             where the host rounds them by itself.
         gradient_bytes: Bytes per parameter of its gradient, as a rule: 2 or 4.
+        stored: Its number in the storage tier; None: its state is in memory. The tensors of a
+            stored one are maps of its file.
+        may_travel: Whether the device can copy its state at full speed.
     """
 
     key: str
@@ -36,6 +39,8 @@ class Subgroup:
     exp_avg_sq: Tensor
     weights: Tensor | None
     gradient_bytes: int = 2
+    stored: int | None = None
+    may_travel: bool = True
 
     @property
     def numel(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from lowtide.core.device import DeviceEvent
 
 LANES = ("host", "prefetch", "device", "flush", "upload")
+_OF_DEVICES = LANES[1:]  # they draw themselves in telemetry
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Operation:
     Attributes:
         subgroup: Key of the subgroup.
         lane: One of `LANES`: update on the host, copies of state to the device, update there,
-            copies back, copies of rounded parameters to the device.
+            copies back, copies of rounded parameters to the device. Or of storage: ``"read0"``
+            and ``"write0"`` for the first path and so on.
         nbytes: Bytes moved; 0 for updates.
         params: Parameters updated; 0 for copies.
         begin_s: `time.perf_counter` seconds.
@@ -58,6 +60,12 @@ class StepTrace:
         """Record an update on the host."""
         self._entries.append((subgroup, "host", 0, params, lambda: (begin_s, end_s)))
 
+    def add_transfer(
+        self, subgroup: str, lane: str, nbytes: int, begin_s: float, end_s: float
+    ) -> None:
+        """Record a read from or a write to storage. From any thread."""
+        self._entries.append((subgroup, lane, nbytes, 0, lambda: (begin_s, end_s)))
+
     def add_event(
         self, subgroup: str, lane: str, event: DeviceEvent, *, nbytes: int = 0, params: int = 0
     ) -> None:
@@ -66,11 +74,11 @@ class StepTrace:
         self._entries.append(entry)
 
     def on_host(self) -> list[Operation]:
-        """Return the updates on the host alone, which costs no look at a GPU's clock."""
+        """Return updates on the host and transfers of storage: no look at a GPU's clock."""
         return [
             Operation(key, lane, nbytes, params, *times())
             for key, lane, nbytes, params, times in self._entries
-            if lane == "host"
+            if lane not in _OF_DEVICES
         ]
 
     def operations(self) -> list[Operation]:
@@ -94,5 +102,5 @@ class StepTrace:
         """Return how long each lane worked."""
         busy = dict.fromkeys(LANES, 0.0)
         for each in self.operations():
-            busy[each.lane] += each.end_s - each.begin_s
+            busy[each.lane] = busy.get(each.lane, 0.0) + each.end_s - each.begin_s
         return busy

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowtide.core.device import Device
+from lowtide.core.errors import LowtideError, StorageError
 from lowtide.core.state import StateAuthority
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.executor import Executor
 from lowtide.offload.one_update import Pace, Work
 from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
 from lowtide.offload.trace import StepTrace
 
 logger = logging.getLogger("lowtide")
+
+_T = TypeVar("_T")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Gradients(Protocol):
@@ -86,6 +91,7 @@ class Updater:
         authority: Told where the newest copies are.
         subgroup_params: Larger masters are cut into pieces of about this size.
         pace: Slows an emulated device down.
+        tier: Where state that does not fit in memory lives. Masters are moved there at once.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class Updater:
         authority: StateAuthority,
         subgroup_params: int,
         pace: Pace | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self.masters = list(masters)
         self.scheduler = scheduler
@@ -106,10 +113,16 @@ class Updater:
         self._authority = authority
         self._subgroup_params = subgroup_params
         self._pace = pace
+        self.tier = tier
+        self._unmoved: set[int] = set()  # stored masters whose moments are still zeros
         self._arena: dict[tuple[int, str], Tensor] = {}
         self._executor: Executor | None = None
         self._known: list[int] = []  # addresses of the state that the executor works on
         self.steps = 0
+        for number, master in enumerate(self.masters):
+            if self._is_stored(number):
+                self._store(number, master, {})
+                self._unmoved.add(number)
 
     @property
     def trace(self) -> StepTrace:
@@ -121,8 +134,37 @@ class Updater:
 
         Args:
             scale: What gradients are multiplied by first, as float32.
+
+        Raises:
+            DeviceError: state was lost on the device.
+            StorageError: state was lost in storage, here or on another rank. Collective where
+                there is storage, so that no rank waits for one that has given up.
         """
-        executor = self._ready_executor()
+        if self.tier is None:
+            self._update(self._ready_executor(), scale)
+            return
+        # Twice, because planning is collective too: nobody may be in another collective call.
+        executor = self._together(self._ready_executor)
+        self._together(lambda: self._update(executor, scale))
+
+    def _together(self, action: Callable[[], _T]) -> _T:
+        """Do something on all ranks, or raise on all ranks. Collective."""
+        failure: LowtideError | None = None
+        try:
+            found = action()
+        except LowtideError as error:
+            failure = error
+        is_well = self.scheduler.all_agree(failure is None)
+        if failure is not None:
+            raise failure
+        if not is_well:
+            raise StorageError(
+                "offload.storage: another rank has lost optimizer state, and its log says why; "
+                "start again from the last checkpoint"
+            )
+        return found
+
+    def _update(self, executor: Executor, scale: float) -> None:
         # Plans may fail, on their collective or a device; so nothing has been changed before.
         plan = self.scheduler.next_plan(executor)
         sources = [master.gradients.source(scale) for master in self.masters]
@@ -138,10 +180,16 @@ class Updater:
         self.scheduler.observe(trace)
         self.steps += 1
 
-    def drain(self) -> None:
-        """Bring the newest state to the host; it may be changed there until the next update."""
+    def drain(self, *, may_write: bool = True) -> None:
+        """Bring the newest state to the host's own tensors.
+
+        Args:
+            may_write: Whether it may be changed there until the next update.
+        """
         if self._executor is not None:
-            self._executor.drain()
+            self._executor.drain(may_write=may_write)
+        elif self.tier is not None:
+            self.tier.drain(may_write=may_write)
 
     def replace_masters(self, masters: Sequence[Master]) -> None:
         """Go on with masters that the host has made anew, as after loading a checkpoint."""
@@ -153,6 +201,13 @@ class Updater:
         if self._executor is not None:
             self._executor.close()
         self._executor = None  # only now: it may hold the only copy of something
+
+    def end(self) -> None:
+        """Bring everything home and let go of storage: the host's tensors hold all there is."""
+        self.close()
+        tier, self.tier = self.tier, None
+        if tier is not None:
+            tier.close()
 
     # -- state ------------------------------------------------------------------------------
 
@@ -182,7 +237,9 @@ class Updater:
         ]
         if self._executor is None or known != self._known:
             self.close()
-            self._executor = Executor(self._device, self._cut(), self._authority, self._pace)
+            self._executor = Executor(
+                self._device, self._cut(), self._authority, self._pace, self.tier
+            )
             self._known = known
         return self._executor
 
@@ -190,13 +247,41 @@ class Updater:
         state = self._rule.state_of(master)
         if "step" not in state:
             state["step"] = self._rule.first_step()
-        for name in ("exp_avg", "exp_avg_sq"):
+        if self._is_stored(number):
+            self._store(number, master, state)
+            for name, known in zip(_MOMENTS, self._maps(number)[1:], strict=True):
+                state[name] = known.view(master.leaf.shape)
+            return
+        for name in _MOMENTS:
             if name not in state:
                 state[name] = self._memory(number, name, master.leaf, torch.zeros_like)
             elif master.may_move and self._is_foreign(number, name, state[name]):
                 state[name] = self._move(number, name, state[name])
         if master.may_move and self._is_foreign(number, "master", master.leaf):
             master.leaf.data = self._move(number, "master", master.leaf.data)
+
+    def _is_stored(self, number: int) -> bool:
+        return self.tier is not None and number in self.tier.ranges
+
+    def _maps(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.tier is None:
+            raise AssertionError("unreachable: nothing is stored")
+        return self.tier.tensors(number)
+
+    def _store(self, number: int, master: Master, state: Mapping[str, Any]) -> None:
+        """Move what is not in storage there, and let the master be a map of it."""
+        maps = self._maps(number)
+        found = [master.leaf.data, *(state.get(name) for name in _MOMENTS)]
+        is_there = [
+            each is not None and each.data_ptr() == known.data_ptr()
+            for each, known in zip(found, maps, strict=True)
+        ]
+        are_zeros = number in self._unmoved and is_there[0] and found[1:] == [None, None]
+        if self.tier is not None and not all(is_there) and not are_zeros:
+            self.tier.take(number, found)
+        self._unmoved.discard(number)
+        if not is_there[0]:
+            master.leaf.data = maps[0].view(master.leaf.shape)
 
     def _memory(
         self, number: int, name: str, like: Tensor, make: Callable[[Tensor], Tensor]
@@ -234,8 +319,8 @@ class Updater:
         found = []
         for number, master in enumerate(self.masters):
             whole = master.leaf.numel() // ALIGNMENT * ALIGNMENT
-            pieces = list(cuts(whole, self._subgroup_params))
-            for turn, (begin, count) in enumerate(pieces):
+            pieces = self._pieces_of(number, whole)
+            for turn, (begin, count, stored) in enumerate(pieces):
                 key = f"subgroup/{number}" + (f"/{turn}" if len(pieces) > 1 else "")
                 master_, exp_avg, exp_avg_sq = (
                     each.narrow(0, begin, count) for each in self._tensors_of(master)
@@ -252,9 +337,22 @@ class Updater:
                         exp_avg_sq=exp_avg_sq,
                         weights=None if weights is None else weights.narrow(0, begin, count),
                         gradient_bytes=master.gradients.nbytes_each,
+                        stored=stored,
+                        may_travel=not self._is_stored(number),
                     )
                 )
         return found
+
+    def _pieces_of(self, number: int, whole: int) -> list[tuple[int, int, int | None]]:
+        """Return (begin, count, number in storage) of a master's pieces."""
+        if self.tier is None or not self._is_stored(number):
+            return [(begin, count, None) for begin, count in cuts(whole, self._subgroup_params)]
+        of_extent = {id(each.extent): n for n, each in enumerate(self.tier.pieces)}
+        return [
+            (each.begin, each.numel, of_extent.get(id(each)))
+            for each in self.tier.layout.extents
+            if each.flat == number and each.numel
+        ]
 
 
 def _tail(flat: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lowtide.offload.outlook import Outlook
-    from lowtide.offload.rates import Profile, Rates
+    from lowtide.offload.rates import PathRates, Profile, Rates
+    from lowtide.offload.schedule import Piece
 
 DEFAULT_MEMORY_SHARE = 0.1  # of the device's memory
 _COLOURS = {
@@ -25,6 +26,8 @@ _COLOURS = {
     "upload": ("yellow", "bright_yellow"),
     "device": ("magenta", "bright_magenta"),
     "flush": ("red", "bright_red"),
+    "read": ("green", "bright_green"),
+    "write": ("red", "bright_red"),
 }
 
 
@@ -61,6 +64,14 @@ HostMemoryGbPerS = Annotated[
 DeviceParamsPerS = Annotated[
     float | None, typer.Option("--device-params-per-s", help="Adam on the GPU.")
 ]
+Storage = Annotated[
+    list[str] | None,
+    typer.Option("--storage", help="A path's GB/s for one rank, READ/WRITE; once per path."),
+]
+HostMemoryGb = Annotated[
+    float | None,
+    typer.Option("--host-memory-gb", help="One rank's host memory for state; with --storage."),
+]
 ChromeTrace = Annotated[
     Path | None, typer.Option("--chrome-trace", help="Also write the update, for Perfetto.")
 ]
@@ -82,6 +93,8 @@ def offload(
     host_params_per_s: HostParamsPerS = None,
     host_memory_gb_per_s: HostMemoryGbPerS = None,
     device_params_per_s: DeviceParamsPerS = None,
+    storage: Storage = None,
+    host_memory_gb: HostMemoryGb = None,
     chrome_trace: ChromeTrace = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,12 +114,16 @@ def offload(
         host_params_per_s=host_params_per_s,
         host_memory_bytes_per_s=_giga(host_memory_gb_per_s),
         device_params_per_s=device_params_per_s,
+        paths=tuple(_path(text) for text in storage or []),
     )
+    paths = rates.paths
     memory_bytes = _memory_bytes(found, memory_gb)
     numel = -(-_whole("--params", params) // ranks)
     pieces = cut(
         numel, _whole("--subgroup-size", subgroup_size), gradient_upload_bytes=gradient_bytes
     )
+    buffers = 2 * len(paths) + 1
+    pieces = _stored(pieces, paths, host_memory_gb, buffers)
     outlook = look_ahead(
         pieces,
         rates,
@@ -114,6 +131,7 @@ def offload(
         fraction="auto" if fraction is None else fraction,
         keep_residents=not no_residents,
         max_slots=slots,
+        buffers=buffers,
     )
     if chrome_trace is not None:
         _write_trace(chrome_trace, outlook)
@@ -123,6 +141,37 @@ def offload(
         return
     title = f"{params / ranks / 1e9:.4g}B parameters in {len(pieces)} subgroups on each {gpu}"
     _print_outlook(outlook, title, memory_bytes)
+
+
+def _path(text: str) -> PathRates:
+    from lowtide.offload.rates import PathRates
+
+    read, _, write = text.partition("/")
+    try:
+        return PathRates(
+            read_bytes_per_s=float(read) * 1e9, write_bytes_per_s=float(write or read) * 1e9
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"--storage: got {text!r}, allowed is READ/WRITE in GB/s, such as 6.5/3"
+        ) from error
+
+
+def _stored(
+    pieces: list[Piece], paths: tuple[PathRates, ...], host_memory_gb: float | None, buffers: int
+) -> list[Piece]:
+    from lowtide.offload.outlook import store
+
+    if not paths and host_memory_gb is None:
+        return pieces
+    if not paths:
+        raise ConfigError("--host-memory-gb: limits what stays in memory; name a --storage too")
+    if host_memory_gb is None or not host_memory_gb > 0:
+        raise ConfigError(
+            f"--host-memory-gb: got {host_memory_gb}, and --storage takes what does not fit there; "
+            "allowed is a number above 0"
+        )
+    return store(pieces, paths, memory_bytes=host_memory_gb * 1e9, buffers=buffers)
 
 
 def _as_dict(outlook: Outlook) -> dict[str, Any]:
@@ -143,7 +192,7 @@ def _giga(value: float | None) -> float | None:
     return None if value is None else value * 1e9
 
 
-def _changed(rates: Rates, **changes: float | bool | None) -> Rates:
+def _changed(rates: Rates, **changes: Any) -> Rates:
     return rates.replace(**{k: value for k, value in changes.items() if value is not None})
 
 
@@ -186,7 +235,9 @@ def _print_outlook(outlook: Outlook, title: str, memory_bytes: float) -> None:
     console.print(title, style="bold", highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("one update", no_wrap=True)
-    for heading in ("ms", "x bound", "on GPU", "GB there", "GB back", "GB held"):
+    is_stored = bool(plan.stored_order)
+    headings = ["ms", "x bound", "on GPU", "GB there", "GB back", "GB held"]
+    for heading in headings + (["GB read"] if is_stored else []):
         table.add_column(heading, justify="right", no_wrap=True)
     for forecast in outlook.forecasts:
         is_ours = forecast is outlook.forecasts[-1]
@@ -198,6 +249,7 @@ def _print_outlook(outlook: Outlook, title: str, memory_bytes: float) -> None:
             f"{forecast.to_device_bytes / 1e9:.2f}",
             f"{forecast.to_host_bytes / 1e9:.2f}",
             f"{forecast.device_bytes / 1e9:.2f}",
+            *([f"{forecast.storage_bytes / 1e9:.2f}"] if is_stored else []),
             style="bold" if is_ours else None,
         )
     table.add_row(
@@ -209,7 +261,7 @@ def _print_outlook(outlook: Outlook, title: str, memory_bytes: float) -> None:
     _print_lanes(console, outlook)
     saved = outlook.forecasts[0].update_s / outlook.forecasts[-1].update_s
     console.print(
-        f"{saved:.2f} times as fast as the stock loop, if the rates hold: they are "
+        f"{saved:.2f} times as fast as {_first(outlook)}, if the rates hold: they are "
         "modelled from data sheets where not given.",
         highlight=False,
     )
@@ -219,15 +271,28 @@ def _print_outlook(outlook: Outlook, title: str, memory_bytes: float) -> None:
 
 def _division(outlook: Outlook) -> str:
     plan = outlook.plan
+    stored = (
+        f"{len(plan.stored_order)} from storage in {plan.buffers} buffers, of which "
+        f"{plan.carried} stay full, "
+        if plan.stored_order
+        else ""
+    )
     return (
-        f"fraction {plan.fraction:.3f}: {len(plan.host_order)} on the host, {len(plan.staged)} "
+        f"fraction {plan.fraction:.3f}: {len(plan.host_order)} on the host, {stored}"
+        f"{len(plan.staged)} "
         f"staged in {plan.slots} slot(s) of {_gb(plan.slot_bytes)}, {len(plan.residents)} resident"
     )
 
 
 def _orders(outlook: Outlook) -> str:
     plan = outlook.plan
-    return f"host: {_runs(plan.host_order)}; GPU: {_runs(plan.device_order)}"
+    stored = f"; from storage: {_runs(plan.stored_order)}" if plan.stored_order else ""
+    return f"host: {_runs(plan.host_order)}; GPU: {_runs(plan.device_order)}{stored}"
+
+
+def _first(outlook: Outlook) -> str:
+    name = outlook.forecasts[0].name
+    return "the stock loop" if name == "stock loop" else "one thing after another"
 
 
 def _runs(order: Any) -> str:
@@ -250,18 +315,15 @@ def _print_lanes(console: Console, outlook: Outlook) -> None:
     """Draw who works when; neighbouring pieces of a lane have different shades."""
     from rich.text import Text
 
-    from lowtide.offload.picture import lane_rows, mark
-    from lowtide.offload.reference import LANES
+    from lowtide.offload.picture import in_order, lane_rows, mark
 
     simulation = outlook.simulation
     columns = max(20, console.width - 16)
     rows = lane_rows(simulation.trace, simulation.makespan_s, columns)
-    for lane in LANES:
-        if lane not in rows:
-            continue
+    for lane in in_order(rows):
         line = Text(f"{lane:<9}")
         for busy, number in rows[lane]:
-            line.append(mark(busy), style=_COLOURS[lane][number % 2])
+            line.append(mark(busy), style=_COLOURS[lane.rstrip("0123456789")][number % 2])
         line.append(f" {simulation.busy_s[lane] / simulation.makespan_s:4.0%}")
         console.print(line, no_wrap=True)
     end = f"{simulation.makespan_s * 1e3:.0f} ms"

@@ -71,7 +71,7 @@ class DeepSpeedAdapter:
             return
         try:
             if self.holder.updater is not None:
-                self.holder.updater.close()
+                self.holder.updater.end()
                 self.holder.updater = None
             self.holder.give_back()
         finally:

@@ -107,6 +107,7 @@ class Hybrid:
     """What the methods of one `HybridDeviceOptimizer` need."""
 
     allows_residents = True
+    allows_storage = False
 
     def __init__(self, hybrid: Any) -> None:
         self._hybrid = hybrid

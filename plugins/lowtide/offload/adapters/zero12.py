@@ -37,6 +37,7 @@ class Zero12:
     """One ZeRO-1 or ZeRO-2 optimizer's state and what its methods need."""
 
     allows_residents = False
+    allows_storage = False
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer

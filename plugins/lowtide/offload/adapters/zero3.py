@@ -22,7 +22,6 @@ CLASS = "DeepSpeedZeroOptimizer_Stage3"
 
 # Entry points that read or write optimizer state on the host: it must be there before.
 _READERS = (
-    "state_dict",
     "load_state_dict",
     "refresh_fp32_params",
     "_get_fp32_opt_state_partition",
@@ -37,6 +36,7 @@ _GRADIENT_READERS = (
     "update_fp32_grad_for_param_vectorized",
 )
 METHODS = (
+    "state_dict",
     *_READERS,
     *_GRADIENT_READERS,
     "step",
@@ -55,6 +55,7 @@ class Zero3:
     """One ZeRO-3 optimizer's state and what its methods need."""
 
     allows_residents = True
+    allows_storage = True
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -157,6 +158,11 @@ class Zero3:
         if self.updater is not None:
             self.updater.drain()
 
+    def show(self) -> None:
+        """Bring the newest state to the host, for somebody who does not change it."""
+        if self.updater is not None:
+            self.updater.drain(may_write=False)
+
     def note_scale(self, total_norm: Any) -> None:
         """Take note of the factor that stock would multiply the gradients by now."""
         optimizer = self._optimizer
@@ -230,6 +236,7 @@ def planned_class(base: Any) -> dict[str, Any]:
 
     body["state"] = property(get_state, stock_state.fset)
     body |= {name: _after(base, name, "drain") for name in _READERS}
+    body["state_dict"] = _after(base, "state_dict", "show")
     body |= {name: _after(base, name, "widen") for name in _GRADIENT_READERS}
     return body
 

@@ -1,0 +1,1 @@
+"""Optimizer state in files: scratch files on several paths behind a bounded part of host memory."""

@@ -1,0 +1,215 @@
+"""One scratch file on one path: reserved beforehand, unlinked at once, checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowtide.core.errors import ConfigError, StorageError
+from lowtide.core.native import crc32, crc32_combine
+from lowtide.offload.storage.lanes import Crew
+from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS, Range
+
+CHUNK_BYTES = 4 << 20
+DEPTH = 4  # parts of a piece that are under way at once
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_PREFIX = ".lowtide-offload-"
+
+
+def aligned(nbytes: int) -> Tensor:
+    """Return memory that direct I/O takes: uint8, shape (nbytes,), at a page's begin, zeros."""
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: only slower
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+
+
+class ScratchFile:
+    """A file that nobody else sees, and that goes with the process, however that ends.
+
+    Direct I/O where the file system has it and keeps it coherent with memory maps; otherwise
+    through the page cache, from which each piece is dropped once it is on the medium.
+
+    Args:
+        folder: Must exist.
+        direct: False: through the page cache, whatever the file system can do.
+
+    Raises:
+        ConfigError: no file can be made there.
+        StorageError: the file does not read back what was written.
+    """
+
+    def __init__(self, folder: str | Path, *, direct: bool = True) -> None:
+        self.folder = Path(folder)
+        self.size_bytes = 0
+        self._direct = -1
+        self._crew = Crew("lowtide-offload-parts", 2 * DEPTH)  # of a read and of a write
+        try:
+            self.descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=self.folder)
+        except OSError as error:
+            raise ConfigError(
+                f"lowtide.offload.storage.paths: cannot make a file in {str(self.folder)!r}: "
+                f"{error.strerror}; allowed is an existing folder that this process may write to"
+            ) from error
+        try:
+            if direct and _DIRECT:
+                try:
+                    self._direct = os.open(name, os.O_RDWR | os.O_CLOEXEC | _DIRECT)
+                except OSError as error:  # EINVAL is how file systems say that they have none
+                    if error.errno != errno.EINVAL:
+                        raise
+        finally:
+            os.unlink(name)  # space comes back even after kill -9
+        self._finalizer = weakref.finalize(self, _close, self.descriptor, self._direct)
+        self._check()
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the page cache is left out."""
+        return self._direct >= 0
+
+    def close(self) -> None:
+        """Close the file. Memory maps of it stay."""
+        self._crew.close()
+        self._finalizer()
+
+    def reserve(self, nbytes: int) -> int:
+        """Return the offset of new space; its bytes are zero and certain to be there.
+
+        Raises:
+            StorageError: there is not that much left.
+        """
+        offset = self.size_bytes
+        try:
+            os.posix_fallocate(self.descriptor, offset, nbytes)
+        except OSError as error:
+            free = os.statvfs(self.descriptor)
+            raise StorageError(
+                f"offload.storage: {str(self.folder)!r}: no room for {nbytes} bytes of optimizer "
+                f"state, {free.f_bavail * free.f_frsize} are free ({error.strerror}); free some, "
+                f"add another path, or raise lowtide.offload.storage.host_memory_bytes"
+            ) from error
+        self.size_bytes += nbytes
+        return offset
+
+    def write(self, source: Tensor, offset: int, progress: Callable[[], None]) -> int:
+        """Write all bytes of `source` and return their CRC-32.
+
+        Args:
+            source: uint8, shape (nbytes,), of `aligned` memory, a multiple of `PAGE_BYTES`.
+            offset: A multiple of `PAGE_BYTES`.
+            progress: Called after each part, from several threads.
+
+        Raises:
+            OSError: as the system says.
+        """
+        view = memoryview(source.numpy().data)
+
+        def move(begin: int) -> int:
+            part, written = view[begin : begin + CHUNK_BYTES], 0
+            crc = crc32(part)
+            while written < len(part):
+                step = os.pwrite(self._at(written), part[written:], offset + begin + written)
+                if step == 0:
+                    raise OSError(errno.EIO, "wrote nothing")
+                written += step
+                progress()
+            return crc
+
+        crc = self._in_parts(move, len(view))
+        if not self.is_direct:
+            os.fdatasync(self.descriptor)
+        self._drop(offset, len(view))
+        return crc
+
+    def read(self, target: Tensor, offset: int, progress: Callable[[], None]) -> int:
+        """Fill `target` and return the CRC-32 of its bytes; arguments as for `write`.
+
+        Raises:
+            OSError: as the system says, or the file ends too early.
+        """
+        view = memoryview(target.numpy().data)
+
+        def move(begin: int) -> int:
+            part, filled = view[begin : begin + CHUNK_BYTES], 0
+            while filled < len(part):
+                step = os.preadv(self._at(filled), [part[filled:]], offset + begin + filled)
+                if step == 0:
+                    raise OSError(errno.EIO, "the scratch file has become shorter")
+                filled += step
+                progress()
+            return crc32(part)
+
+        crc = self._in_parts(move, len(view))
+        self._drop(offset, len(view))
+        return crc
+
+    def _in_parts(self, move: Callable[[int], int], nbytes: int) -> int:
+        """Move parts, several at once, as devices like it; return the CRC-32 of the whole."""
+        begins = range(0, nbytes, CHUNK_BYTES)
+        crc = 0
+        for begin, found in zip(begins, self._crew.map(move, begins), strict=True):
+            crc = crc32_combine(crc, found, min(CHUNK_BYTES, nbytes - begin))
+        return crc
+
+    def _at(self, position: int) -> int:
+        """Return the descriptor for what begins there: direct I/O takes whole pages only."""
+        return self._direct if self.is_direct and position % PAGE_BYTES == 0 else self.descriptor
+
+    def _drop(self, offset: int, nbytes: int) -> None:
+        if not self.is_direct:
+            os.posix_fadvise(self.descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    # -- does it keep its word? ---------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Write, read and map a page both ways; leave direct I/O out where that goes wrong."""
+        offset = self.reserve(PAGE_BYTES)
+        if self.is_direct and not self._is_coherent(offset):
+            os.close(self._direct)
+            self._finalizer.detach()
+            self._direct = -1
+            self._finalizer = weakref.finalize(self, _close, self.descriptor, -1)
+        if not self.is_direct and not self._is_coherent(offset):
+            raise StorageError(
+                f"offload.storage: {str(self.folder)!r}: a scratch file does not read back what "
+                f"was written to it; choose a path on another file system"
+            )
+
+    def _is_coherent(self, offset: int) -> bool:
+        page = aligned(PAGE_BYTES)
+        mapped = Range(PAGE_ELEMENTS)
+        mapped.show_file(0, PAGE_ELEMENTS, self.descriptor, offset)
+        try:
+            for turn in (1, 2):  # the map holds the page when it is written the second time
+                page.fill_(turn)
+                self.write(page, offset, _nothing)
+                if not bool((mapped.tensor.view(torch.uint8) == turn).all()):
+                    return False
+                mapped.tensor.view(torch.uint8).fill_(turn + 64)
+                self.read(page, offset, _nothing)
+                if not bool((page == turn + 64).all()):
+                    return False
+        except OSError:
+            return False
+        return True
+
+
+def _nothing() -> None:
+    pass
+
+
+def _close(*descriptors: int) -> None:
+    for each in descriptors:
+        if each >= 0:
+            os.close(each)
