@@ -124,6 +124,10 @@ class Memo:
         self.numbers += [-1] * missing
         self.opcodes += [b""] * missing
 
+    def forget(self, begin: int, count: int) -> None:
+        """Forget what was noted of so many tensors from `begin` on."""
+        self.facts[begin : begin + count] = [None] * count
+
     def note(self, position: int, facts: Any, number: int, opcodes: bytes) -> None:
         """Note a tensor that has a storage for itself."""
         self.facts[position], self.numbers[position] = facts, number
