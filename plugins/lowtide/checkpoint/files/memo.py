@@ -95,6 +95,7 @@ class Memo:
         stream: The pickle with marks.
         pushed: What the marks stood for.
         pickled: The pickle without marks.
+        size_bytes: Of the whole file; 0 before the first. The next one may have another.
     """
 
     facts: list[Any] = field(default_factory=list)
@@ -105,6 +106,7 @@ class Memo:
     stream: bytes = b""
     pushed: list[bytes] = field(default_factory=list)
     pickled: bytes = b""
+    size_bytes: int = 0
 
     def forget_behind(self, count: int) -> None:
         """Forget what is beyond the number of tensors that there are now."""

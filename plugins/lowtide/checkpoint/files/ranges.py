@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ BATCH_GROWTH = 2  # less than laying out is faster than disks are, so that none 
 BLOCK = 256  # tensors that are looked at together
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
 
+_BYTES, _CDATA = operator.attrgetter("nbytes"), operator.attrgetter("_cdata")
 _ADDRESS, _SIZE = map(operator.itemgetter, (8, 9))  # of `Facts`
 
 
@@ -85,7 +85,7 @@ class Ranges:
             if self.recorded_bytes >= due:
                 due = BATCH_GROWTH * self.recorded_bytes
                 if not self.expected_bytes:
-                    self.expected_bytes = _total_bytes(tensors)
+                    self.expected_bytes = self._memo.size_bytes or _total_bytes(tensors)
                 yield self.recorded_bytes
         for key, ranges in self._ranges.items():
             if len(ranges) > 1:
@@ -321,16 +321,16 @@ def _tensors(state: Any) -> dict[int, torch.Tensor]:
 
 def _total_bytes(tensors: list[torch.Tensor]) -> int:
     """Return what tensors and their headers may take in the file."""
-    seen: Counter[int] = Counter()  # bytes of views, by storage
-    most: dict[int, int] = {}
     try:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            seen[key] += tensor.nbytes
-            most[key] = storage.nbytes()  # views may overlap, and expanded ones have no memory
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        keys = list(map(_CDATA, storages))
+        most = dict(zip(keys, map(torch.UntypedStorage.nbytes, storages), strict=True))
+        seen = dict.fromkeys(most, 0)
+        for key, size in zip(keys, map(_BYTES, tensors), strict=True):
+            seen[key] += size
     except (RuntimeError, NotImplementedError):  # a kind of tensor that does not know
         return 0
+    # Views may overlap, and expanded ones have less memory than they say.
     return sum(map(min, seen.values(), most.values())) + HEADER_BYTES * len(tensors)
 
 

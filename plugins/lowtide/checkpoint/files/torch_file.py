@@ -109,6 +109,7 @@ class Layout:
             self._archive.close(pickled)
             self._memo.forget_behind(len(ranges.tensors))
             plan = self._plan()
+            self._memo.size_bytes = plan.size_bytes
         return TorchFile(plan=plan, lazy=ranges.lazy, eager_bytes=ranges.eager_bytes)
 
     def _plan(self) -> FilePlan:
