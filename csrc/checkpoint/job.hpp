@@ -56,6 +56,7 @@ struct File {
     State state = State::closed;
     int fd = -1;
     std::uint64_t reserved = 0; // bytes of it that have their place on the disk
+    bool has_guessed = false;   // more may have been reserved than it came to
     bool is_reserving = false;  // more of them; it stays open meanwhile
     bool is_direct = false;
     bool is_padded = false; // the last write went beyond the end

@@ -1,7 +1,9 @@
 // The writer's second half: from slabs to the disk.
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +16,7 @@ namespace lowtide::checkpoint {
 namespace {
 
 constexpr std::size_t most_open_files = 64;
+constexpr std::uint64_t free_share = 4; // of the free space a guess may take one part in so many
 
 template <typename Call> int retried(Call call) {
     int result = 0;
@@ -58,15 +61,31 @@ int reserve_bytes(int fd, std::uint64_t bytes) {
     return is_unsupported ? 0 : errno;
 }
 
-// Reserves what a file may become, because the kernel lets no write pass while it reserves more; if
-// there is not so much room, what is known of it. Says in `reserved` how much; returns as above.
-int reserve(int fd, const FileSpec &spec, std::uint64_t &reserved) {
-    reserved = std::max(spec.size, spec.expected);
-    if (reserved > spec.size && reserve_bytes(fd, reserved) == 0) {
-        return 0;
+// What the file is expected to become is a guess, so it must not keep others from their space, nor
+// take a host's memory.
+bool has_room_to_guess(int fd, std::uint64_t bytes) {
+    struct statfs found{};
+    if (retried([&] { return ::fstatfs(fd, &found); }) != 0 || found.f_type == TMPFS_MAGIC) {
+        return false;
     }
-    reserved = spec.size;
-    return reserve_bytes(fd, reserved);
+    const auto block =
+        static_cast<std::uint64_t>(found.f_frsize > 0 ? found.f_frsize : found.f_bsize);
+    return bytes <= static_cast<std::uint64_t>(found.f_bavail) * block / free_share;
+}
+
+// Reserves what a file that was just opened may become, because the kernel lets no write pass while
+// it reserves more. Its size moves along: writes beyond that would wait for each other too.
+// Says in `reserved` how much; true if nothing failed that would have to be given back.
+bool reserve_guess(int fd, std::uint64_t expected, std::uint64_t &reserved) {
+    if (!has_room_to_guess(fd, expected)) {
+        return true;
+    }
+    if (reserve_bytes(fd, expected) == 0) {
+        reserved = expected;
+        return true;
+    }
+    // What failed may have taken all that there was, and have moved the size.
+    return retried([&] { return ::ftruncate(fd, 0); }) == 0;
 }
 
 } // namespace
@@ -106,13 +125,12 @@ void Writer::reserve_more(Lock &lock, const std::shared_ptr<Job> &job, File &fil
     const std::shared_ptr<const FileSpec> spec = file.spec;
     const int fd = file.fd;
     int error = 0;
-    std::uint64_t reserved = spec->size;
     if (!job->is_dropped) {
         lock.unlock();
-        error = reserve(fd, *spec, reserved);
+        error = reserve_bytes(fd, spec->size); // and no guess: writes are under way
         lock.lock();
     }
-    file.reserved = reserved;
+    file.reserved = spec->size;
     file.is_reserving = false;
     if (error != 0) {
         fail(*job, {"reserve space for", spec->path, error, spec->size});
@@ -131,14 +149,19 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
     ++open_files_;
     bool use_direct = options_.use_direct;
     const std::shared_ptr<const FileSpec> spec = file.spec;
+    const bool may_guess = file.is_partial && spec->expected > spec->size;
     lock.unlock();
     const char *operation = "open";
     const int fd = open_for_writing(spec->path, use_direct);
     int error = fd < 0 ? errno : 0;
-    std::uint64_t reserved = 0;
+    std::uint64_t reserved = spec->size;
     if (error == 0) {
         operation = "reserve space for";
-        error = reserve(fd, *spec, reserved);
+        if (may_guess && !reserve_guess(fd, spec->expected, reserved)) {
+            error = errno;
+        } else if (reserved == spec->size) {
+            error = reserve_bytes(fd, reserved);
+        }
     }
     lock.lock();
     file.fd = fd;
@@ -150,6 +173,7 @@ void Writer::open_file(Lock &lock, const std::shared_ptr<Job> &job, File &file) 
     } else {
         file.state = File::State::open;
         file.reserved = reserved;
+        file.has_guessed = may_guess;
     }
     if (options_.use_direct && error == 0) {
         is_direct_ = use_direct;
@@ -299,7 +323,7 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
         }
     };
     const auto size = static_cast<off_t>(file.spec->size);
-    const bool is_longer = file.is_padded || file.reserved > file.spec->size;
+    const bool is_longer = file.is_padded || file.has_guessed;
     lock.unlock();
     if (!job->is_dropped && is_longer) {
         attempt("truncate", retried([&] { return ftruncate(file.fd, size); }));

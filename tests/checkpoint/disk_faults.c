@@ -103,6 +103,10 @@ int fallocate(int fd, int mode, off_t offset, off_t size) {
     if (has(fd, "reserve_enospc")) {
         return (int)fails(ENOSPC);
     }
+    if (has(fd, "reserve_partly") && offset + size > 100000) {
+        next(fd, mode, offset, size / 2); // as ext4 does where the space ends on the way
+        return (int)fails(ENOSPC);
+    }
     if (has(fd, "reserve_unsupported")) {
         return (int)fails(EOPNOTSUPP);
     }

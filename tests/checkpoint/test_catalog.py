@@ -35,6 +35,26 @@ def dead_pid() -> int:
     return child.pid
 
 
+def test_a_process_whose_first_thread_has_ended_may_still_write(tmp_path: Path) -> None:
+    code = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        end_s = time.monotonic() + 60.0
+        while catalog._state_and_start(process.pid)[0] != "Z" and time.monotonic() < end_s:
+            time.sleep(0.01)
+        assert catalog._state_and_start(process.pid)[0] == "Z"
+        assert catalog._is_running(process.pid, since_s=time.time())
+    finally:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not catalog._is_running(process.pid, since_s=time.time())
+        process.wait()
+
+
 def test_a_zombie_writes_no_more(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=-1)
     make_part(tmp_path, 1, pid=child.pid, time_s=time.time())

@@ -14,6 +14,7 @@ import torch
 from lowtide.checkpoint.files.torch_file import Layout
 from lowtide.checkpoint.saving import Stage
 from lowtide.checkpoint.staging import Stager
+from lowtide.checkpoint.staging.movers import LANE
 from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
 from lowtide.core.device import Device, open_device
 from lowtide.core.device.homes import Homes
@@ -187,6 +188,29 @@ def test_small_neighbours_are_copied_together(tmp_path: Path, has_room: bool) ->
         del rest
     assert_same(load(tmp_path), expected)
     assert operations.count < 20 if has_room else operations.count >= 500
+
+
+def test_memory_to_pack_in_is_not_written_before_its_stream_is_through_with_it(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked: list[str] = []
+    with open_device("emulated", **ARENA) as device:
+        state, lane = many_on(device, 500), device.lane(LANE)
+        stock = {name: getattr(owner, name) for owner, name in ((device, "empty"), (lane, "run"))}
+        wait = lane.wait
+
+        def noted(name: str) -> Any:
+            return lambda *args, **rest: asked.append(name) or stock[name](*args, **rest)
+
+        monkeypatch.setattr(device, "empty", noted("empty"))
+        monkeypatch.setattr(lane, "run", noted("run"))
+        monkeypatch.setattr(lane, "wait", lambda event: asked.append(event.label) or wait(event))
+        with saver_for(device) as saver:
+            save(saver, tmp_path, state)
+            assert saver.wait(Stage.DRAINED, EVER_S)
+    first = asked.index("empty")
+    assert asked[first : first + 3] == ["empty", "packing", "run"]
+    assert asked.count("packing") == 1
 
 
 def test_small_neighbours_are_copied_together_when_the_lane_is_ill(tmp_path: Path) -> None:

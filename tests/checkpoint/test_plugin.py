@@ -248,13 +248,33 @@ def test_a_failure_is_raised_once_also_where_another_rank_has_told_it_first(
         ledger.open(saving)
         saving.fail(CheckpointError(f"failure {count}"))
         if count == 1:
-            ledger.take_unraised(saving.attempt)  # rank 0 knew before this one did
+            ledger.take_unraised([saving.attempt])  # rank 0 knew before this one did
             ledger.settle()
-            assert ledger.unraised is None
+            assert ledger.unraised == {}
     ledger.settle()
-    assert ledger.unraised == (saving.attempt, "failure 2")
-    ledger.take_unraised(saving.attempt)
-    assert ledger.unraised is None
+    assert ledger.unraised == {saving.attempt: "failure 2"}
+    ledger.take_unraised([saving.attempt])
+    assert ledger.unraised == {}
+
+
+def test_a_failure_is_raised_also_when_that_of_a_newer_one_came_first(tmp_path: Path) -> None:
+    run = Loop(on_error="raise")
+    ledger = run.checkpoint._ledger
+    level = Level(number=0, folder=tmp_path)
+    savings = [
+        Saving([level], tag="t", attempt=f"ab{count:014x}", step=count, details={})
+        for count in range(4)
+    ]
+    for count in (3, 1, 0, 2):
+        ledger.open(savings[count])
+        savings[count].fail(CheckpointError(f"failure {count}"))
+        if count != 1:
+            with pytest.raises(CheckpointError) as caught:
+                run.checkpoint.wait("committed", 1)
+            told = [f"failure {each}" for each in ((1, 0) if count == 0 else (count,))]
+            assert str(caught.value).splitlines() == told
+    run.checkpoint.wait("committed", 1)
+    run.loop.close()
 
 
 def test_loop_that_is_dropped_ends_its_threads_and_its_model(tmp_path: Path) -> None:

@@ -398,6 +398,48 @@ def test_slow_level_gets_the_newest_and_skips_what_is_superseded(
     assert any(saving.superseded for saving in savings)
 
 
+@pytest.mark.parametrize("every", [3, "auto"])
+def test_a_level_gets_its_turn_also_where_newer_ones_wait_for_another(
+    tmp_path: Path, monkeypatch: Any, every: Any
+) -> None:
+    folders = [tmp_path / name for name in ("fast", "middle", "slow")]
+    entries = [{"path": str(path)} for path in folders[:2]]
+    entries.append({"path": str(folders[2]), "every": every})
+    with savers(1, tiers=entries) as (saver,):
+        gate = threading.Event()
+        stock = saver._drain.bring
+        monkeypatch.setattr(saver._drain, "bring", lambda *a: gate.wait(EVER) and stock(*a))
+        savings = []
+        saver.router.costs.end(2, 1000.0)  # what "auto" makes of it: not again for long
+        for step in (1, 2, 3, 4, 5):
+            if every == "auto":
+                saver.router._last_s[2] = time.monotonic() - 1000.0 * (step == 3)
+            savings += save([saver], folders[2], step)
+        assert saver.wait(Stage.COMMITTED, EVER)
+        gate.set()
+        assert saver.wait(Stage.DRAINED, EVER)
+    found = [{entry.tag for entry in list_checkpoints(folder)} for folder in folders]
+    assert found == [{e.tag for e in savings}, {"step1", "step5"}, {"step3"}]
+    assert_holds(folders[2] / "step3", 3, world_size=1)
+    assert [len(each.superseded) for each in savings] == [0, 1, 1, 1, 0]
+    assert saver.router.costs._saves == {0: 5, 1: 2, 2: 1}, "what is left out costs nothing"
+
+
+def test_an_auto_level_that_missed_a_checkpoint_gets_the_next(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    slow.write_text("not a folder")
+    entries = [{"path": str(fast)}, {"path": str(slow), "every": "auto"}]
+    with savers(1, tiers=entries) as (saver,):
+        saver.router.costs.end(1, 1000.0)
+        save([saver], slow, 1)
+        assert wait_all([saver]) == [False]
+        slow.unlink()
+        for step in (2, 3):
+            save([saver], slow, step)
+            assert wait_all([saver]) == [True]
+    assert [e.tag for e in list_checkpoints(slow)] == ["step2"]
+
+
 def test_no_thread_and_no_file_is_left(tmp_path: Path) -> None:
     def once() -> None:
         with savers(2, tiers=tiers(tmp_path / "a", tmp_path / "b")) as all_savers:

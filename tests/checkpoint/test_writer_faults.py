@@ -120,6 +120,16 @@ def test_write_that_is_cut_short_or_interrupted_is_continued(
 
 
 @needs_compiler
+@pytest.mark.parametrize("way", THROUGH_LIBC, ids=str)
+def test_space_that_ends_below_a_guess_is_given_back(
+    way: Way, tmp_path: Path, worker: Worker
+) -> None:
+    seen = worker.run(way, tmp_path, "grow_beside_a_guess", "reserve_partly")
+    assert seen["size"] == 8 * PAGE
+    assert seen["held"] < 16 * PAGE
+
+
+@needs_compiler
 @pytest.mark.parametrize("way", [way for way in THROUGH_LIBC if way.direct], ids=str)
 def test_direct_write_that_is_refused_goes_through_the_page_cache(
     way: Way, tmp_path: Path, worker: Worker

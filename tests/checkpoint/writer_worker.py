@@ -8,6 +8,7 @@ child, which ends as any interpreter does; to start one anew for each would take
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -46,6 +47,23 @@ def write_beside_a_good_job(way: Way, folder: Path) -> dict[str, Any]:
         "is_direct": facts["is_direct"],
         "direct_reason": facts["direct_reason"],
     }
+
+
+def grow_beside_a_guess(way: Way, folder: Path) -> dict[str, Any]:
+    """Write a file that is told in two parts and was expected to become much more."""
+    writer = way.open(slabs=16)
+    draft = Draft(folder / "faulty").entry(0, aligned_array(8 * PAGE, 0))
+    first = dataclasses.replace(draft.plan(), expected_bytes=40 * PAGE)
+    ticket = writer.submit([first], is_partial=True)
+    end_s = time.monotonic() + 20.0
+    while ticket.progress().written_bytes < 8 * PAGE and time.monotonic() < end_s:
+        time.sleep(0.001)
+    held = draft.path.stat()
+    draft.literal(b"the rest").patch(0)
+    ticket.extend(draft.plan())
+    draft.check(*finish(ticket))
+    assert writer.close(timeout_s=20.0)
+    return {"size": held.st_size, "held": held.st_blocks * 512}
 
 
 def target(fd: str) -> str:

@@ -43,24 +43,33 @@ class Drain:
         self._peers = peers
         self._writers: dict[int, Writer] = {}
 
-    def bring(self, saving: Saving, above: Level, level: Level, *, is_superseded: bool) -> bool:
-        """Copy `saving` from `above` to `level` and commit it there.
+    def agree(self, saving: Saving, level: Level, *, is_superseded: bool) -> bool:
+        """Tell whether the ranks are to bring `saving` to `level`; else note that it is left out.
+
+        Args:
+            saving: A checkpoint that is committed on a level above.
+            level: Where it is to be, too.
+            is_superseded: Rank 0's wish to leave it out, because a newer one is waiting already.
+
+        Raises:
+            CheckpointError: the ranks cannot agree.
+        """
+        is_wanted = self._committer.agree(saving, level, go=not is_superseded)
+        if not is_wanted:
+            saving.superseded.append(str(level.folder))
+        return is_wanted
+
+    def bring(self, saving: Saving, above: Level, level: Level) -> None:
+        """Copy `saving` from `above` to `level` and commit it there, as was agreed.
 
         Args:
             saving: A checkpoint that is committed on `above`.
             above: Where it is.
             level: Where it is to be, too.
-            is_superseded: Rank 0's wish to leave it out, because a newer one is waiting already.
-
-        Returns:
-            Whether it is there; False if it was left out.
 
         Raises:
             CheckpointError: it cannot be read, is damaged, or cannot be committed.
         """
-        if not self._committer.agree(saving, level, go=not is_superseded):
-            saving.superseded.append(str(level.folder))
-            return False
         results: list[FileResult] = []
         try:
             results = self._copy(saving, above, level)
@@ -68,7 +77,6 @@ class Drain:
         except (CheckpointError, OSError) as error:
             vote = {"error": str(error)}
         self._committer.decide(saving, level, vote)
-        return True
 
     def replicate(self, saving: Saving, level: Level, *, is_superseded: bool) -> bool:
         """Copy this rank's files on `level` to the next node; what fails is only told.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lowtide.checkpoint.saving import Saving, Stage
@@ -32,8 +33,8 @@ class Ledger:
         self._open: list[Saving] = []
         self._totals = {"requested": 0, "committed": 0, "failed": 0, "bytes": 0}
         self._blocked_s: list[float] = []
-        self._unraised: tuple[str, CheckpointError] | None = None  # with its attempt
-        self._raised = ""  # the newest attempt whose failure was raised
+        self._unraised: dict[str, str] = {}  # by attempt; older ones may fail after newer ones
+        self._told: set[str] = set()  # failures that were raised before they were noted here
 
     @property
     def is_waiting(self) -> bool:
@@ -77,20 +78,22 @@ class Ledger:
             self._stop.saved(saving.step, str(saving.final()))
 
     @property
-    def unraised(self) -> tuple[str, str] | None:
-        """The attempt of a checkpoint that has failed, and why, if the script was not told yet."""
-        return None if self._unraised is None else (self._unraised[0], str(self._unraised[1]))
+    def unraised(self) -> dict[str, str]:
+        """Why checkpoints have failed, by attempt, as far as the script was not told yet."""
+        return dict(self._unraised)
 
-    def take_unraised(self, attempt: str) -> None:
-        """Note that the script is told of this failure, on this rank or on all, and the older."""
-        self._raised = max(self._raised, attempt)  # a run's attempts ascend
-        if self._unraised is not None and self._unraised[0] <= self._raised:
-            self._unraised = None
+    def take_unraised(self, attempts: Iterable[str]) -> None:
+        """Note that the script is told of these failures, on this rank or on all."""
+        for attempt in attempts:
+            if self._unraised.pop(attempt, None) is None:
+                self._told.add(attempt)
 
     def _note(self, attempt: str, error: CheckpointError) -> None:
         # Another rank may have known first, and this one been told with it.
-        if self._unraised is None and attempt > self._raised:
-            self._unraised = (attempt, error)
+        if attempt in self._told:
+            self._told.remove(attempt)
+        else:
+            self._unraised[attempt] = str(error)
 
     def summary(self) -> dict[str, Any]:
         """Return counts, bytes and the time that training waited, as plain JSON."""

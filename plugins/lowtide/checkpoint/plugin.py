@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -364,19 +364,16 @@ class CheckpointPlugin(Plugin):
         ledger.settle()
         self._raises += 1
         known = ledger.unraised
-        failure = self._the_saver().board.share(
-            f"raise/{self._raises}",
-            lambda: None if known is None else list(known),
-            timeout_s=PATIENT_S,
+        failures = self._the_saver().board.share(
+            f"raise/{self._raises}", lambda: known, timeout_s=PATIENT_S
         )
-        self._raise(failure)
+        self._raise(failures)
 
-    def _raise(self, failure: Sequence[str] | None) -> None:
-        """Raise what has failed, given as its attempt and the reason; once on each rank."""
-        if failure is not None:
-            attempt, why = failure
-            self._the_ledger().take_unraised(attempt)
-            raise CheckpointError(why)
+    def _raise(self, failures: Mapping[str, str]) -> None:
+        """Raise what has failed, given as the reasons by attempt; once on each rank."""
+        if failures:
+            self._the_ledger().take_unraised(failures)
+            raise CheckpointError("\n".join(failures.values()))
 
     def _the_ledger(self) -> Ledger:
         if self._ledger is None:

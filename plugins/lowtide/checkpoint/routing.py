@@ -50,6 +50,11 @@ class Router:
         """Note that a checkpoint has just been committed on `level`."""
         self._sick.discard(level.number)
 
+    def missed(self, levels: Sequence[Level]) -> None:
+        """Note that a checkpoint has failed on its way to these: the next one may take its turn."""
+        for level in levels:
+            self._last_s.pop(level.number, None)
+
     def places(self, asked: Path) -> list[Path]:
         """Return where to look for what is asked for in the folder `asked`, fastest first."""
         paths = [Path(tier.path).absolute() for tier in self._config.tiers]

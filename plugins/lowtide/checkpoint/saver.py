@@ -95,7 +95,7 @@ class Saver:
         self._pending: deque[Saving] = deque()  # not yet captured, oldest first
         self._to_commit: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
         self._to_drain: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
-        self._draining: list[str] = []
+        self._draining: list[Saving] = []  # oldest first
         self._lock = threading.Lock()
         self._owner_pid = os.getpid()
         self._threads = [
@@ -165,6 +165,7 @@ class Saver:
         """Give up a checkpoint that has begun and was not ended."""
         self.current = None
         self.router.costs.end(saving.levels[0].number)
+        self.router.missed(saving.levels[1:])
         saving.fail(CheckpointError(f"checkpoint {saving.tag}: {why}"))
         saving.wait_cancelled()
         with contextlib.suppress(OSError):
@@ -300,7 +301,7 @@ class Saver:
         saving.advance(Stage.COMMITTED)
         if len(saving.levels) > 1 or level.copies:
             with self._lock:
-                self._draining.append(saving.tag)
+                self._draining.append(saving)
             self._to_drain.put(saving)
         else:
             saving.advance(Stage.DRAINED)
@@ -339,40 +340,53 @@ class Saver:
 
     def _bring_down(self, saving: Saving) -> None:
         try:
-            is_newest = self._to_drain.empty()
-            self._replicate(saving, saving.levels[0], is_newest=is_newest)
-            for above, level in zip(saving.levels, saving.levels[1:], strict=False):
+            above = saving.levels[0]
+            self._replicate(saving, above)
+            for level in saving.levels[1:]:
                 try:
-                    self._bring(saving, above, level, is_newest=is_newest)
+                    is_there = self._bring(saving, above, level)
                 finally:
                     self._prune(level)
-                self._replicate(saving, level, is_newest=is_newest)
+                if is_there:
+                    self._replicate(saving, level)
+                    above = level
             saving.advance(Stage.DRAINED)
         finally:
             with self._lock:
-                self._draining.remove(saving.tag)
+                self._draining.remove(saving)
 
-    def _bring(self, saving: Saving, above: Level, level: Level, *, is_newest: bool) -> None:
+    def _bring(self, saving: Saving, above: Level, level: Level) -> bool:
+        """Bring it down one level; tell whether it is there, or was left out."""
+        if not self._drain.agree(saving, level, is_superseded=self._is_superseded(saving, level)):
+            return False
         costs, begin_s, took_s = self.router.costs, time.perf_counter(), None
         costs.begin(level.number)
         try:
-            if self._drain.bring(saving, above, level, is_superseded=not is_newest):
-                took_s = time.perf_counter() - begin_s
+            self._drain.bring(saving, above, level)
+            took_s = time.perf_counter() - begin_s
         finally:
             costs.end(level.number, took_s)
+        return True
 
-    def _replicate(self, saving: Saving, level: Level, *, is_newest: bool) -> None:
-        if level.copies and self._drain.replicate(saving, level, is_superseded=not is_newest):
+    def _is_superseded(self, saving: Saving, level: Level) -> bool:
+        """Tell whether a newer checkpoint waits to be brought to the same level."""
+        with self._lock:
+            return any(level in each.levels for each in self._draining if each is not saving)
+
+    def _replicate(self, saving: Saving, level: Level) -> None:
+        is_superseded = level.copies > 0 and self._is_superseded(saving, level)
+        if level.copies and self._drain.replicate(saving, level, is_superseded=is_superseded):
             self._keeper.replicated(level, saving.tag)
             self._prune(level)
 
     def _failed(self, saving: Saving, error: CheckpointError) -> None:
         self.last_error = error
+        self.router.missed(saving.levels[1:])
         saving.fail(error)
         if self.board.rank == 0:
             logger.warning("%s; training goes on", error)
 
     def _prune(self, level: Level) -> None:
         with self._lock:
-            in_use = [*self._draining]
+            in_use = [each.tag for each in self._draining]
         self._keeper.prune(level, in_use)

@@ -95,6 +95,7 @@ class Memo:
         stream: The pickle with marks.
         pushed: What the marks stood for.
         pickled: The pickle without marks.
+        size_bytes: Of the whole file; 0 before the first. The next one may have another.
     """
 
     facts: list[Any] = field(default_factory=list)
@@ -105,6 +106,7 @@ class Memo:
     stream: bytes = b""
     pushed: list[bytes] = field(default_factory=list)
     pickled: bytes = b""
+    size_bytes: int = 0
 
     def forget_behind(self, count: int) -> None:
         """Forget what is beyond the number of tensors that there are now."""
@@ -123,6 +125,10 @@ class Memo:
         self.facts += [None] * missing
         self.numbers += [-1] * missing
         self.opcodes += [b""] * missing
+
+    def forget(self, begin: int, count: int) -> None:
+        """Forget what was noted of so many tensors from `begin` on."""
+        self.facts[begin : begin + count] = [None] * count
 
     def note(self, position: int, facts: Any, number: int, opcodes: bytes) -> None:
         """Note a tensor that has a storage for itself."""

@@ -22,7 +22,7 @@ BATCH_GROWTH = 2  # less than laying out is faster than disks are, so that none 
 BLOCK = 256  # tensors that are looked at together
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
 
-_BYTES = operator.attrgetter("nbytes")
+_BYTES, _CDATA = operator.attrgetter("nbytes"), operator.attrgetter("_cdata")
 _ADDRESS, _SIZE = map(operator.itemgetter, (8, 9))  # of `Facts`
 
 
@@ -85,7 +85,7 @@ class Ranges:
             if self.recorded_bytes >= due:
                 due = BATCH_GROWTH * self.recorded_bytes
                 if not self.expected_bytes:
-                    self.expected_bytes = _total_bytes(tensors)
+                    self.expected_bytes = self._memo.size_bytes or _total_bytes(tensors)
                 yield self.recorded_bytes
         for key, ranges in self._ranges.items():
             if len(ranges) > 1:
@@ -102,7 +102,9 @@ class Ranges:
         if seen is None:
             for tensor in tensors:
                 self._add_any(tensor)
+            self._memo.forget(begin, len(tensors))
         elif not self._take_same(begin, tensors, *seen):
+            self._memo.forget(begin, len(tensors))  # what is not noted again is not so any more
             rows = zip(tensors, *seen, strict=True)
             for position, (tensor, storage, facts) in enumerate(rows, begin):
                 if has_own_storage(facts) and not self._ranges_of(_key(facts)):
@@ -120,7 +122,9 @@ class Ranges:
             not self._memo.fits(begin, facts, number)
             or self._has_given
             or not all(map(self._is_stable, tensors))
+            or len(set(keys)) < len(keys)  # what shares memory must come into one record
             or not self._ranges.keys().isdisjoint(keys)
+            or not self._same.keys().isdisjoint(keys)
         ):
             return False
         numbers = range(number, number + len(tensors))
@@ -318,11 +322,16 @@ def _tensors(state: Any) -> dict[int, torch.Tensor]:
 def _total_bytes(tensors: list[torch.Tensor]) -> int:
     """Return what tensors and their headers may take in the file."""
     try:
-        addresses = map(torch.Tensor.data_ptr, tensors)  # of two in one place one counts
-        sizes = dict(zip(addresses, map(_BYTES, tensors), strict=True))
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        keys = list(map(_CDATA, storages))
+        most = dict(zip(keys, map(torch.UntypedStorage.nbytes, storages), strict=True))
+        seen = dict.fromkeys(most, 0)
+        for key, size in zip(keys, map(_BYTES, tensors), strict=True):
+            seen[key] += size
     except (RuntimeError, NotImplementedError):  # a kind of tensor that does not know
         return 0
-    return sum(sizes.values()) + HEADER_BYTES * len(tensors)
+    # Views may overlap, and expanded ones have less memory than they say.
+    return sum(map(min, seen.values(), most.values())) + HEADER_BYTES * len(tensors)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

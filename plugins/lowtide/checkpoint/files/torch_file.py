@@ -109,6 +109,7 @@ class Layout:
             self._archive.close(pickled)
             self._memo.forget_behind(len(ranges.tensors))
             plan = self._plan()
+            self._memo.size_bytes = plan.size_bytes
         return TorchFile(plan=plan, lazy=ranges.lazy, eager_bytes=ranges.eager_bytes)
 
     def _plan(self) -> FilePlan:
@@ -162,8 +163,12 @@ class _StatePickler(pickle.Pickler):
         self._pushed = [*ranges.opcodes]  # by the numbers of the marks
         known = zip(ranges.tensors, self._marks, ranges.opcodes, strict=False)
         self._ready = {id(tensor): mark for tensor, mark, pushing in known if pushing}
-        self._whole: dict[int, bytes] = {}  # storages that are kept as they are
+        self._uses = 0  # of marks in the stream
+        # Storages that are kept as they are, each as what it is seen as.
+        self._whole: dict[tuple[int, torch.dtype | None], bytes] = {}
         self._alive: list[Any] = opcodes.learn(self)  # ids must stay taken while they are keys
+        self._get_mark = b"h%c" % len(self._alive)  # the memo number that this gives it:
+        self.dump(_mark)
 
     def dump_bytes(self, state: Any) -> bytes:
         """Return the pickle of `state`."""
@@ -179,20 +184,17 @@ class _StatePickler(pickle.Pickler):
 
     def _unmarked(self, stream: bytes) -> bytes:
         """Put the tensors' opcodes where their marks are."""
-        module, name = _mark.__module__.encode(), _mark.__qualname__.encode()
-        first = b"c%s\n%s\n" % (module, name)
-        found = stream.find(first)
-        if found < 0:
-            return stream
-        # The function's memo number follows its first use; every other use asks for it.
-        put = stream[found + len(first) :][:5]
-        get = b"h" + put[1:2] if put[:1] == b"q" else b"j" + put[1:5]
         memo = rb"(?:q.|r.{4})"
-        mark = rb"(?:%s%s|%s)X.{4}%s([0-9a-f]{8})%s\x85%sR" % (
-            *(re.escape(first), memo, re.escape(get)),
-            *(self._memo.token.encode(), memo, memo),
+        mark = rb"%sX.{4}%s([0-9a-f]{8})%s\x85%sR" % (
+            *(re.escape(self._get_mark), self._memo.token.encode()),
+            *(memo, memo),
         )
         parts = re.split(mark, stream, flags=re.DOTALL)  # between two of them a mark's number
+        if len(parts) // 2 != self._uses:
+            raise pickle.PicklingError(
+                f"{len(parts) // 2} of {self._uses} tensors and storages were "
+                f"found again in the pickle, which must be all; please report what the state holds"
+            )
         parts[1::2] = [self._pushed[int(number, 16)] for number in parts[1::2]]
         return b"".join(parts)
 
@@ -200,6 +202,7 @@ class _StatePickler(pickle.Pickler):
         """Pickle plain tensors as views of their range; leave everything else to torch."""
         ready = self._ready.get(id(obj))
         if ready is not None:
+            self._uses += 1
             return ready
         kept = self._ranges.of_tensor.get(id(obj))
         kind = type(obj)
@@ -220,13 +223,15 @@ class _StatePickler(pickle.Pickler):
         return self._marking(opcodes.numbered(head, kept.number, tail))
 
     def _marking(self, pushing: bytes) -> Any:
+        self._uses += 1
         self._pushed.append(pushing)
         return self._memo.marks_for(len(self._pushed), _mark)[len(self._pushed) - 1]
 
     def _whole_storage(self, obj: Any) -> bytes:
         storage = obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
-        if storage._cdata not in self._whole:
-            is_typed = storage is not obj
+        is_typed = storage is not obj
+        key = (storage._cdata, obj.dtype if is_typed else None)
+        if key not in self._whole:
             self._alive.append(storage)
             shared = self._ranges.whole(storage, obj.dtype) if is_typed else None
             if shared is None:
@@ -236,5 +241,5 @@ class _StatePickler(pickle.Pickler):
             kind = getattr(torch, obj._pickle_storage_type()) if is_typed else torch.UntypedStorage
             elements = obj._size() if is_typed else storage.nbytes()
             location = torch.serialization.location_tag(storage)
-            self._whole[storage._cdata] = opcodes.whole_storage(kind, number, location, elements)
-        return self._whole[storage._cdata]
+            self._whole[key] = opcodes.whole_storage(kind, number, location, elements)
+        return self._whole[key]

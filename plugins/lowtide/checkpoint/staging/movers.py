@@ -93,9 +93,12 @@ class LaneMover(Mover):
             return sources
         if device not in self._packing:
             try:
-                self._packing[device] = device.empty(self._chunk_bytes, torch.uint8)
+                fresh = device.empty(self._chunk_bytes, torch.uint8)
             except (DeviceError, RuntimeError):  # then one by one
                 self._packing[device] = None
+            else:
+                lane.wait(device.record_event("packing"))  # it may still be in use on our stream
+                self._packing[device] = fresh
         memory = self._packing[device]
         if memory is None:
             return sources

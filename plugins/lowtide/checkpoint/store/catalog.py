@@ -236,11 +236,21 @@ def _is_running(pid: int, *, since_s: float) -> bool:
     state, started_s = _state_and_start(pid)
     # A zombie runs no more: nobody has asked yet how it ended. In a container that was started
     # again the same number is soon given to the next run.
-    return state not in _ENDED and (started_s is None or started_s <= since_s + 1.0)
+    has_ended = state in _ENDED and not _has_other_threads(pid)
+    return not has_ended and (started_s is None or started_s <= since_s + 1.0)
+
+
+def _has_other_threads(pid: int) -> bool:
+    """Tell whether threads of a process run on though its first one, which names it, has ended."""
+    try:
+        threads = [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:  # it has gone meanwhile
+        return False
+    return any(_state_and_start(each)[0] not in ("", *_ENDED) for each in threads)
 
 
 def _state_and_start(pid: int) -> tuple[str, float | None]:
-    """Return the letter of a process's state, and the Unix time at which it was started.
+    """Return the letter of a process's or thread's state, and the Unix time of its start.
 
     "" and None where they cannot be known.
     """
