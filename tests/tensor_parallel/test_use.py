@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowtide.core.errors import ModelError
 from lowtide.core.lifecycle import Event, Moment
@@ -90,6 +91,22 @@ def test_fingerprints_of_masks_see_every_part(
     assert fingerprint(swapped) != fingerprint(swapped.flip(0))
     monkeypatch.undo()
     assert fingerprint(mask) == want, "whatever the parts"
+
+
+def test_a_fingerprint_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Widened(TorchDispatchMode):
+        longest = 0
+
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dtype == torch.int64:
+                self.longest = max(self.longest, result.numel())
+            return result
+
+    monkeypatch.setattr(group, "_CHUNK", 64)
+    with Widened() as widened:
+        fingerprint(torch.zeros(1000))
+    assert widened.longest == 64
 
 
 def test_a_deep_copy_is_saved_with_its_own_weights(tmp_path: Path) -> None:

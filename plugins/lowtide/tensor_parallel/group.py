@@ -28,8 +28,9 @@ def fingerprint(numbers: Tensor) -> Tensor:
     Args:
         numbers: Numbers of any shape.
     """
-    flat = numbers.flatten().contiguous()  # an expanded tensor may still lie on one number
+    flat = numbers.flatten()
     if flat.is_floating_point():
+        # Numbers of the same size: others could not be seen in an expanded tensor, on one number.
         flat = flat.view(_BITS[flat.element_size()])
     result = torch.zeros((), dtype=torch.int64, device=flat.device)
     place = torch.arange(1, min(flat.numel(), _CHUNK) + 1, device=flat.device)
