@@ -222,8 +222,7 @@ def _gather_for_metrics(stock: Callable[..., Any]) -> Callable[..., Any]:
         gather = self.gather
 
         def once(tensor: Any) -> Any:  # [world * n, ...] -> [world / ranks * n, ...]
-            each = len(tensor) // self.num_processes  # told: of 0 samples, -1 could be any number
-            return tensor.unflatten(0, (self.num_processes, each))[::ranks].flatten(0, 1)
+            return tensor.unflatten(0, (self.num_processes, -1))[::ranks].flatten(0, 1)
 
         self.gather = lambda tensors: _utils().recursively_apply(once, gather(tensors))
         try:

@@ -207,8 +207,7 @@ def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]], degree:
 
     engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
     if degree > 1:
-        # What Accelerate asks of an engine whose weights are spread: whether it may, then for them.
-        engine.zero_gather_16bit_weights_on_model_save = lambda: True
+        # What Accelerate asks an engine whose weights are spread for.
         engine._consolidated_16bit_state_dict = whole
     model = engine.module
     if hasattr(model, "save_pretrained"):
@@ -260,10 +259,7 @@ class WholeSaver:
 
 def restore_savers(engine: Any) -> None:
     """Undo `replace_savers`."""
-    for name in (
-        "save_16bit_model", "save_fp16_model", "zero_gather_16bit_weights_on_model_save",
-        "_consolidated_16bit_state_dict",
-    ):  # fmt: skip
+    for name in ("save_16bit_model", "save_fp16_model", "_consolidated_16bit_state_dict"):
         engine.__dict__.pop(name, None)
     engine.module.__dict__.pop("save_pretrained", None)
 
