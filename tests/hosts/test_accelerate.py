@@ -6,14 +6,14 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-import lowtide
 from lowtide.core.errors import ConfigError
+from lowtide.hosts import _shared_batches
 from lowtide.hosts import accelerate as adapter
 from tests.helpers.ranks import run_command
 
@@ -93,7 +93,8 @@ def test_config_without_block_is_walked_as_before(plugin_class: Any) -> None:
 
 
 def test_uninstall_leaves_no_trace(plugin_class: Any) -> None:
-    import transformers.integrations.deepspeed  # noqa: F401 - so that all is there to be changed
+    import transformers.integrations.deepspeed  # so that all is there to be changed
+    import transformers.trainer  # noqa: F401
 
     def current() -> list[Any]:
         return [
@@ -174,17 +175,35 @@ def test_bad_block_is_told_where_accelerate_reads_it(plugin_class: Any) -> None:
         make(plugin_class, lowtide={"telemetry": {"dirr": "x"}})
 
 
-def test_size_is_told_to_accelerate_alone(plugin_class: Any) -> None:
+def test_the_configuration_that_deepspeed_gets_stays_as_it_was(plugin_class: Any) -> None:
+    # Also for a second engine, `zero.Init`, and whoever uses it after `disable`.
     block = {"tensor_parallel": {"degree": 2, "rank": 8}}
-    assert "tensor_parallel" not in make(plugin_class, lowtide=block).deepspeed_config
+    stock = make(plugin_class, lowtide=block).deepspeed_config
     adapter.install()
     plugin = make(plugin_class, lowtide=block)
-    assert plugin.deepspeed_config["tensor_parallel"] == {"autotp_size": 2}
-    again = plugin_class(hf_ds_config=plugin.deepspeed_config)
-    assert again.deepspeed_config["tensor_parallel"] == {"autotp_size": 2}
-    assert "tensor_parallel" not in make(plugin_class).deepspeed_config
-    block["tensor_parallel"]["degree"] = 1
-    assert "tensor_parallel" not in make(plugin_class, lowtide=block).deepspeed_config
+    process(plugin)
+    assert {**plugin.deepspeed_config, "train_micro_batch_size_per_gpu": "auto"} == stock
+    with _shared_batches._data_parallel(pretended(plugin)) as is_shared:
+        assert is_shared
+        assert "tensor_parallel" not in plugin.deepspeed_config
+
+
+def pretended(plugin: Any) -> Any:
+    state = SimpleNamespace(deepspeed_plugin=plugin, num_processes=4, process_index=3)
+    return SimpleNamespace(state=state)
+
+
+def test_a_schedule_of_its_own_needs_no_state_of_accelerate(plugin_class: Any) -> None:
+    from accelerate.scheduler import AcceleratedScheduler
+    from accelerate.state import AcceleratorState
+
+    adapter.install()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    AcceleratedScheduler(schedule, optimizer, step_with_optimizer=False).step()
+    assert schedule.get_last_lr() == [0.5]
+    assert not AcceleratorState._shared_state
 
 
 def test_both_tensor_parallelisms_are_refused_where_accelerate_reads_them(
@@ -194,28 +213,6 @@ def test_both_tensor_parallelisms_are_refused_where_accelerate_reads_them(
     block = {"tensor_parallel": {"degree": 2, "rank": 8}}
     with pytest.raises(ConfigError, match=r"tensor_parallel\.autotp_size is 2 too"):
         make(plugin_class, lowtide=block, tensor_parallel={"autotp_size": 2})
-
-
-def test_deepspeeds_own_preparation_leaves_a_told_model_alone(plugin_class: Any) -> None:
-    deepspeed = pytest.importorskip("deepspeed")
-    stock, model, called = deepspeed.tp_model_init, object(), []
-
-    def spy(model: Any, tp_size: int, dtype: Any, config: Any = None) -> Any:
-        called.append(config)
-        return model
-
-    deepspeed.tp_model_init = spy
-    try:
-        lowtide.enable()
-        told = make(plugin_class, lowtide={"tensor_parallel": {"degree": 2, "rank": 8}})
-        for config in (told.deepspeed_config, {"tensor_parallel": {"autotp_size": 2}}):
-            assert deepspeed.tp_model_init(model, 2, None, config=config) is model
-        lowtide.disable()
-        assert deepspeed.tp_model_init is spy
-    finally:
-        lowtide.disable()
-        deepspeed.tp_model_init = stock
-    assert called == [{"tensor_parallel": {"autotp_size": 2}}]
 
 
 def test_a_job_that_does_not_divide_is_refused(plugin_class: Any) -> None:

@@ -305,6 +305,7 @@ def faults(folder: Path, _degree: int) -> dict[str, Any]:
     same = batches(1, 1, 0)[0]
     facts["labels"] = _said(lambda: engine(same, labels=tokens % VOCABULARY))
     facts["save_pretrained"] = _said(lambda: engine.module.save_pretrained(folder))
+    facts["frozen"] = _said(lambda: engine.save_16bit_model(str(folder), "part.bin", True))
     compiled = torch.compile(engine.module, backend="eager")
     facts["compiled"] = compiled(same, labels=same).loss.item()
     facts["not compiled"] = engine(same, labels=same).loss.item()

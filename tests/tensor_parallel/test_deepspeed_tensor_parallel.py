@@ -114,6 +114,7 @@ def test_faults_are_told_on_every_rank_and_leave_a_working_process(tmp_path: Pat
         "labels": "ModelError: lowtide.tensor_parallel: the 2 ranks of one tensor-parallel group "
         "got different labels",
         "save_pretrained": "ModelError: save_pretrained: the model is spread over ranks",
+        "frozen": "ModelError: exclude_frozen_parameters: got True, allowed is False",
         "other degree": "ConfigError: lowtide.tensor_parallel.degree: got 1, but checkpoint",
         "other degree, lazy": "ConfigError: lowtide.tensor_parallel.degree: got 1, but checkpoint",
         "other activation": "ConfigError: lowtide.tensor_parallel.activation: got silu, but",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,37 @@ def test_trainer_resumes_bit_for_bit(starts: dict[int, list[dict[str, Any]]]) ->
         assert facts["resumed"] == facts["losses"][worker.SAVED :]
 
 
+def test_ranks_of_one_model_shuffle_alike_whatever_their_seeds(
+    starts: dict[int, list[dict[str, Any]]],
+) -> None:
+    first, second = (facts["shuffled"] for facts in starts[2])
+    assert first == second
+    assert len({tuple(each) for each in first}) == len(first) == 6, "another order each time"
+    assert {tuple(sorted(each)) for each in first} == {tuple(range(32))}
+
+
+def test_checkpoint_files_are_as_deepspeed_alone_writes_them(
+    starts: dict[int, list[dict[str, Any]]], folder: Path
+) -> None:
+    assert starts[2]
+    paths = [*(folder / "2" / f"checkpoint-{worker.SAVED}").glob("global_step*/*.pt")]
+    assert len(paths) == 4, "weights and optimizer of two ranks"
+    for path in paths:
+        assert classes_in(path)
+        assert not [each for each in classes_in(path) if "lowtide" in each]
+        saved = torch.load(path, weights_only=False)["ds_config"]
+        assert "lowtide" in saved
+        assert "tensor_parallel" not in saved
+
+
+def classes_in(path: Path) -> list[str]:
+    """Return what a file of `torch.save` needs to be read: modules and names in them."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith("/data.pkl"))
+        code = archive.read(name)
+    return [str(text) for op, text, _ in pickletools.genops(code) if op.name == "GLOBAL"]
+
+
 @pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_trainer_saves_the_whole_low_rank_model(
     starts: dict[int, list[dict[str, Any]]], folder: Path, nproc: int
@@ -79,6 +112,7 @@ def test_accelerate_goes_by_groups_that_share_batches(
     for facts in ranks:
         assert facts["batch"] == 4, "two batches of two"
         assert facts["tensors"] == list(range(11))
+        assert facts["no samples"] == [0, 3]
         assert facts["objects"] == [str(each) for each in range(11)]
         assert facts["lr"] == pytest.approx([1e-4 * (1 + 3 * 2)]), "two for each of three steps"
         assert facts["dispatched"].startswith("dispatch_batches: rank 0 would read all batches")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowtide.core.errors import ModelError
 from lowtide.core.lifecycle import Event, Moment
-from lowtide.tensor_parallel import TensorParallelConfig, factorisation, factorise, shard
+from lowtide.tensor_parallel import TensorParallelConfig, factorisation, factorise, group, shard
+from lowtide.tensor_parallel.adapters.deepspeed import WholeSaver
 from lowtide.tensor_parallel.build import Builder
 from lowtide.tensor_parallel.group import TensorGroup, fingerprint
 from lowtide.tensor_parallel.parameters import Successors
@@ -69,6 +73,57 @@ def test_fingerprints_tell_batches_apart_where_sums_do_not() -> None:
     assert fingerprint(first) == fingerprint(first.clone())
     assert fingerprint(tokens()) != fingerprint(tokens().flip(1))
     assert abs(int(fingerprint(tokens(64, 64)))) < 2**62  # so that its negative is a number too
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_fingerprints_of_masks_see_every_part(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(group, "_CHUNK", 64)
+    mask = torch.zeros(2, 1, 9, 9, dtype=dtype)
+    want = fingerprint(mask)
+    for at in (0, 63, 64, 161):
+        other = mask.clone()
+        other.view(-1)[at] = -1.0
+        assert fingerprint(other) != want
+    assert fingerprint(mask.view(-1)[:1].expand(162)) == want, "one number, seen many times"
+    swapped = torch.arange(162).to(dtype).view(2, 81)
+    assert fingerprint(swapped) != fingerprint(swapped.flip(0))
+    monkeypatch.undo()
+    assert fingerprint(mask) == want, "whatever the parts"
+
+
+def test_a_fingerprint_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Widened(TorchDispatchMode):
+        longest = 0
+
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dtype == torch.int64:
+                self.longest = max(self.longest, result.numel())
+            return result
+
+    monkeypatch.setattr(group, "_CHUNK", 64)
+    with Widened() as widened:
+        fingerprint(torch.zeros(1000))
+    assert widened.longest == 64
+
+
+def test_a_deep_copy_is_saved_with_its_own_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = convert(hugging_face("llama"))
+    model.save_pretrained = WholeSaver(model, degree=1)
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(2.0)
+    average.save_pretrained(tmp_path / "average")
+    model.save_pretrained(tmp_path / "model")
+    found, own = (load_file(tmp_path / each / "model.safetensors") for each in ("average", "model"))
+    assert found.keys() == own.keys()
+    for name, value in found.items():
+        assert torch.equal(value, 2.0 * own[name]), name
 
 
 def test_a_converted_model_is_not_converted_again() -> None:
@@ -145,6 +200,7 @@ def test_ranks_with_different_seeds_sample_the_same_tokens() -> None:
     first, second = of_each(2, "sampling")
     assert first["sampled"] == second["sampled"] == first["want"]
     assert (first["state is kept"], second["state is kept"]) == (False, True)
+    assert first["next"] == second["next"], "ranks seeded alike stay alike"
 
 
 def test_whole_embeddings_from_outside_are_refused() -> None:
@@ -206,6 +262,7 @@ def test_a_conversion_frees_each_layer_before_it_makes_the_next(
     layers = model.model.layers
     weights = [weakref.ref(each.mlp.down_proj.weight) for each in layers]
     successors = Successors(model)
+    foreign = torch.nn.Parameter(torch.ones(1))  # made while those are alive: they go by address
     watch(factorisation, "to_bottleneck")
     factorise(model, TensorParallelConfig(degree=1, rank=16, init=init))
     assert len(alive) == 3 * 7
@@ -218,4 +275,4 @@ def test_a_conversion_frees_each_layer_before_it_makes_the_next(
     assert alive[3:] == [[True, True, True], [False, True, True], [False, False, True]]
     assert alive[:3] == [[True, True, True]] * 3, "a rehearsal, which changes nothing"
     with pytest.raises(ModelError, match="is not one of the model's"):
-        successors.of(layers[0].mlp_out.up.weight)
+        successors.of(foreign)

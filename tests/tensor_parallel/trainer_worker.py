@@ -154,6 +154,7 @@ def own_loop(degree: int) -> dict[str, Any]:
         one.backward(net(tokens, labels=tokens).loss)
         optimizer.step()
         schedule.step()
+    facts["no samples"] = list(one.gather_for_metrics(torch.empty(0, 3)).shape)
     facts |= {"lr": schedule.get_last_lr(), "weights": sorted(one.get_state_dict(net))}
     net.destroy()
     facts["split"] = [
@@ -165,6 +166,22 @@ def own_loop(degree: int) -> dict[str, Any]:
     except ConfigError as error:
         facts["dispatched"] = str(error)
     return facts
+
+
+def shuffled(degree: int) -> list[list[int]]:
+    """Return what this rank reads, with seeds of its own, in two epochs of each kind of loader."""
+    torch.manual_seed(dist.get_rank())
+    own = torch.Generator().manual_seed(dist.get_rank())
+    seen = []
+    for loading, options in (
+        ({}, {}),
+        ({}, {"generator": own}),
+        ({"use_seedable_sampler": True}, {}),
+    ):
+        data = torch.utils.data.DataLoader(range(32), batch_size=4, shuffle=True, **options)  # type: ignore[arg-type]
+        ready = accelerator(settings(degree), **loading).prepare_data_loader(data)
+        seen += [torch.cat(list(ready)).tolist() for _ in range(2)]
+    return seen
 
 
 def planned_steps(degree: int) -> int:
@@ -194,7 +211,7 @@ def main() -> None:
         log = Log()
         again = trainer(folder, degree, log)
         again.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}"))
-        facts["resumed"] = log.losses
+        facts |= {"resumed": log.losses, "shuffled": shuffled(degree)}
     if one.args.world_size == 4:
         facts |= {"own loop": own_loop(degree), "planned steps": planned_steps(degree)}
     leave_result(facts)

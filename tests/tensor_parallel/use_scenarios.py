@@ -107,7 +107,10 @@ def sampling(group: TensorGroup) -> Any:
     before = torch.get_rng_state()
     found = model.generate(ids, do_sample=True, max_new_tokens=12)
     is_kept = torch.equal(torch.get_rng_state(), before)
-    return {"sampled": found.tolist(), "want": want.tolist(), "state is kept": is_kept}
+    torch.manual_seed(7)
+    model.generate(ids, do_sample=True, max_new_tokens=3)
+    facts = {"sampled": found.tolist(), "want": want.tolist(), "state is kept": is_kept}
+    return facts | {"next": torch.rand(4).tolist()}
 
 
 ALL: dict[str, Callable[[TensorGroup], Any]] = {

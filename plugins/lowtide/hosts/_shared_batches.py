@@ -1,15 +1,15 @@
 """Ranks that hold one model together read the same batches under Accelerate and `Trainer`.
 
-Both know tensor parallelism as ``tensor_parallel.autotp_size`` in the DeepSpeed JSON: `Trainer`
-divides batch sizes and token counts by it, and `Accelerator.get_state_dict` asks the engine for
-the whole weights. So a block whose plugins share batches gets that key, for their eyes alone:
-DeepSpeed's own tensor parallelism never sees it.
+Both know tensor parallelism as ``tensor_parallel.autotp_size`` in the DeepSpeed JSON. That key
+stays unset, as DeepSpeed would read it too, and save it; where they ask for it, they are answered
+from the block instead: `Trainer` divides batch sizes and token counts by the size, and
+`Accelerator.get_state_dict` asks the engine for the whole weights.
 
 What they leave open is done here. Preparing loaders, optimizers and schedulers goes by groups
 that share batches instead of ranks (data order, ``"auto"`` for ``train_batch_size``, numbers of
-steps, batches to split), and metrics are gathered from one rank of each group. Groups are
-neighbours in the order of ranks. Batches that rank 0 reads for all ranks (``dispatch_batches``)
-cannot be shared and are refused.
+steps, batches to split), what a sampler draws is the same on all ranks, and metrics are gathered
+from one rank of each group. Groups are neighbours in the order of ranks. Batches that rank 0 reads
+for all ranks (``dispatch_batches``) cannot be shared and are refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from lowtide.core.config import BLOCK, ranks_per_batch
 from lowtide.core.errors import ConfigError
 from lowtide.hosts._guard import Symbol, check_host
 from lowtide.hosts._patches import Patch
-
-_KEY, _SIZE = "tensor_parallel", "autotp_size"
 
 _TESTED = {"accelerate": ("1.15.0",), "transformers": ("5.23.0",)}
 _SYMBOLS = {
@@ -36,7 +36,10 @@ _SYMBOLS = {
             "accelerate", "Accelerator.gather_for_metrics",
             ("self", "input_data", "use_gather_object"),
         ),
+        Symbol("accelerate", "Accelerator.get_state_dict", ("self", "model")),
         Symbol("accelerate.data_loader", "DataLoaderDispatcher"),
+        Symbol("accelerate.data_loader", "SeedableRandomSampler"),
+        Symbol("accelerate.data_loader", "get_sampler", ("dataloader",)),
         Symbol("accelerate.scheduler", "AcceleratedScheduler.step", ("self",)),
     ),
     "transformers": (
@@ -49,18 +52,14 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
-class _Told(dict[str, Any]):
-    """DeepSpeed's section, with a size that only Accelerate and transformers shall see."""
+def _ranks(config: Any) -> int:
+    """Return how many ranks read one batch, by a whole DeepSpeed JSON."""
+    is_ours = isinstance(config, dict) and isinstance(config.get(BLOCK), dict)
+    return ranks_per_batch(config) if is_ours else 1
 
 
-def size_told(config: Any) -> int:
-    """Return how many ranks Accelerate was told to read one batch; 1: it was told nothing."""
-    section = config.get(_KEY) if isinstance(config, dict) else None
-    return int(section[_SIZE]) if isinstance(section, _Told) else 1
-
-
-def _tell(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Put the key into every configuration that Accelerate or `Trainer` reads.
+def _check(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Look at every configuration as soon as Accelerate or `Trainer` reads it.
 
     Raises:
         ConfigError: the block cannot be used.
@@ -70,18 +69,35 @@ def _tell(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         stock(self, *args, **kwargs)
-        config = self.config
-        if size_told(config) > 1 or not isinstance(config.get(BLOCK), dict):
-            return
-        ranks = ranks_per_batch(config)
-        if ranks == 1:
-            return
-        check_host("accelerate", _TESTED["accelerate"], _SYMBOLS["accelerate"])
-        if hasattr(self, "trainer_config_process"):
-            check_host("transformers", _TESTED["transformers"], _SYMBOLS["transformers"])
-        config[_KEY] = _Told({**config.get(_KEY, {}), _SIZE: ranks})
+        if _ranks(self.config) > 1:
+            check_host("accelerate", _TESTED["accelerate"], _SYMBOLS["accelerate"])
+            if hasattr(self, "trainer_config_process"):
+                check_host("transformers", _TESTED["transformers"], _SYMBOLS["transformers"])
 
     return __init__
+
+
+def _get_tp_size(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell `Trainer` how many ranks count each batch and each token."""
+
+    @functools.wraps(stock)
+    def get_tp_size(self: Any) -> int:
+        config = getattr(self.args, "hf_deepspeed_config", None)
+        ranks = _ranks(config.config) if self.is_deepspeed_enabled and config is not None else 1
+        return ranks if ranks > 1 else int(stock(self))
+
+    return get_tp_size
+
+
+def _get_state_dict(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Ask an engine whose weights are spread for the whole ones, as Accelerate does for its own."""
+
+    @functools.wraps(stock)
+    def get_state_dict(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = vars(model).get("_consolidated_16bit_state_dict")  # put there by a plugin
+        return stock(self, model, *args, **kwargs) if whole is None else whole()
+
+    return get_state_dict
 
 
 def _divide_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +106,7 @@ def _divide_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def fill_match(self: Any, ds_key_long: str, hf_val: Any, *args: Any, **kwargs: Any) -> Any:
         if ds_key_long == "train_batch_size":
-            hf_val //= size_told(self.config)
+            hf_val //= _ranks(self.config)
         return stock(self, ds_key_long, hf_val, *args, **kwargs)
 
     return fill_match
@@ -121,7 +137,7 @@ class _DataParallelView:
 
 def _size(state: Any) -> int:
     plugin = state.deepspeed_plugin
-    return 1 if plugin is None else size_told(plugin.deepspeed_config)
+    return 1 if plugin is None else _ranks(plugin.deepspeed_config)
 
 
 @contextmanager
@@ -135,16 +151,10 @@ def _data_parallel(accelerator: Any) -> Iterator[bool]:
     if ranks == 1:
         yield False
         return
-    config = state.deepspeed_plugin.deepspeed_config
     accelerator.state = _DataParallelView(state, ranks)
-    told = config.pop(_KEY)  # there is no tensor parallelism in that view, nor for the engine
-    theirs = {name: value for name, value in told.items() if name != _SIZE}
-    if theirs:
-        config[_KEY] = theirs
     try:
         yield True
     finally:
-        config[_KEY] = told
         accelerator.state = state
 
 
@@ -162,18 +172,40 @@ def _prepare_data_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_data_loader(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _data_parallel(self) as is_shared:
             loader = stock(self, *args, **kwargs)
-        if is_shared and isinstance(
-            loader, sys.modules["accelerate.data_loader"].DataLoaderDispatcher
-        ):
+        if not is_shared:
+            return loader
+        if isinstance(loader, _loading().DataLoaderDispatcher):
             raise ConfigError(
                 "dispatch_batches: rank 0 would read all batches and hand each rank its own, but "
                 "the ranks that hold one model need the same ones; set it to False "
                 "(DataLoaderConfiguration(dispatch_batches=False), or in TrainingArguments "
                 'accelerator_config={"dispatch_batches": False})'
             )
+        _synchronise(loader)
         return loader
 
     return prepare_data_loader
+
+
+def _synchronise(loader: Any) -> None:
+    """Have all ranks draw the same order. All of them prepare a loader that draws one.
+
+    Accelerate does so only for several processes, which the groups need not be, and never for its
+    own seedable sampler, which it takes to be seeded alike.
+    """
+    sampler = _loading().get_sampler(loader)
+    if isinstance(sampler, _loading().SeedableRandomSampler):
+        (sampler.initial_seed,) = _utils().broadcast_object_list([sampler.initial_seed])
+        return
+    generator = getattr(loader.dataset if sampler is None else sampler, "generator", None)
+    if generator is None and hasattr(sampler, "generator"):
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+        sampler.generator = generator
+    if isinstance(generator, torch.Generator):
+        loader.synchronized_generator = generator
+        if "generator" not in loader.rng_types:
+            loader.rng_types.append("generator")
 
 
 def _gather_for_metrics(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,6 +237,10 @@ def _utils() -> Any:
     return sys.modules["accelerate.utils"]
 
 
+def _loading() -> Any:
+    return sys.modules["accelerate.data_loader"]
+
+
 def _is_tensors(data: Any) -> bool:
     try:  # the question that Accelerate itself decides by
         _utils().recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
@@ -218,16 +254,24 @@ def _step_scheduler(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def step(self: Any, *args: Any, **kwargs: Any) -> None:
+        # What stock asks before it makes Accelerate's state, or needs no number of processes for.
+        if (
+            not self.step_with_optimizer
+            or self.split_batches
+            or not self.gradient_state.sync_gradients
+            or any(optimizer.step_was_skipped for optimizer in self.optimizers)
+        ):
+            stock(self, *args, **kwargs)
+            return
         state = sys.modules["accelerate.state"].AcceleratorState()
         ranks = _size(state)
-        if ranks == 1 or self.split_batches or not self.step_with_optimizer:
+        if ranks == 1:
             stock(self, *args, **kwargs)
             return
         total = getattr(self.scheduler, "total_steps", None)  # of a schedule that must not go on
         self.split_batches = True  # one step per call
         try:
-            is_update = self.gradient_state.sync_gradients
-            for _ in range(state.num_processes // ranks if is_update else 1):
+            for _ in range(state.num_processes // ranks):
                 if total is None or self.scheduler._step_count <= total:
                     stock(self, *args, **kwargs)
         finally:
@@ -241,7 +285,7 @@ def _ignore(_name: str) -> None:
 
 
 PATCHES = (
-    Patch("accelerate.utils", "HfDeepSpeedConfig", "__init__", _tell, _ignore),
+    Patch("accelerate.utils", "HfDeepSpeedConfig", "__init__", _check, _ignore),
     Patch("accelerate.accelerator", "Accelerator", "prepare", _prepare, _ignore),
     Patch(
         "accelerate.accelerator", "Accelerator", "prepare_data_loader",
@@ -251,9 +295,11 @@ PATCHES = (
         "accelerate.accelerator", "Accelerator", "gather_for_metrics",
         _gather_for_metrics, _ignore,
     ),
+    Patch("accelerate.accelerator", "Accelerator", "get_state_dict", _get_state_dict, _ignore),
     Patch("accelerate.scheduler", "AcceleratedScheduler", "step", _step_scheduler, _ignore),
     Patch(
         "transformers.integrations.deepspeed", "HfTrainerDeepSpeedConfig", "fill_match",
         _divide_batch, _ignore,
     ),
+    Patch("transformers.trainer", "Trainer", "get_tp_size", _get_tp_size, _ignore),
 )  # fmt: skip

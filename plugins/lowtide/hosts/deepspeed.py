@@ -29,7 +29,6 @@ from lowtide.core.lifecycle import Event, Session
 from lowtide.hosts import accelerate, deepspeed_ops
 from lowtide.hosts._deepspeed_save import UNCERTIFIED, certify, checkpoint_methods, end_step
 from lowtide.hosts._guard import Symbol, check_host, process_rank
-from lowtide.hosts._shared_batches import size_told
 
 logger = logging.getLogger("lowtide")
 
@@ -91,24 +90,6 @@ def enable() -> None:
 
     setattr(initialize_with_lowtide, _STOCK, stock)
     deepspeed.initialize = initialize_with_lowtide
-    deepspeed.tp_model_init = _without_ours(deepspeed.tp_model_init)
-
-
-def _without_ours(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `tp_model_init` that leaves a model alone which a plugin will spread over ranks.
-
-    Transformers calls it for every configuration with a tensor-parallel size, ours included.
-    """
-
-    @functools.wraps(stock)
-    def tp_model_init(model: Any, *args: Any, **kwargs: Any) -> Any:
-        call = inspect.signature(stock).bind(model, *args, **kwargs)
-        if size_told(call.arguments.get("config")) > 1:
-            return model
-        return stock(model, *args, **kwargs)
-
-    setattr(tp_model_init, _STOCK, stock)
-    return tp_model_init
 
 
 def disable() -> None:
@@ -120,7 +101,6 @@ def disable() -> None:
     accelerate.uninstall()
     if hasattr(deepspeed.initialize, _STOCK):
         deepspeed.initialize = _stock_initialize()
-        deepspeed.tp_model_init = getattr(deepspeed.tp_model_init, _STOCK)
 
 
 def detach(engine: Any) -> None:

@@ -7,6 +7,7 @@ average of its weights, say) has its own, with its own head.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +137,8 @@ def _shape_text(tensor: Tensor | None) -> str:
 class SameDraws:
     """Stand in for ``generate``: all ranks of a group draw the first one's random numbers.
 
-    With the same state on all ranks nothing changes. Ranks with another state have it back after.
+    A rank whose state was the first one's goes on with it, as without this class: ranks seeded
+    alike stay alike. A rank with another state has it back after.
 
     Args:
         model: Sharded, with a ``generate`` of its own.
@@ -150,15 +152,27 @@ class SameDraws:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does."""
         device = next(self.model.parameters()).device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=self.group.rank > 0):
-            first = self._of_first_rank(torch.get_rng_state(), device)
-            torch.set_rng_state(first)
-            for each in devices:
-                of_device = self._of_first_rank(torch.cuda.get_rng_state(each), device)
-                torch.cuda.set_rng_state(of_device, each)
+        states = [(torch.get_rng_state, torch.set_rng_state)]
+        if device.type == "cuda":
+            states.append((partial(torch.cuda.get_rng_state, device), partial(_set_cuda, device)))
+        own = []  # states to be put back, and how
+        for get, put in states:
+            mine = get()
+            first = self._of_first_rank(mine, device)
+            # Not a state that was the same: it moves on everywhere, as the first rank's does.
+            if not torch.equal(mine, first):
+                own.append((mine, put))
+                put(first)
+        try:
             return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            for mine, put in own:
+                put(mine)
 
     def _of_first_rank(self, state: Tensor, device: torch.device) -> Tensor:
         rows = self.group.gather_rows(state.to(device).unsqueeze(0), phase="generate")
         return rows[0].cpu()
+
+
+def _set_cuda(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device)

@@ -18,6 +18,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tenso
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 _ODD, _OTHER_ODD = 6364136223846793005, 2862933555777941757
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 20  # numbers hashed at once, each in a few int64: a dense mask can have billions
 
 
 def fingerprint(numbers: Tensor) -> Tensor:
@@ -27,13 +29,18 @@ def fingerprint(numbers: Tensor) -> Tensor:
         numbers: Numbers of any shape.
     """
     flat = numbers.flatten()
-    flat = (flat.view(torch.uint8) if flat.is_floating_point() else flat).to(torch.int64)  # bits
-    place = torch.arange(1, flat.numel() + 1, device=flat.device)
-    # Multiplied, folded and multiplied again: a sum of products alone would be the same wherever
-    # changes cancel. int64 wraps around.
-    mixed = (flat + place * _ODD) * _OTHER_ODD
-    mixed = (mixed ^ (mixed >> 29)) * _ODD
-    return (mixed ^ (mixed >> 32)).sum() >> 2
+    if flat.is_floating_point():
+        # Numbers of the same size: others could not be seen in an expanded tensor, on one number.
+        flat = flat.view(_BITS[flat.element_size()])
+    result = torch.zeros((), dtype=torch.int64, device=flat.device)
+    place = torch.arange(1, min(flat.numel(), _CHUNK) + 1, device=flat.device)
+    for first, chunk in enumerate(flat.split(_CHUNK)):
+        # Multiplied, folded and multiplied again: a sum of products alone would be the same
+        # wherever changes cancel. int64 wraps around.
+        mixed = (chunk + (place[: len(chunk)] + first * _CHUNK) * _ODD) * _OTHER_ODD
+        mixed = (mixed ^ (mixed >> 29)) * _ODD
+        result += (mixed ^ (mixed >> 32)).sum()
+    return result >> 2
 
 
 @dataclass

@@ -184,10 +184,21 @@ def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]], degree:
             ranks call it.
     """
 
+    def whole(exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        if exclude_frozen_parameters:
+            raise ModelError(
+                "exclude_frozen_parameters: got True, allowed is False: the low-rank model is "
+                "saved whole; leave it out, and drop what is frozen from "
+                "engine.lowtide.tensor_parallel.state_dict()"
+            )
+        return gather()
+
     def save_16bit_model(
-        save_dir: str, save_filename: str = "pytorch_model.bin", **_options: Any
+        save_dir: str,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
     ) -> bool:
-        state = gather()
+        state = whole(exclude_frozen_parameters)
         if dist.get_rank() == 0:
             Path(save_dir).mkdir(parents=True, exist_ok=True)
             torch.save(state, Path(save_dir) / save_filename)
@@ -196,46 +207,59 @@ def replace_savers(engine: Any, gather: Callable[[], dict[str, Tensor]], degree:
 
     engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
     if degree > 1:
-        # What Accelerate asks of an engine whose weights are spread: whether it may, then for them.
-        engine.zero_gather_16bit_weights_on_model_save = lambda: True
-        engine._consolidated_16bit_state_dict = lambda *_args, **_options: gather()
+        # What Accelerate asks an engine whose weights are spread for.
+        engine._consolidated_16bit_state_dict = whole
     model = engine.module
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _save_whole(model, degree)
+        model.save_pretrained = WholeSaver(model, degree)
 
 
-def _save_whole(model: Any, degree: int) -> Callable[..., Any]:
-    """Return `save_pretrained` that writes the unsharded state dict and nothing less.
+class WholeSaver:
+    """Stand in for ``save_pretrained``: write the unsharded state dict and nothing less.
 
     It may be called by one rank, so it gathers nothing. With one rank, the model's own will do.
-    """
-    stock = model.save_pretrained
-    names = {part.name for _, parts in sharded_parameters(model) for part in parts}
+    An object that holds the model, so that a deep copy of the model saves the copy.
 
-    def save_pretrained(
-        save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **options: Any
+    Args:
+        model: Sharded, with a ``save_pretrained`` of its own.
+        degree: Number of ranks that hold it.
+    """
+
+    def __init__(self, model: Any, degree: int) -> None:
+        self.model = model
+        self.degree = degree
+        self.names = {part.name for _, parts in sharded_parameters(model) for part in parts}
+
+    def __call__(
+        self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any
     ) -> Any:
-        if degree == 1 and (state_dict is None or not names <= state_dict.keys()):
+        """Save as the model does.
+
+        Raises:
+            ModelError: the state dict is not, or cannot be made, the whole model's.
+        """
+        model = self.model
+        if self.degree == 1 and not self._is_whole(state_dict):
             state_dict = whole_of_one(
                 model, model.state_dict() if state_dict is None else state_dict
             )
-        if state_dict is None or not names <= state_dict.keys():
+        if not self._is_whole(state_dict):
             raise ModelError(
                 "save_pretrained: the model is spread over ranks, and this one has a part of it; "
                 "pass state_dict=engine.lowtide.tensor_parallel.state_dict(), which all ranks have "
                 "to call"
             )
-        return stock(save_directory, *args, state_dict=state_dict, **options)
+        return type(model).save_pretrained(
+            model, save_directory, *args, state_dict=state_dict, **options
+        )
 
-    return save_pretrained
+    def _is_whole(self, state: dict[str, Tensor] | None) -> bool:
+        return state is not None and self.names <= state.keys()
 
 
 def restore_savers(engine: Any) -> None:
     """Undo `replace_savers`."""
-    for name in (
-        "save_16bit_model", "save_fp16_model", "zero_gather_16bit_weights_on_model_save",
-        "_consolidated_16bit_state_dict",
-    ):  # fmt: skip
+    for name in ("save_16bit_model", "save_fp16_model", "_consolidated_16bit_state_dict"):
         engine.__dict__.pop(name, None)
     engine.module.__dict__.pop("save_pretrained", None)
 
