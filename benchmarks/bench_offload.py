@@ -61,6 +61,22 @@ def parse() -> argparse.Namespace:
 # -- 1: passes over memory ----------------------------------------------------------------------
 
 
+def config_of(offload_optimizer: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1}},
+        "zero_optimization": {
+            "stage": 3,
+            "sub_group_size": 10_000_000,
+            "offload_optimizer": offload_optimizer,
+        },
+        "steps_per_print": 1 << 30,
+        **more,
+    }
+
+
 def _engine(params: float, block: dict[str, Any] | None) -> Any:
     import deepspeed
 
@@ -69,18 +85,7 @@ def _engine(params: float, block: dict[str, Any] | None) -> Any:
     torch.manual_seed(0)
     width, layers = 1024, max(1, round(params / 1024**2))
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(layers)))
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1}},
-        "zero_optimization": {
-            "stage": 3,
-            "sub_group_size": 10_000_000,
-            "offload_optimizer": {"device": "cpu"},
-        },
-        "steps_per_print": 1 << 30,
-    }
+    config = config_of({"device": "cpu"})
     if block is None:
         start: Callable[..., Any] = deepspeed.initialize
     else:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_offload import config_of
 from rich.console import Console
 from rich.table import Table
 
@@ -48,22 +49,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=0.35, help="share of state kept in memory")
     parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
-
-
-def config_of(offload_optimizer: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1}},
-        "zero_optimization": {
-            "stage": 3,
-            "sub_group_size": 10_000_000,
-            "offload_optimizer": offload_optimizer,
-        },
-        "steps_per_print": 1 << 30,
-        **more,
-    }
 
 
 def storage(options: argparse.Namespace, paths: list[str], **settings: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lowtide.tensor_parallel.functions import partial_down
 from lowtide.tensor_parallel.group import TensorGroup
 from lowtide.tensor_parallel.loss import vocabulary_cross_entropy
 from lowtide.tensor_parallel.norms import NormSetting
-from lowtide.tensor_parallel.reduction import reduce
+from lowtide.tensor_parallel.reduction import Reduction
 from lowtide.tensor_parallel.sharding import load_unsharded_state_dict, shard, unsharded_state_dict
 from tests.tensor_parallel.compare import (
     Batch,
@@ -392,7 +392,7 @@ def replicas(group: TensorGroup) -> Any:
         gain = torch.ones(mine.shape[-1], dtype=dtype)
         norm = NormSetting(FUSED.width, FUSED.epsilon)
         partial, *statistics = partial_down(mine, weight, group, norm, gain)
-        total, (squares,) = reduce(partial, tuple(statistics), group, norm)
+        total, (squares,) = Reduction(partial, tuple(statistics), group, norm).finish()
         bits = [_everywhere(each, group) for each in (total.contiguous(), squares)]
         found[str(dtype)[6:]] = {
             "differing": differing,

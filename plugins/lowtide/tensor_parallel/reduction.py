@@ -151,7 +151,10 @@ class _Reduce(Function):
 
 
 class Reduction:
-    """A sum over the ranks under way.
+    """What `functions.partial_down` returned, being summed over the ranks in one message.
+
+    Backward this is the identity: what follows is computed alike on all ranks, so the gradient is
+    already complete.
 
     Args:
         partial: ``u`` of `functions.partial_down`; its buffer is used up.
@@ -190,20 +193,6 @@ class Reduction:
             self._group, self._pending, self._room, self._partial, *self._statistics
         )
         return total, tuple(statistics)
-
-
-def reduce(
-    partial: Tensor, statistics: Statistics, group: TensorGroup, norm: NormSetting | None = None
-) -> tuple[Tensor, Statistics]:
-    """Sum what `functions.partial_down` returned over the ranks, in one message.
-
-    The buffer of `partial` is used up. Backward this is the identity: what follows is computed
-    alike on all ranks, so the gradient is already complete.
-
-    Returns:
-        As `Reduction.finish`.
-    """
-    return Reduction(partial, statistics, group, norm).finish()
 
 
 @torch.no_grad()

@@ -183,23 +183,25 @@ def block_time(
     )
     if parts == 1:
         return result
-    # The gradients of both halves are joined before the block, a pass over the residual stream, and
-    # every weight gets the sum of two gradients.
-    joint = Sweep(
-        name="halves", elements=2 * local_widths(shape, ranks, scheme).residual, kernels=1
-    )
-    parameters = sum(layer.parameters for layer in linears)
-    joint_s = _sweeps_s([joint], batch.tokens, machine)
-    joint_s += 3 * ELEMENT_BYTES * parameters / machine.stream_bytes_per_s
     spans = _spans(scheme, linears, forward, attention_s, tokens, machine)
+    hidden_s = _hidden_in_turns(forward, spans, ranks, tokens, machine)
+    joint_s = _joint_s(local_widths(shape, ranks, scheme).residual, linears, batch.tokens, machine)
     return BlockTime(
-        forward=dataclasses.replace(
-            result.forward,
-            hidden_s=_hidden_in_turns(forward, spans, ranks, tokens, machine),
-        ),
+        forward=dataclasses.replace(result.forward, hidden_s=hidden_s),
         recompute=recompute,
         backward=result.backward + Phase(sweep_s=joint_s),
     )
+
+
+def _joint_s(residual: int, linears: Sequence[Linear], tokens: int, machine: Machine) -> float:
+    """Return what halves add to a backward.
+
+    The gradients of both are joined before the block, a pass over the residual stream, and every
+    weight gets the sum of two gradients.
+    """
+    joint_s = _sweeps_s([Sweep(name="halves", elements=2 * residual, kernels=1)], tokens, machine)
+    parameters = sum(layer.parameters for layer in linears)
+    return joint_s + 3 * ELEMENT_BYTES * parameters / machine.stream_bytes_per_s
 
 
 def takes_turns(scheme: Scheme, batch: Batch, ranks: int) -> bool:
