@@ -1,11 +1,13 @@
 """Start N ranks (or any command) with a hard timeout and collected logs.
 
-Ranks are plain processes with the launcher's environment, without torchrun's agent: that saves an
-import of torch per start. Every process lives in a process group of its own and is killed with it.
+Ranks have the launcher's environment, without torchrun's agent, and are forks of one process that
+has imported what all of them need (see `tests.helpers.fork_server`). Every process lives in a
+process group of its own and is killed with it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,13 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from tests.helpers.fork_server import ForkedProcess, ForkServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _GRACE_S = 15.0  # after one rank failed, how long the others get to notice it themselves
+
+
+class _Process(Protocol):
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
 
 
 @dataclass
@@ -80,14 +91,13 @@ def run_ranks(
     *,
     nproc: int = 2,
     timeout_s: float = 120.0,
-    env: Mapping[str, str] | None = None,
 ) -> RankResult:
     """Run ``python argv...`` on `nproc` gloo ranks.
 
     A rank may leave a result for the test by calling `leave_result`.
     """
     with tempfile.TemporaryDirectory(prefix="lowtide-ranks-") as folder:
-        shared = environment(env) | {
+        shared = environment() | {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(nproc),
@@ -95,7 +105,7 @@ def run_ranks(
         }
         commands = [
             (
-                [sys.executable, *argv],
+                argv,
                 shared
                 | {
                     "RANK": str(rank),
@@ -105,7 +115,7 @@ def run_ranks(
             )
             for rank in range(nproc)
         ]
-        result = _run(commands, Path(folder), timeout_s)
+        result = _run(_fork, commands, Path(folder), timeout_s)
         for rank in range(nproc):
             path = Path(folder) / f"result{rank}.json"
             result.results.append(json.loads(path.read_text()) if path.exists() else None)
@@ -121,7 +131,7 @@ def run_command(
 ) -> RankResult:
     """Run one command (torchrun, a shell script, the `lowtide` command) to its end."""
     with tempfile.TemporaryDirectory(prefix="lowtide-run-") as folder:
-        return _run([(list(argv), environment(env))], Path(folder), timeout_s, cwd)
+        return _run(_start, [(list(argv), environment(env))], Path(folder), timeout_s, cwd)
 
 
 def leave_result(value: Any) -> None:
@@ -129,7 +139,7 @@ def leave_result(value: Any) -> None:
     Path(os.environ["LOWTIDE_TEST_RESULT"]).write_text(json.dumps(value), encoding="utf-8")
 
 
-def kill_group(process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
+def kill_group(process: _Process, number: int = signal.SIGKILL) -> None:
     """Send a signal to a process started here and everything it started."""
     try:
         os.killpg(process.pid, number)
@@ -137,30 +147,44 @@ def kill_group(process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> 
         return
 
 
+@functools.cache
+def _fork_server() -> ForkServer:
+    return ForkServer(environment())
+
+
+def _fork(argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> ForkedProcess:
+    return _fork_server().start(argv, env, cwd, log)
+
+
+def _start(
+    argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path
+) -> subprocess.Popen[bytes]:
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            argv,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
 def _run(
-    commands: list[tuple[list[str], dict[str, str]]],
+    start: Callable[[Sequence[str], Mapping[str, str], Path, Path], _Process],
+    commands: Sequence[tuple[Sequence[str], Mapping[str, str]]],
     folder: Path,
     timeout_s: float,
     cwd: Path | None = None,
 ) -> RankResult:
     begin_s = time.monotonic()
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[_Process] = []
     paths = [folder / f"log{i}.txt" for i in range(len(commands))]
     is_timed_out = False
     try:
         for (argv, env), path in zip(commands, paths, strict=True):
-            with open(path, "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        argv,
-                        env=env,
-                        cwd=cwd or REPOSITORY,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+            processes.append(start(argv, env, cwd or REPOSITORY, path))
         deadline_s = begin_s + timeout_s
         while any(process.poll() is None for process in processes):
             now_s = time.monotonic()
@@ -175,7 +199,7 @@ def _run(
             kill_group(process)
             process.wait()
     return RankResult(
-        returncodes=[process.returncode for process in processes],
+        returncodes=[process.wait() for process in processes],
         logs=[path.read_text(encoding="utf-8", errors="replace") for path in paths],
         is_timed_out=is_timed_out,
         seconds=time.monotonic() - begin_s,

@@ -6,8 +6,8 @@ infinite, NaN), a third special values in all combinations. Settings and steps a
 each batch, the gradient's type and scale too; DeepSpeed's side takes its own four passes. NaN
 counts as equal to NaN. Results are compared for parameter, both moments and the 16-bit parameter.
 
-    python benchmarks/check_adam_bits.py --tuples 1e9
-    python benchmarks/check_adam_bits.py --tuples 0 --conversions   # all 2**32 float32 to 16 bit
+    python benchmarks/bench_adam_bits.py --tuples 1e9
+    python benchmarks/bench_adam_bits.py --tuples 0 --conversions   # all 2**32 float32 to 16 bit
 
 Ends with status 1 if anything differs.
 """
