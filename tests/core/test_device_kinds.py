@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lowtide.core.device import Device, open_device
 from lowtide.core.device.cuda import CudaLane
 from lowtide.core.device.emulated import Throttle
 from lowtide.core.device.lanes import CREDIT_S, host_route
+from lowtide.core.device.pinned import pinned_empty
 from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
 
 MIB = 1 << 20
@@ -333,6 +335,48 @@ class FakeStream:
 
     def synchronize(self) -> None:
         self.log.append(f"{self.name} synchronized")
+
+
+class FakeRuntime:
+    """CUDA's registry of pinned memory; `refuses` is the status of the next registration."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+        self.refuses = 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert flags == 1
+        if not self.refuses:
+            ctypes.memset(address, 7, size)  # all of it is there
+            self.pinned[address] = size
+        return self.refuses
+
+    def cudaHostUnregister(self, address: int) -> int:
+        assert ctypes.string_at(address, 1)  # still mapped
+        del self.pinned[address]
+        return 0
+
+
+def test_large_pinned_memory_has_exactly_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    tensor = pinned_empty((3, 1_000_001), torch.float32)
+    assert runtime.pinned == {tensor.data_ptr(): 12_000_012}
+    assert tensor.shape == (3, 1_000_001)
+    assert tensor.view(torch.uint8).eq(7).all()
+    part = tensor[2, 5:]
+    del tensor
+    assert part.view(torch.uint8).eq(7).all()  # a view keeps it pinned
+    assert len(runtime.pinned) == 1
+    del part
+    assert runtime.pinned == {}
+
+    runtime.refuses = 2
+    launches: list[str] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: launches.append(device))
+    with pytest.raises(RuntimeError, match=r"cannot pin 4000000 bytes: cudaHostRegister gave 2"):
+        pinned_empty(1_000_000, torch.float32)
+    assert launches == ["cuda"]  # one that takes the error the runtime remembers
 
 
 def test_cuda_lanes_issue_in_order_and_let_streams_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowtide.core.device.base import Device
 from lowtide.core.device.lanes import Action, DeviceEvent, Lane, Operation, Route
+from lowtide.core.device.pinned import pinned_empty
 from lowtide.core.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -167,8 +168,8 @@ class CudaDevice(Device):
         return max(0, self.free_bytes() - (peak - now))
 
     def host_empty(self, shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Allocate pinned memory; torch rounds up to powers of two: pin one arena and carve it."""
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        """Allocate pinned memory of exactly that size; raises RuntimeError where CUDA refuses."""
+        return pinned_empty(shape, dtype)
 
     def owns(self, tensor: Tensor) -> bool:
         """Return whether the tensor is on this GPU."""
