@@ -97,8 +97,8 @@ class CheckpointConfig(PluginConfig):
 
     pinned_buffer_bytes: int | Auto = "auto"
     """Pinned host memory of each rank, beside `host_buffer_bytes`: the way for tensors on a GPU,
-    allocated at the first save of such tensors. The largest power of two in it is used. Auto: a
-    quarter of `host_buffer_bytes`, 16 to 256 MiB."""
+    allocated at the first save of such tensors. Auto: a quarter of `host_buffer_bytes`, 16 to
+    256 MiB."""
 
     lazy: bool = True
     """Copy parameters and optimizer state during the next forward and backward. False copies

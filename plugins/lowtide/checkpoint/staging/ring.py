@@ -8,11 +8,6 @@ from lowtide.checkpoint.writer import Ticket
 from lowtide.core.device import Device
 
 
-def slots_in(limit_bytes: int, chunk_bytes: int) -> int:
-    """Return how many slots fit: a power of two, as torch rounds pinned memory up to one."""
-    return 1 << max(1, (limit_bytes // chunk_bytes).bit_length() - 1)
-
-
 class Ring:
     """Slots, and who still reads them. Used by one thread at a time.
 
@@ -34,7 +29,7 @@ class Ring:
         Raises:
             DeviceError, RuntimeError, MemoryError: the system cannot give the memory.
         """
-        size = slots_in(limit_bytes, chunk_bytes) * chunk_bytes
+        size = max(2, limit_bytes // chunk_bytes) * chunk_bytes
         return cls(device.host_empty(size, torch.uint8), chunk_bytes)
 
     @classmethod
