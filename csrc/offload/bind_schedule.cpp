@@ -80,15 +80,17 @@ void bind_schedule(py::module_ &module) {
     py::class_<Simulator>(module, "Simulator",
                           "Simulates plans of the same pieces at the same rates; "
                           "lowtide.offload.simulate has the words.")
-        .def(py::init([](std::vector<double> numel, std::vector<double> upload_bytes,
-                         std::vector<double> gradient_bytes, Indices path,
-                         const std::vector<double> &rates, const Pairs &paths) {
-                 return Simulator({std::move(numel), std::move(upload_bytes),
-                                   std::move(gradient_bytes), std::move(path)},
-                                  rates_of(rates, paths));
-             }),
-             py::arg("numel"), py::arg("upload_bytes"), py::arg("gradient_bytes"), py::arg("path"),
-             py::arg("rates"), py::arg("paths"))
+        .def(
+            py::init([](std::vector<double> numel, std::vector<double> upload_bytes,
+                        std::vector<double> gradient_bytes, std::vector<double> resident_load_bytes,
+                        Indices path, const std::vector<double> &rates, const Pairs &paths) {
+                return Simulator({std::move(numel), std::move(upload_bytes),
+                                  std::move(gradient_bytes), std::move(resident_load_bytes),
+                                  std::move(path)},
+                                 rates_of(rates, paths));
+            }),
+            py::arg("numel"), py::arg("upload_bytes"), py::arg("gradient_bytes"),
+            py::arg("resident_load_bytes"), py::arg("path"), py::arg("rates"), py::arg("paths"))
         .def("run", &run, py::arg("device_order"), py::arg("host_order"), py::arg("residents"),
              py::arg("slots"), py::arg("release_s"), py::arg("host_gates"), py::arg("device_gates"),
              py::arg("flags"), py::arg("stored_order"), py::arg("buffers"), py::arg("carried"),

@@ -126,8 +126,9 @@ class Run {
     static std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
 
     double load_bytes(std::int32_t i) const {
-        const double gradient = sizes_.gradient_bytes[index(i)];
-        return is_held_[index(i)] ? gradient : state_bytes * sizes_.numel[index(i)] + gradient;
+        return is_held_[index(i)]
+                   ? sizes_.resident_load_bytes[index(i)]
+                   : state_bytes * sizes_.numel[index(i)] + sizes_.gradient_bytes[index(i)];
     }
 
     bool is_released(std::int32_t i) const {

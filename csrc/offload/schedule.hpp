@@ -45,8 +45,9 @@ struct LaneRates {
 struct PieceSizes {
     std::vector<double> numel;
     std::vector<double> upload_bytes;
-    std::vector<double> gradient_bytes;
-    std::vector<std::int32_t> path; // -1: in memory; empty: all of them
+    std::vector<double> gradient_bytes;      // loaded when the piece is staged, with its state
+    std::vector<double> resident_load_bytes; // loaded when it is resident
+    std::vector<std::int32_t> path;          // -1: in memory; empty: all of them
 };
 
 constexpr std::uint32_t downcast_in_background = 1;

@@ -109,9 +109,10 @@ Simulator::Simulator(PieceSizes sizes, const LaneRates &rates)
     : sizes_(std::move(sizes)), rates_(rates) {
     const std::size_t count = sizes_.numel.size();
     if (sizes_.upload_bytes.size() != count || sizes_.gradient_bytes.size() != count ||
+        sizes_.resident_load_bytes.size() != count ||
         (!sizes_.path.empty() && sizes_.path.size() != count)) {
-        throw std::invalid_argument("sizes: numel, upload_bytes, gradient_bytes and path must have "
-                                    "the same length");
+        throw std::invalid_argument("sizes: numel, upload_bytes, gradient_bytes, "
+                                    "resident_load_bytes and path must have the same length");
     }
     if (rates.paths.size() > most_paths) {
         throw std::invalid_argument("rates: allowed are at most 8 paths");
@@ -131,7 +132,8 @@ Simulator::Simulator(PieceSizes sizes, const LaneRates &rates)
     if (!std::all_of(sizes_.numel.begin(), sizes_.numel.end(), is_positive)) {
         throw std::invalid_argument("numel: allowed are finite numbers above 0");
     }
-    for (const auto *list : {&sizes_.upload_bytes, &sizes_.gradient_bytes}) {
+    for (const auto *list :
+         {&sizes_.upload_bytes, &sizes_.gradient_bytes, &sizes_.resident_load_bytes}) {
         if (!std::all_of(list->begin(), list->end(), is_at_least_zero)) {
             throw std::invalid_argument("sizes: allowed are finite numbers from 0");
         }

@@ -33,12 +33,13 @@ def random_rates(chance: random.Random) -> Rates:
 
 
 def random_pieces(chance: random.Random, count: int) -> list[Piece]:
-    gradient = chance.choice([0, 2, 4])
+    gradient, keeps = chance.choice([0, 2, 4]), chance.random() < 0.5
     return [
         Piece(
             numel=chance.randint(1, 100) * MILLION,
             gradient_upload_bytes=gradient,
             is_movable=chance.random() > 0.1,
+            keeps_gradient=keeps,
         )
         for _ in range(count)
     ]

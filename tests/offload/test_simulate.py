@@ -205,7 +205,7 @@ def check_trace(pieces: list[Piece], plan: Plan, result: Simulation) -> None:
     uses = []
     for i in plan.device_order:
         device = spans[(i, "device")]
-        is_loaded = i not in residents or pieces[i].gradient_upload_bytes > 0
+        is_loaded = i not in residents or pieces[i].resident_load_bytes > 0
         assert ((i, "prefetch") in spans) == is_loaded
         assert ((i, "flush") in spans) == (i not in residents)
         last = spans.get((i, "flush"), device)
@@ -301,20 +301,22 @@ def test_native_code_refuses_what_it_cannot_simulate() -> None:
     offload = native().offload
     rates = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 30.0]
     for arguments, message in (
-        (([1.0], [2.0], [4.0], [-1], rates[:8], []), "rates: got 8 numbers"),
-        (([1.0], [2.0], [], [-1], rates, []), "same length"),
-        (([1.0], [2.0], [4.0], [-1, -1], rates, []), "same length"),
-        (([0.0], [2.0], [4.0], [-1], rates, []), "numel"),
-        (([1.0], [-2.0], [4.0], [-1], rates, []), "sizes"),
-        (([1.0], [2.0], [4.0], [-1], [0.0, *rates[1:]], []), "above 0"),
-        (([1.0], [2.0], [4.0], [-1], [*rates[:6], float("nan"), 0.0, 30.0], []), "from 0"),
-        (([1.0], [2.0], [4.0], [1], rates, [(1.0, 1.0)]), "path: got 1"),
-        (([1.0], [2.0], [4.0], [0], rates, [(1.0, 0.0)]), "paths: allowed"),
-        (([1.0], [2.0], [4.0], [0], rates, [(1.0, 1.0)] * 9), "at most 8"),
+        (([1.0], [2.0], [4.0], [0.0], [-1], rates[:8], []), "rates: got 8 numbers"),
+        (([1.0], [2.0], [], [0.0], [-1], rates, []), "same length"),
+        (([1.0], [2.0], [4.0], [], [-1], rates, []), "same length"),
+        (([1.0], [2.0], [4.0], [0.0], [-1, -1], rates, []), "same length"),
+        (([0.0], [2.0], [4.0], [0.0], [-1], rates, []), "numel"),
+        (([1.0], [2.0], [4.0], [-1.0], [-1], rates, []), "sizes"),
+        (([1.0], [-2.0], [4.0], [0.0], [-1], rates, []), "sizes"),
+        (([1.0], [2.0], [4.0], [0.0], [-1], [0.0, *rates[1:]], []), "above 0"),
+        (([1.0], [2.0], [4.0], [0.0], [-1], [*rates[:6], float("nan"), 0.0, 30.0], []), "from 0"),
+        (([1.0], [2.0], [4.0], [0.0], [1], rates, [(1.0, 1.0)]), "path: got 1"),
+        (([1.0], [2.0], [4.0], [0.0], [0], rates, [(1.0, 0.0)]), "paths: allowed"),
+        (([1.0], [2.0], [4.0], [0.0], [0], rates, [(1.0, 1.0)] * 9), "at most 8"),
     ):
         with pytest.raises(ValueError, match=message):
             offload.Simulator(*arguments)
-    simulator = offload.Simulator([1.0], [2.0], [4.0], [-1], rates, [])
+    simulator = offload.Simulator([1.0], [2.0], [4.0], [0.0], [-1], rates, [])
     for changes, message in (
         ({"host_order": [1]}, "host_order: got piece 1"),
         ({"device_order": [-1]}, "device_order: got piece -1"),

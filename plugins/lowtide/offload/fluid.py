@@ -4,9 +4,9 @@ Per update, with N parameters, r of them resident, x staged, the rest on the hos
 
     host      (N - x - r) (1 / U_c + 1 / D_c)                    D_c where the downcast is apart
     device    (x + r) / U_g + n t_0
-    inward    (12 x + g (x + r) + l (N - x - r)) / B_h
+    inward    (12 x + g x + h r + l (N - x - r)) / B_h           h = 0 where gradients stay, else g
     outward   12 x / B_d                                         half duplex: added to inward
-    memory    ((b_C + l) (N - x - r) + 24 x + g (x + r)) / M
+    memory    ((b_C + l) (N - x - r) + 24 x + g x + h r) / M
 
 and an update cannot take less than the slowest. All are linear in x and r, so the best division is
 a small linear program.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,9 +27,10 @@ from lowtide.offload.rates import DOWNCAST_BYTES, STATE_BYTES, Rates
 from lowtide.offload.reference import DOWNCAST, HOST, speeds
 from lowtide.offload.schedule import Piece, Plan
 
-Kinds: TypeAlias = dict[tuple[int, int, bool], tuple[int, int, int]]
-"""(bytes per parameter of 16-bit weights, of gradient, is it movable) -> pieces, their
-parameters, those of the largest piece."""
+Kind: TypeAlias = tuple[int, int, bool, bool]
+Kinds: TypeAlias = dict[Kind, tuple[int, int, int]]
+"""(bytes per parameter of 16-bit weights, of gradient, is it movable, does a resident keep its
+gradient) -> pieces, their parameters, those of the largest piece."""
 
 _ROUNDING = 1.0 - 1e-9  # a bound must stay one when sums are rounded
 
@@ -124,7 +125,10 @@ def division_bound_s(pieces: Sequence[Piece], plan: Plan, rates: Rates) -> float
         upload=sum(p.low_precision_bytes * p.numel for p in host),
         staged=sum(pieces[i].numel for i in plan.device_order if i not in held),
         device=sum(p.numel for p in device),
-        gradient=sum(p.gradient_bytes for p in device),
+        gradient=sum(
+            pieces[i].resident_load_bytes if i in held else pieces[i].gradient_bytes
+            for i in plan.device_order
+        ),
         launches=len(device),
     )
     times = lane_times_s(work, rates)
@@ -155,7 +159,7 @@ def kinds_of(pieces: Sequence[Piece]) -> Kinds:
     """Return how many parameters there are of each kind; kinds are few where pieces are many."""
     kinds: Kinds = {}
     for p in pieces:
-        kind = (p.low_precision_bytes, p.gradient_upload_bytes, p.is_movable)
+        kind = (p.low_precision_bytes, p.gradient_upload_bytes, p.is_movable, p.keeps_gradient)
         count, numel, largest = kinds.get(kind, (0, 0, 0))
         kinds[kind] = count + 1, numel + p.numel, max(largest, p.numel)
     return kinds
@@ -169,7 +173,9 @@ class Fluid:
         total: All parameters.
         movable: Those that the device may update.
         upload_bytes: Bytes per parameter of 16-bit weights.
-        gradient_bytes: Bytes per parameter of gradient to upload.
+        gradient_bytes: Bytes per parameter of gradient to upload with what is staged.
+        resident_load_bytes: The same for residents.
+        resident_bytes: Device memory per resident parameter.
         piece: Parameters in a movable piece, so that launches can be counted.
     """
 
@@ -177,23 +183,35 @@ class Fluid:
     movable: float
     upload_bytes: float
     gradient_bytes: float
+    resident_load_bytes: float
+    resident_bytes: float
     piece: float
 
     @classmethod
     def of(cls, kinds: Kinds, *, is_bound: bool = False) -> Fluid:
         """Return the pieces' averages, or for a bound the values that cost least."""
-        total = sum(numel for _, numel, _ in kinds.values())
         movable = {kind: sizes for kind, sizes in kinds.items() if kind[2]}
+
+        def typical(bytes_of: Callable[[Kind], int], among: Kinds) -> float:
+            if is_bound:
+                return min(map(bytes_of, among), default=0)
+            numel = sum(sizes[1] for sizes in among.values())
+            return sum(bytes_of(kind) * sizes[1] for kind, sizes in among.items()) / max(numel, 1)
+
         moving = sum(numel for _, numel, _ in movable.values())
         if is_bound:
-            upload: float = min(kind[0] for kind in kinds)
-            gradient: float = min((kind[1] for kind in movable), default=0)
             piece: float = max((largest for _, _, largest in movable.values()), default=1)
         else:
-            upload = sum(kind[0] * sizes[1] for kind, sizes in kinds.items()) / total
-            gradient = sum(kind[1] * sizes[1] for kind, sizes in movable.items()) / max(moving, 1)
             piece = moving / max(sum(count for count, _, _ in movable.values()), 1) or 1.0
-        return cls(total, moving, upload, gradient, piece)
+        return cls(
+            total=sum(numel for _, numel, _ in kinds.values()),
+            movable=moving,
+            upload_bytes=typical(lambda kind: kind[0], kinds),
+            gradient_bytes=typical(lambda kind: kind[1], movable),
+            resident_load_bytes=typical(lambda kind: 0 if kind[3] else kind[1], movable),
+            resident_bytes=STATE_BYTES + typical(lambda kind: kind[1] * kind[3], movable),
+            piece=piece,
+        )
 
     def work(self, staged: float, resident: float) -> Work:
         """Return what there is to do in this division."""
@@ -204,7 +222,7 @@ class Fluid:
             upload=self.upload_bytes * host,
             staged=staged,
             device=device,
-            gradient=self.gradient_bytes * device,
+            gradient=self.gradient_bytes * staged + self.resident_load_bytes * resident,
             launches=device / self.piece,
         )
 
@@ -279,5 +297,5 @@ def lower_bound_s(
     """
     fluid = Fluid.of(kinds, is_bound=True)
     slots = 1 << 30 if memory_bytes > 0 else 0
-    most = min(fluid.movable, memory_bytes / STATE_BYTES)
+    most = min(fluid.movable, memory_bytes / fluid.resident_bytes)
     return best_resident(fluid, rates, most, slots=slots, is_fair=is_fair)[1] * _ROUNDING

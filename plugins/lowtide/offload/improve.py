@@ -62,7 +62,9 @@ def _divisions(search: Search) -> Iterator[tuple[list[int], frozenset[int]]]:
     """
     seen = set()
     pieces = [search.pieces[i] for i in search.movable]
-    sizes = [(p.numel, p.gradient_upload_bytes, p.low_precision_bytes) for p in pieces]
+    sizes = [
+        (p.numel, p.gradient_upload_bytes, p.low_precision_bytes, p.keeps_gradient) for p in pieces
+    ]
     for sides in itertools.product(range(3), repeat=len(search.movable)):
         staged = [i for i, side in zip(search.movable, sides, strict=True) if side == 1]
         residents = frozenset(i for i, side in zip(search.movable, sides, strict=True) if side == 2)

@@ -161,7 +161,8 @@ def _forecast(
 ) -> Forecast:
     simulation = simulate(pieces, plan, rates, options=options, is_traced=False)
     staged = sum(pieces[i].state_bytes for i in plan.staged)
-    gradient = sum(pieces[i].gradient_bytes for i in plan.device_order)
+    gradient = sum(pieces[i].gradient_bytes for i in plan.staged)
+    gradient += sum(pieces[i].resident_load_bytes for i in plan.residents)
     on_host = (*plan.host_order, *plan.stored_order)
     upload = sum(pieces[i].low_precision_bytes * pieces[i].numel for i in on_host)
     moved = plan.stored_order[plan.carried :]
@@ -180,8 +181,8 @@ def _most_residents(pieces: Sequence[Piece], memory_bytes: float) -> int:
     """Return how many of the first pieces fit beside one slot for their gradients."""
     held = slot = 0
     for count, piece in enumerate(pieces):
-        held += piece.state_bytes
-        slot = max(slot, piece.gradient_bytes)
+        held += piece.resident_bytes
+        slot = max(slot, piece.resident_load_bytes)
         if not piece.is_movable or held + slot > memory_bytes:
             return count
     return len(pieces)

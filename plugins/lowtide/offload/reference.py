@@ -205,7 +205,8 @@ class _State:
 
     def load_bytes(self, i: int) -> int:
         """Bytes that go to the device before the update of a device piece."""
-        return self.pieces[i].gradient_bytes if i in self.held else self.pieces[i].staged_bytes
+        piece = self.pieces[i]
+        return piece.resident_load_bytes if i in self.held else piece.staged_bytes
 
     def is_released(self, i: int) -> bool:
         """Whether the gradient of a piece is ready."""

@@ -25,6 +25,8 @@ class Piece:
         gradient_upload_bytes: Bytes per parameter of gradient that must go to the device before a
             device update: 0 where it never left the device, else 2 or 4.
         is_movable: Whether the device may update it; if not, the host does.
+        keeps_gradient: While it is resident, its gradient stays on the device too: nothing to
+            upload, and as much more memory.
         path: Number of the storage path where its state lives; None: it is in memory. The host
             updates what is stored.
 
@@ -36,6 +38,7 @@ class Piece:
     low_precision_bytes: int = 2
     gradient_upload_bytes: int = 4
     is_movable: bool = True
+    keeps_gradient: bool = False
     path: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +74,16 @@ class Piece:
         """Bytes loaded into a slot when the piece is staged: state and gradient."""
         return self.state_bytes + self.gradient_bytes
 
+    @property
+    def resident_load_bytes(self) -> int:
+        """Bytes loaded into a slot when the piece is resident: its gradient, where that leaves."""
+        return 0 if self.keeps_gradient else self.gradient_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of device memory that the piece takes as a resident."""
+        return self.state_bytes + (self.gradient_bytes if self.keeps_gradient else 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -87,7 +100,7 @@ class Plan:
         slots: Staging slots; each holds the largest load of a device piece (`slot_bytes`).
             0 where nothing is loaded.
         slot_bytes: Size of one slot.
-        resident_bytes: Device memory of the residents' state.
+        resident_bytes: Device memory of the residents: state, and gradients that stay there.
         fraction: Share of the parameters that are not resident which the device updates.
         makespan_s: Predicted time of the whole update, or None where nothing was predicted.
         busy_s: Predicted seconds in which each lane is at work.
@@ -169,12 +182,11 @@ class Plan:
 
 
 def slot_bytes(pieces: Sequence[Piece], device: Iterable[int], residents: Iterable[int]) -> int:
-    """Return the size of one slot: the largest load. A resident loads its gradient only."""
+    """Return the size of one slot: the largest load. A resident loads its gradient at most."""
     held, largest = set(residents), 0
     for i in device:
         piece = pieces[i]
-        state = 0 if i in held else STATE_BYTES
-        largest = max(largest, (state + piece.gradient_upload_bytes) * piece.numel)
+        largest = max(largest, piece.resident_load_bytes if i in held else piece.staged_bytes)
     return largest
 
 
@@ -210,7 +222,7 @@ def build_plan(
         buffers=buffers if stored else 0,
         carried=min(carried, buffers, len(stored)),
         slot_bytes=largest,
-        resident_bytes=sum(pieces[i].state_bytes for i in held),
+        resident_bytes=sum(pieces[i].resident_bytes for i in held),
         fraction=staged / movable if movable else 0.0,
     )
 
@@ -244,7 +256,7 @@ def check_plan(pieces: Sequence[Piece], plan: Plan, *, memory_bytes: float | Non
     largest = slot_bytes(pieces, plan.device_order, plan.residents)
     if largest and not 1 <= plan.slots <= MAX_SLOTS:
         raise ConfigError(f"plan.slots: got {plan.slots}, allowed is 1 to {MAX_SLOTS}")
-    needed = plan.slots * largest + sum(pieces[i].state_bytes for i in plan.residents)
+    needed = plan.slots * largest + sum(pieces[i].resident_bytes for i in plan.residents)
     if memory_bytes is not None and needed > memory_bytes:
         raise ConfigError(
             f"plan: needs {needed} bytes of device memory, allowed are {memory_bytes:.0f}"

@@ -204,7 +204,7 @@ class Scheduler:
         if self.plan.resident_bytes > lasting:  # there is less room in forward than in the update
             kept: list[int] = []
             for index in self.plan.residents:
-                lasting -= self._pieces[index].state_bytes
+                lasting -= self._pieces[index].resident_bytes
                 if lasting >= 0:
                     kept.append(index)
             self.plan = self._planned(kept)

@@ -64,7 +64,9 @@ class Search:
         self.pieces, self.rates, self.wish = pieces, rates, wish
         self.numel = [p.numel for p in pieces]
         self.gradient = [p.gradient_upload_bytes * p.numel for p in pieces]
-        self.load = [STATE_BYTES * n + g for n, g in zip(self.numel, self.gradient, strict=True)]
+        self.load = [p.staged_bytes for p in pieces]
+        self.resident = [p.resident_bytes for p in pieces]
+        self.resident_load = [p.resident_load_bytes for p in pieces]
         self.total = sum(self.numel)
         self.by_size = sorted(range(len(pieces)), key=self.numel.__getitem__, reverse=True)
         self.stored = tuple(i for i, p in enumerate(pieces) if p.path is not None)
@@ -75,7 +77,7 @@ class Search:
         self.machine = machine(pieces, rates)
         self.kinds = kinds_of(pieces)
         self._fluid = Fluid.of(self.kinds)
-        self._has_gradient = any(kind[1] for kind in self.kinds)
+        self._residents_load = any(self.resident_load)
         # Johnson's rule: pieces whose second machine, the flush, takes longer come first.
         load_s, flush_s = rates.host_to_device_bytes_per_s, rates.device_to_host_bytes_per_s
         early = {
@@ -153,7 +155,7 @@ class Search:
         on_device = set(device)
         host = tuple([i for i in self.by_size if i not in on_device])
         is_loading = bool(staged) or (
-            self._has_gradient and any(self.gradient[i] for i in residents)
+            self._residents_load and any(self.resident_load[i] for i in residents)
         )
         return Candidate(device, host, residents, slots if is_loading else 0)
 
@@ -164,16 +166,13 @@ class Search:
             return False
         if not all(self.pieces[i].is_movable for i in candidate.device):
             return False
-        slot = max(
-            (
-                self.gradient[i] + (0 if i in residents else STATE_BYTES * self.numel[i])
-                for i in candidate.device
-            ),
-            default=0,
+        loads = (
+            self.resident_load[i] if i in residents else self.load[i] for i in candidate.device
         )
+        slot = max(loads, default=0)
         if slot and not candidate.slots:
             return False
-        held = STATE_BYTES * sum(self.numel[i] for i in residents)
+        held = sum(map(self.resident.__getitem__, residents))
         return candidate.slots * slot + held <= wish.memory_bytes
 
     def least_s(self, candidate: Candidate) -> float:
@@ -182,6 +181,7 @@ class Search:
         resident = sum(map(self.numel.__getitem__, candidate.residents))
         host = self.total - device
         gradient = sum(map(self.gradient.__getitem__, candidate.device))
+        gradient -= sum(self.gradient[i] - self.resident_load[i] for i in candidate.residents)
         rates, state = self.rates, STATE_BYTES * (device - resident)
         return max(
             host / rates.host_params_per_s,
@@ -198,20 +198,20 @@ class Search:
         """
         wish, slot = self.wish, cap
         if wish.residents is not None:
-            slot = max([cap, *(self.gradient[i] for i in wish.residents)])
-            needed = STATE_BYTES * sum(self.numel[i] for i in wish.residents) + slots * slot
+            slot = max([cap, *(self.resident_load[i] for i in wish.residents)])
+            needed = sum(map(self.resident.__getitem__, wish.residents)) + slots * slot
             is_allowed = needed <= wish.memory_bytes and (slots > 0 or slot == 0)
             return wish.residents if is_allowed else None
         left = wish.memory_bytes - slots * slot
         if left < 0:
             return None
         chosen = []
-        smallest = STATE_BYTES * self.numel[self.movable[-1]] if self.movable else 0
+        smallest = min((self.resident[i] for i in self.movable), default=0)
         for i in self.movable:
             if left < smallest:
                 break
-            grown = max(slot, self.gradient[i])
-            needed = STATE_BYTES * self.numel[i] + slots * (grown - slot)
+            grown = max(slot, self.resident_load[i])
+            needed = self.resident[i] + slots * (grown - slot)
             if needed <= left and (slots or not grown):
                 chosen.append(i)
                 left -= needed
@@ -258,7 +258,7 @@ class Search:
             steps = min(_CAPS, len(fitting))
             for step in range(steps):
                 yield slots, fitting[step * (len(fitting) - 1) // max(steps - 1, 1)]
-        if self._has_gradient:  # residents alone need a slot too, for their gradients
+        if self._residents_load:  # residents alone need a slot too, for their gradients
             yield from ((slots, 0) for slots in counts)
 
     def _try_amounts(self, slots: int, cap: int, residents: frozenset[int]) -> None:

@@ -140,7 +140,8 @@ class NativeMachine:
         self._simulator = module.Simulator(
             [p.numel for p in pieces],
             [p.low_precision_bytes * p.numel for p in pieces],
-            [p.gradient_upload_bytes * p.numel for p in pieces],
+            [p.gradient_bytes for p in pieces],
+            [p.resident_load_bytes for p in pieces],
             [-1 if p.path is None else p.path for p in pieces] if rates.paths else [],
             _numbers(rates),
             [(p.read_bytes_per_s, p.write_bytes_per_s) for p in rates.paths],
