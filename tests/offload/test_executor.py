@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from lowtide.offload import executor as executor_module
 from lowtide.offload import one_update
 from lowtide.offload.adam import Powers, adam_step
 from lowtide.offload.executor import Executor
+from lowtide.offload.gradients import GroupGradients, Span
 from lowtide.offload.one_update import Pace, Work
 from lowtide.offload.plan import build_plan, host_only_plan, random_plan
 from lowtide.offload.schedule import Plan
@@ -24,6 +25,30 @@ from tests.helpers.devices import device_kinds, device_options
 
 SIZES = (48, 1024, 16, 640, 2048, 352)
 BETAS = (0.9, 0.95)
+KEEPERS = (1, 3, 4)  # those whose gradients may accumulate on the device
+
+
+class Accumulation:
+    """The accumulation buffer of one subgroup: two parameters, and a rest that stays there."""
+
+    def __init__(self, numel: int, dtype: torch.dtype) -> None:
+        self.flat = torch.zeros(numel, dtype=dtype)
+        third = numel // 3
+        self._spans = [Span(0, 0, third), Span(1, third, numel - third - 5)]
+        self._buffers = {span.key: span.of(self.flat) for span in self._spans}
+        self.gradients = GroupGradients(
+            self.flat, self._spans, lambda: torch.zeros(numel), self._relink
+        )
+
+    def _relink(self, key: Hashable, there: torch.Tensor | None) -> None:
+        span = next(each for each in self._spans if each.key == key)
+        self._buffers[key] = span.of(self.flat) if there is None else there
+
+    def write(self, gradient: torch.Tensor) -> None:
+        """A backward pass."""
+        self.flat[-5:] = gradient[-5:]
+        for span in self._spans:
+            self._buffers[span.key].copy_(span.of(gradient))
 
 
 class Bench:
@@ -36,11 +61,13 @@ class Bench:
         def draw(numel: int, scale: float = 1.0) -> torch.Tensor:
             return torch.randn(numel, generator=generator) * scale
 
+        self.accumulations = {i: Accumulation(SIZES[i], dtype) for i in KEEPERS}
         self.subgroups = [
             Subgroup(
                 key=f"subgroup/{i}", group=0, flat=i, begin=0, master=draw(numel),
                 exp_avg=draw(numel, 0.1), exp_avg_sq=draw(numel, 0.1).square(),
                 weights=torch.zeros(numel, dtype=dtype, device=place),
+                keeper=self.accumulations[i].gradients.keeper(0, numel) if i in KEEPERS else None,
             )
             for i, numel in enumerate(SIZES)
         ]  # fmt: skip
@@ -50,14 +77,22 @@ class Bench:
         self._powers = Powers(*BETAS)
         self.step = 0
 
-    def works(self) -> list[Work]:
-        """Return what the coming update needs."""
+    def works(self, *, is_whole: bool = True) -> list[Work]:
+        """Return what the coming update needs; not whole: with gradients that somebody changed."""
         self.step += 1
         step = adam_step(
             self._powers.advance(self.step, *BETAS), lr=0.01, betas=BETAS, eps=1e-8,
             weight_decay=0.1,
         )  # fmt: skip
-        return [Work(gradient, 0.25, step) for gradient in self.gradients[self.step - 1]]
+        works = []
+        for i, gradient in enumerate(self.gradients[self.step - 1]):
+            if i not in KEEPERS:
+                works.append(Work(gradient, 0.25, step))
+                continue
+            self.accumulations[i].write(gradient)
+            found = Work(self.accumulations[i].flat, 0.25, step, is_accumulated=True)
+            works.append(found if is_whole else Work(gradient.float() * 0.25, 1.0, step))
+        return works
 
     def run(self, plan: Plan | None = None) -> Any:
         """Do one update."""
@@ -120,7 +155,7 @@ def test_random_plans_give_the_bits_of_the_host(device: Device, dtype: torch.dty
     bench = Bench(device, dtype)
     lanes = set()
     for seed in range(12):
-        works = bench.works()
+        works = bench.works(is_whole=seed not in (5, 6))
         pieces = bench.executor.pieces()
         memory = 1 << 20 if can_move(device) else 0
         trace = bench.executor.run(random_plan(pieces, seed, memory_bytes=memory), works)
@@ -152,6 +187,28 @@ def test_trace_lists_every_update_once_with_its_bytes(emulated: Device) -> None:
     assert all(trace.begin_s <= e.begin_s <= e.end_s <= trace.end_s for e in operations)
     again = bench.run(bench.plan(residents=(0,), staged=(4, 1), slots=2)).operations()
     assert sum(e.nbytes for e in again if e.subgroup == "subgroup/0") == 2 * SIZES[0]
+
+
+def test_a_residents_gradients_stay_on_the_device(emulated: Device) -> None:
+    bench = Bench(emulated)
+    plan = bench.plan(residents=(1, 3))
+    assert (plan.slots, plan.resident_bytes) == (0, (12 + 2) * (SIZES[1] + SIZES[3]))
+    first = bench.run(plan).operations()
+    assert sum(e.nbytes for e in first if e.lane == "prefetch") == plan.resident_bytes
+    assert bench.executor.resident_bytes() == plan.resident_bytes
+    for _ in range(2):
+        again = bench.run(plan).operations()
+        assert sum(e.nbytes for e in again if e.lane == "prefetch") == 2 * 2 * 5
+    assert not bench.accumulations[1].flat[:-5].any()
+    bench.run(bench.plan(residents=(3,)))  # one goes home, with the gradients that came meanwhile
+    assert torch.equal(bench.accumulations[1].flat, bench.gradients[3][1])
+    unusual = bench.executor.run(bench.plan(residents=(3,)), bench.works(is_whole=False))
+    sizes = [e.nbytes for e in unusual.operations() if e.lane == "prefetch"]
+    assert sizes == [4 * SIZES[3]]  # somebody had changed the float32 gradients
+    assert not unusual.is_degraded
+    bench.executor.close()
+    assert torch.equal(bench.accumulations[3].flat, bench.gradients[4][3])
+    assert_same(bench.state(), expected(5))
 
 
 def test_slots_are_not_filled_before_they_are_free(emulated: Device) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable
 
 import pytest
 import torch
 
-from lowtide.offload.gradients import GroupGradients, Span, as_float32
+from lowtide.offload.gradients import GroupGradients, Keeper, Span, as_float32
 
 SIZES = (5, 16, 33, 8)
+PIECES = ((0, 32), (32, 30))  # the third parameter lies in both
 
 
 class Stock:
@@ -17,9 +19,6 @@ class Stock:
 
     def __init__(self) -> None:
         self.wide = torch.zeros(sum(SIZES))
-
-    def arrive(self, span: Span, accumulated: torch.Tensor) -> None:
-        span.of(self.wide).copy_(span.of(accumulated))
 
     def update(self, scale: float) -> torch.Tensor:
         return self.wide.mul_(scale).clone()
@@ -42,7 +41,25 @@ class Pair:
         self.stock = Stock()
         self.made = 0
         self._wide: torch.Tensor | None = None
-        self.lazy = GroupGradients(self.accumulated, [self.spans[k] for k in keys], self._make)
+        self.buffers = {span.key: span.of(self.accumulated) for span in self.spans}
+        self.lazy = GroupGradients(
+            self.accumulated, [self.spans[k] for k in keys], self._make, self._relink
+        )
+        self.kept: dict[tuple[int, int], tuple[Keeper, torch.Tensor, list[tuple[int, int]]]] = {}
+
+    def _relink(self, key: Hashable, there: torch.Tensor | None) -> None:
+        span = next(each for each in self.spans if each.key == key)
+        self.buffers[key] = span.of(self.accumulated) if there is None else there
+
+    def move(self, piece: tuple[int, int]) -> None:
+        """Let a piece accumulate elsewhere, or here again."""
+        if piece in self.kept:
+            self.kept.pop(piece)[0].release()
+        else:
+            keeper = self.lazy.keeper(*piece)
+            assert keeper is not None
+            there = torch.full((piece[1],), float("nan"), dtype=keeper.dtype)
+            self.kept[piece] = keeper, there, keeper.keep(there)
 
     def _make(self) -> torch.Tensor:
         if self._wide is None:
@@ -56,15 +73,21 @@ class Pair:
             self.lazy.overwrite(key)
         generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
         span = self.spans[key]
-        span.of(self.accumulated).copy_(torch.randn(span.count, generator=generator))
+        self.buffers[key].copy_(torch.randn(span.count, generator=generator))
         if is_last:
             self.lazy.arrive(key)
-            self.stock.arrive(span, self.accumulated)
+            span.of(self.stock.wide).copy_(self.buffers[key])
 
     def update(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what each of them updates with."""
-        gradient, factor = self.lazy.source(as_float32(scale))
-        return gradient.float() * factor, self.stock.update(as_float32(scale))
+        source = self.lazy.source(as_float32(scale))
+        gradient = source.flat.clone()
+        if source.is_accumulated:
+            for (begin, count), (_, there, loads) in self.kept.items():
+                for first, size in loads:
+                    there[first : first + size] = gradient[begin + first : begin + first + size]
+                gradient[begin : begin + count] = there
+        return gradient.float() * source.scale, self.stock.update(as_float32(scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -76,6 +99,8 @@ def test_any_history_gives_what_stock_gives(dtype: torch.dtype, seed: int) -> No
         for key in range(4):
             if chance.random() < 0.8:  # a parameter may miss an update
                 pair.write(key, chance)
+        if chance.random() < 0.4:
+            pair.move(chance.choice(PIECES))
         action = chance.random()
         if action < 0.2:  # an overflow: no update
             continue
@@ -96,10 +121,25 @@ def test_all_parameters_in_every_update_need_no_float32_buffer() -> None:
         for micro in range(2):
             for key in range(4):
                 pair.write(key, chance, is_last=micro == 1)
-        gradient, factor = pair.lazy.source(0.5)
-        assert gradient is pair.accumulated
-        assert factor == 0.5
+        assert pair.lazy.source(0.5) == (pair.accumulated, 0.5, True)
     assert pair.made == 0
+
+
+def test_what_is_kept_on_the_device_is_not_on_the_host() -> None:
+    pair, chance = Pair(torch.bfloat16, keys=(0, 1, 3)), random.Random(1)
+    pair.move(PIECES[0])
+    keeper, there, loads = pair.kept[PIECES[0]]
+    assert loads == [(21, 11)]
+    for key in (0, 1, 3):
+        pair.write(key, chance)
+    assert not pair.accumulated[:54].any()  # 54: where parameter 3 begins
+    assert there[:21].all()
+    assert [each.data_ptr() for each in pair.lazy.kept()] == [
+        there.data_ptr(), there[5:].data_ptr(),
+    ]  # fmt: skip
+    keeper.release()
+    assert torch.equal(pair.accumulated[:21], there[:21])
+    assert not pair.lazy.kept()
 
 
 def test_padding_is_zero_in_both() -> None:

@@ -15,7 +15,7 @@ from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError, StorageErro
 from lowtide.core.state import Location, StateAuthority
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.one_update import OneUpdate, Pace, Work, update_there
-from lowtide.offload.rates import STATE_BYTES, PathRates
+from lowtide.offload.rates import PathRates
 from lowtide.offload.schedule import Piece, Plan
 from lowtide.offload.staging import Landings, Place, Slot, make_resident, make_slots
 from lowtide.offload.storage.flow import Flow
@@ -68,6 +68,7 @@ class Executor:
             self.drain()
         except StorageError as error:  # raised already, or by the next update
             logger.error("offload: %s", error)
+        self.release_gradients()
         for each in self.subgroups:
             self._authority.unregister(each.key)
         self._place.residents.clear()
@@ -93,6 +94,7 @@ class Executor:
             logger.warning("offload: no room to stage, so the host updates all: %s", error)
             slots, on_device = [], []
             self.drain(list(self._place.residents))
+            self.release_gradients()
         on_host = [*plan.host_order, *(i for i in plan.device_order if i not in set(on_device))]
         update = OneUpdate(self._place, works, self._pace, may_upload=self.failure is None)
         self.trace = update.trace
@@ -108,6 +110,9 @@ class Executor:
                 update.finish()  # nothing may be under way when the caller gives up
             raise
         self.failure = self.failure or update.finish()
+        if self.failure is None:
+            for index, resident in self._place.residents.items():
+                resident.keep(self.subgroups[index].keeper)
         update.trace.end_s = perf_counter()
         self._publish()
         return update.trace
@@ -163,6 +168,10 @@ class Executor:
         for index in self._place.bring_home(away):
             self._authority.publish(self.subgroups[index].key, Location.HOST, self._version)
 
+    def release_gradients(self) -> None:
+        """Bring gradients that accumulate on the device to the host, and let them do so there."""
+        self._place.release_gradients(self._place.residents)
+
     # -- for planning -------------------------------------------------------------------------
 
     def pieces(self) -> list[Piece]:
@@ -173,6 +182,7 @@ class Executor:
                 low_precision_bytes=self._upload_bytes(each.weights),
                 gradient_upload_bytes=each.gradient_bytes,
                 is_movable=self._is_movable(each),
+                keeps_gradient=each.keeper is not None,
                 path=self._path_of(each),
             )
             for each in self.subgroups
@@ -206,9 +216,14 @@ class Executor:
         return () if self._tier is None else tuple(self._tier.rates)
 
     def resident_bytes(self) -> int:
-        """Return the device memory of residents' state."""
-        residents = self._place.residents.values()
-        return sum(STATE_BYTES * each.state[0].numel() for each in residents)
+        """Return the device memory of residents: state, and gradients that stay there."""
+        tensors = (
+            tensor
+            for each in self._place.residents.values()
+            for tensor in (*each.state, each.gradient)
+            if tensor is not None
+        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def try_update(self, where: str, tensors: Sequence[Tensor], step: AdamStep) -> None:
         """Update scratch tensors (master, gradient, two moments) as ``"host"`` or ``"device"``."""
@@ -224,6 +239,7 @@ class Executor:
         wanted = set(plan.residents) if self.failure is None else set()
         gone = [i for i in residents if i not in wanted]
         self.drain(gone)
+        self._place.release_gradients(gone)
         for index in gone:
             del residents[index]
         for index in sorted(wanted - set(residents)):
@@ -238,11 +254,13 @@ class Executor:
     def _make_slots(
         self, plan: Plan, on_device: Sequence[int], works: Sequence[Work]
     ) -> list[Slot]:
+        place = self._place
+        loading = [i for i in on_device if place.kept_gradient(i, works[i].is_accumulated) is None]
         return make_slots(
             self.device,
-            plan.slots if on_device else 0,
-            staged=[self.subgroups[i] for i in on_device if i not in self._place.residents],
-            gradients=[works[i].gradient for i in on_device],
+            max(plan.slots, 1) if loading else 0,  # a gradient that stays, as a rule, may not
+            staged=[self.subgroups[i] for i in loading if i not in place.residents],
+            gradients=[works[i].gradient for i in loading],
         )
 
     def _publish(self) -> None:

@@ -5,6 +5,9 @@ loss scale and of the clipping factor, and lets the optimizer read it: 18 bytes 
 per parameter where the 2 bytes of the accumulation buffer hold the same numbers. Here the update
 reads those 2 bytes and multiplies in registers. What is left of the float32 buffer is its meaning:
 whoever asks for it gets, at that moment, exactly what stock DeepSpeed would hold there.
+
+Gradients of a subgroup whose state is resident on the device need not leave it: a `Keeper` lets
+them accumulate there.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +23,20 @@ from torch import Tensor
 from lowtide.core.errors import HostError
 
 logger = logging.getLogger("lowtide")
+
+
+class Source(NamedTuple):
+    """What an update reads.
+
+    Attributes:
+        flat: Gradient of a whole master, on the host; what a `Keeper` keeps is missing there.
+        scale: What it is multiplied by.
+        is_accumulated: Whether it is the accumulation buffer, of which a `Keeper` may have a part.
+    """
+
+    flat: Tensor
+    scale: float
+    is_accumulated: bool
 
 
 @dataclass(frozen=True)
@@ -41,14 +59,22 @@ class GroupGradients:
         accumulated: Flat accumulation buffer, any floating dtype; the host writes it in backward.
         spans: Parameters of which this rank has a part that is not only padding.
         get_wide: Returns the flat float32 buffer, making it (zeros) where there is none yet.
+        relink: Called with a parameter's key and where the host shall accumulate its gradient from
+            now on, None for the accumulation buffer again; None: the host cannot do so.
     """
 
     def __init__(
-        self, accumulated: Tensor, spans: Iterable[Span], get_wide: Callable[[], Tensor]
+        self,
+        accumulated: Tensor,
+        spans: Iterable[Span],
+        get_wide: Callable[[], Tensor],
+        relink: Callable[[Hashable, Tensor | None], object] | None = None,
     ) -> None:
         self.accumulated = accumulated
         self._spans = {span.key: span for span in spans}
         self._get_wide = get_wide
+        self._relink = relink
+        self._kept: dict[Hashable, Tensor] = {}  # accumulating on the device
         self._fresh: set[Hashable] = set()  # arrived for the update that comes next
         self._wide: set[Hashable] = set(self._spans)  # float32 buffer holds the newest value
         self._scale: float | None = None  # what stock has multiplied the others by, since then
@@ -93,13 +119,14 @@ class GroupGradients:
         if key in self._wide:
             return
         part = self._spans[key].of(wide)
-        part.copy_(self._spans[key].of(self.accumulated))
+        kept = self._kept.get(key)
+        part.copy_(self._spans[key].of(self.accumulated) if kept is None else kept)
         if self._scale is not None and key not in self._fresh:
             part.mul_(self._scale)
         self._wide.add(key)
 
-    def source(self, scale: float) -> tuple[Tensor, float]:
-        """Return (flat gradient, what the update multiplies it by), for the coming update.
+    def source(self, scale: float) -> Source:
+        """Return the gradient for the coming update.
 
         Args:
             scale: Inverse of loss scale times clipping factor, as float32.
@@ -115,12 +142,82 @@ class GroupGradients:
         self._overwritten.clear()
         is_whole = len(self._fresh) == len(self._spans) and not self._wide
         if is_whole:
-            source = self.accumulated, scale
+            source = Source(self.accumulated, scale, is_accumulated=True)
         else:  # a parameter took no part, or somebody has changed the float32 values
-            source = self.widen().mul_(scale), 1.0
+            source = Source(self.widen().mul_(scale), 1.0, is_accumulated=False)
         self._scale = scale
         self._fresh.clear()
         return source
+
+    # -- on the device ------------------------------------------------------------------------
+
+    def keeper(self, begin: int, count: int) -> Keeper | None:
+        """Return what lets a part accumulate on the device, if that can be."""
+        return None if self._relink is None else Keeper(self, begin, count)
+
+    def kept(self) -> list[Tensor]:
+        """Return the gradients that accumulate on the device."""
+        return list(self._kept.values())
+
+    def move(self, spans: Iterable[Span], there: Tensor | None, begin: int = 0) -> None:
+        """Let parameters accumulate in `there`, which begins at `begin`; None: here again."""
+        for span in spans:
+            here = span.of(self.accumulated)
+            if there is None:
+                here.copy_(self._kept.pop(span.key))
+                view = None
+            else:
+                view = self._kept[span.key] = there.narrow(0, span.begin - begin, span.count)
+                view.copy_(here)
+                here.zero_()  # DeepSpeed looks for infinities in all of the buffer
+            if self._relink is not None:
+                self._relink(span.key, view)
+
+    def within(self, begin: int, count: int) -> list[Span]:
+        """Return the parameters that lie wholly in a range, by position."""
+        end = begin + count
+        found = (s for s in self._spans.values() if begin <= s.begin and s.begin + s.count <= end)
+        return sorted(found, key=lambda span: span.begin)
+
+
+@dataclass(eq=False)
+class Keeper:
+    """Lets the gradients of one piece of a master accumulate on the device.
+
+    Attributes:
+        gradients: The master's.
+        begin: First element of the piece.
+        count: Elements of it.
+    """
+
+    gradients: GroupGradients
+    begin: int
+    count: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their type."""
+        return self.gradients.accumulated.dtype
+
+    def keep(self, there: Tensor) -> list[tuple[int, int]]:
+        """Let them accumulate in `there`, shape (count,), from now on.
+
+        Returns:
+            (begin, count) of what has to be loaded before each update all the same: parameters
+            that lie in another piece too, and padding.
+        """
+        spans = self.gradients.within(self.begin, self.count)
+        self.gradients.move(spans, there, self.begin)
+        gaps, done = [], self.begin
+        for begin, count in (*((s.begin, s.count) for s in spans), (self.begin + self.count, 0)):
+            if begin > done:
+                gaps.append((done - self.begin, begin - done))
+            done = begin + count
+        return gaps
+
+    def release(self) -> None:
+        """Bring them back to the host's accumulation buffer."""
+        self.gradients.move(self.gradients.within(self.begin, self.count), None)
 
 
 class LeafGradients:
@@ -137,7 +234,10 @@ class LeafGradients:
         self._leaf = leaf
         self._missing = missing
 
-    def source(self, _scale: float) -> tuple[Tensor, float]:
+    def keeper(self, _begin: int, _count: int) -> None:
+        """Return None: the host says where gradients are."""
+
+    def source(self, _scale: float) -> Source:
         """Return the flat gradient; nothing is left to multiply it by.
 
         Raises:
@@ -146,7 +246,7 @@ class LeafGradients:
         gradient = self._leaf.grad
         if gradient is None:
             raise HostError(f"offload: {self._missing}")
-        return gradient.view(-1), 1.0
+        return Source(gradient.view(-1), 1.0, is_accumulated=False)
 
 
 def as_float32(value: float | Tensor) -> float:

@@ -18,9 +18,10 @@ its update is complete; so whatever did not come back is updated on the host, fr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -44,6 +45,8 @@ class Work:
 
     Attributes:
         gradient: Float32, bfloat16 or float16, shape (numel,), on the host.
+        is_accumulated: Whether it is where the host accumulates; of a resident, the rest of it may
+            be on the device.
         scale: What the gradient is multiplied by first; a float32 number.
         step: Scalars of the update.
     """
@@ -51,6 +54,7 @@ class Work:
     gradient: Tensor
     scale: float
     step: AdamStep
+    is_accumulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,20 @@ class OneUpdate:
         with contextlib.suppress(DeviceError):  # a lane failed already; `finish` will see it
             for name in _LANES:
                 self._lane(name).wait(ready)
-            for turn, index in enumerate(order):
-                is_resident = index in self._place.residents
-                queue = self._queue_resident if is_resident else self._queue_staged
-                queue(index, slots[turn % len(slots)])
+            turns = itertools.cycle(slots)
+            for index in order:
+                kept = self._place.kept_gradient(index, self._works[index].is_accumulated)
+                slot = None if kept is not None else next(turns)
+                if index in self._place.residents:
+                    self._queue_resident(index, slot, kept)
+                elif slot is not None:
+                    self._queue_staged(index, slot)
 
     def _queue_staged(self, index: int, slot: Slot) -> None:
-        subgroup = self._place.subgroups[index]
-        there = slot.state_of(subgroup.numel)
-        gradient = self._fetch(index, slot, zip(there, subgroup.state(), strict=True))
+        subgroup, source = self._place.subgroups[index], self._works[index].gradient
+        there, gradient = slot.state_of(subgroup.numel), slot.gradient_of(source)
+        pairs = [*zip(there, subgroup.state(), strict=True), (gradient, source)]
+        self._fetch(subgroup.key, slot, pairs)
         updated = self._update_on_device(index, there, gradient)
         staged = self._staged[index] = _Staged(slot, updated)
         flush = self._lane("flush")
@@ -126,23 +135,31 @@ class OneUpdate:
             staged.flushed.append(self._copy(flush, subgroup.key, *pair))
         slot.is_free = staged.flushed[-1]
 
-    def _queue_resident(self, index: int, slot: Slot) -> None:
+    def _queue_resident(self, index: int, slot: Slot | None, kept: Tensor | None) -> None:
         subgroup, resident = self._place.subgroups[index], self._place.residents[index]
-        pairs = [] if resident.is_newest else zip(resident.state, subgroup.state(), strict=True)
-        gradient = self._fetch(index, slot, pairs)
+        source = self._works[index].gradient
+        state = zip(resident.state, subgroup.state(), strict=True)
+        pairs = [] if resident.is_newest else list(state)
+        if kept is not None:
+            gradient, loads = kept, resident.loads
+            for part in [(0, subgroup.numel)] if loads is None else loads:
+                pairs.append((kept.narrow(0, *part), source.narrow(0, *part)))
+        elif slot is not None:
+            gradient = slot.gradient_of(source)
+            pairs.append((gradient, source))
+        self._fetch(subgroup.key, slot, pairs)
         self._resident[index] = self._update_on_device(index, resident.state, gradient)
-        slot.is_free = self._resident[index]
+        if slot is not None:
+            slot.is_free = self._resident[index]
 
-    def _fetch(self, index: int, slot: Slot, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Queue copies of state and gradient to the device; return the gradient there."""
-        key, source = self._place.subgroups[index].key, self._works[index].gradient
-        prefetch, gradient = self._lane("prefetch"), slot.gradient_of(source)
-        if slot.is_free is not None:
+    def _fetch(self, key: str, slot: Slot | None, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Queue copies to the device, and let the update there wait for them."""
+        prefetch = self._lane("prefetch")
+        if slot is not None and slot.is_free is not None:
             prefetch.wait(slot.is_free)
-        for pair in pairs:
-            self._copy(prefetch, key, *pair)
-        self._lane("device").wait(self._copy(prefetch, key, gradient, source))
-        return gradient
+        copies = [self._copy(prefetch, key, *pair) for pair in pairs]
+        if copies:
+            self._lane("device").wait(copies[-1])
 
     def _update_on_device(self, index: int, state: State, gradient: Tensor) -> DeviceEvent:
         place, work = self._place, self._works[index]
@@ -256,6 +273,7 @@ class OneUpdate:
                     f"checkpoint ({failure})"
                 )
         place.bring_home(place.residents)
+        place.release_gradients(place.residents)
         for index in self._order:
             staged, subgroup = self._staged.get(index), place.subgroups[index]
             found = self._resident.get(index) if staged is None else staged.updated

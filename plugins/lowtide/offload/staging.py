@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowtide.core.device import Device, DeviceEvent
 from lowtide.core.errors import DeviceError
+from lowtide.offload.gradients import Keeper
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import Subgroup
 
@@ -68,10 +69,25 @@ class Resident:
         state: Master and moments on the device.
         is_newest: Whether `state` is the newest copy; otherwise that is the host's. Bringing it
             home makes it so: whoever asked for it may write there, and torch does not tell.
+        gradient: Where its gradients accumulate, shape (numel,); None: on the host.
+        loads: (begin, count) of what of `gradient` is on the host all the same; None: all of it.
     """
 
     state: tuple[Tensor, Tensor, Tensor]
     is_newest: bool = False
+    gradient: Tensor | None = None
+    loads: list[tuple[int, int]] | None = None
+
+    def keep(self, keeper: Keeper | None) -> None:
+        """Let gradients accumulate on the device from now on."""
+        if keeper is not None and self.gradient is not None and self.loads is None:
+            self.loads = keeper.keep(self.gradient)
+
+    def release(self, keeper: Keeper | None) -> None:
+        """Let them accumulate on the host again, and bring them there."""
+        if keeper is not None and self.loads is not None:
+            self.loads = None
+            keeper.release()
 
 
 def make_resident(device: Device, subgroup: Subgroup) -> Resident:
@@ -80,7 +96,9 @@ def make_resident(device: Device, subgroup: Subgroup) -> Resident:
     Raises:
         DeviceOutOfMemoryError: it does not fit.
     """
-    return Resident(_state(device, subgroup.numel))
+    keeper = subgroup.keeper
+    gradient = None if keeper is None else device.empty(subgroup.numel, keeper.dtype)
+    return Resident(_state(device, subgroup.numel), gradient=gradient)
 
 
 def _state(device: Device, numel: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +164,16 @@ class Place:
         if self.tier is None or subgroup.stored is None:
             return subgroup.state()
         return self.tier.newest(subgroup.stored)
+
+    def kept_gradient(self, index: int, is_accumulated: bool) -> Tensor | None:
+        """Return a resident's own room for its gradient, if that is what the update reads."""
+        resident = self.residents.get(index)
+        return None if resident is None or not is_accumulated else resident.gradient
+
+    def release_gradients(self, indices: Iterable[int]) -> None:
+        """Bring gradients that accumulate on the device to the host, and let them do so there."""
+        for index in indices:
+            self.residents[index].release(self.subgroups[index].keeper)
 
     def bring_home(self, indices: Iterable[int]) -> list[int]:
         """Copy residents whose newest state is on the device to the host; return which."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowtide.offload.gradients import Keeper
+
 ALIGNMENT = 16  # elements; DeepSpeed's vector width. Cuts elsewhere would change its rounding.
 
 
@@ -28,6 +30,7 @@ class Subgroup:
         stored: Its number in the storage tier; None: its state is in memory. The tensors of a
             stored one are maps of its file.
         may_travel: Whether the device can copy its state at full speed.
+        keeper: Lets its gradients accumulate on the device while it is resident, if that can be.
     """
 
     key: str
@@ -41,6 +44,7 @@ class Subgroup:
     gradient_bytes: int = 2
     stored: int | None = None
     may_travel: bool = True
+    keeper: Keeper | None = None
 
     @property
     def numel(self) -> int:

@@ -15,6 +15,7 @@ from lowtide.core.errors import LowtideError, StorageError
 from lowtide.core.state import StateAuthority
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.executor import Executor
+from lowtide.offload.gradients import Keeper, Source
 from lowtide.offload.one_update import Pace, Work
 from lowtide.offload.scheduler import Scheduler
 from lowtide.offload.storage.tier import Tier
@@ -34,8 +35,11 @@ class Gradients(Protocol):
     def nbytes_each(self) -> int:
         """Bytes per parameter, as a rule."""
 
-    def source(self, scale: float) -> tuple[Tensor, float]:
-        """Return (flat gradient, what is left to multiply it by) for the coming update."""
+    def source(self, scale: float) -> Source:
+        """Return the gradient for the coming update."""
+
+    def keeper(self, begin: int, count: int) -> Keeper | None:
+        """Return what lets a part accumulate on the device, if that can be."""
 
 
 @dataclass(eq=False)
@@ -169,13 +173,14 @@ class Updater:
         plan = self.scheduler.next_plan(executor)
         sources = [master.gradients.source(scale) for master in self.masters]
         steps = [
-            self._advance(master, *source)
+            self._advance(master, source.flat, source.scale)
             for master, source in zip(self.masters, sources, strict=True)
         ]
         works = []
         for subgroup in executor.subgroups:
-            gradient, factor = sources[subgroup.flat]
-            works.append(Work(subgroup.part_of(gradient), factor, steps[subgroup.flat]))
+            source, step = sources[subgroup.flat], steps[subgroup.flat]
+            part = subgroup.part_of(source.flat)
+            works.append(Work(part, source.scale, step, is_accumulated=source.is_accumulated))
         trace = executor.run(plan, works)
         self.scheduler.observe(trace)
         self.steps += 1
@@ -190,6 +195,11 @@ class Updater:
             self._executor.drain(may_write=may_write)
         elif self.tier is not None:
             self.tier.drain(may_write=may_write)
+
+    def release_gradients(self) -> None:
+        """Let gradients accumulate on the host until the next update."""
+        if self._executor is not None:
+            self._executor.release_gradients()
 
     def replace_masters(self, masters: Sequence[Master]) -> None:
         """Go on with masters that the host has made anew, as after loading a checkpoint."""
@@ -339,6 +349,9 @@ class Updater:
                         gradient_bytes=master.gradients.nbytes_each,
                         stored=stored,
                         may_travel=not self._is_stored(number),
+                        keeper=None
+                        if stored is not None
+                        else master.gradients.keeper(begin, count),
                     )
                 )
         return found

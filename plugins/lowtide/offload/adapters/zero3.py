@@ -8,7 +8,7 @@ last `_optimizer_step` updates all sub-groups at once (DeepSpeed 0.19.8,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ _READERS = (
     "refresh_fp32_params",
     "_get_fp32_opt_state_partition",
     "load_hp_checkpoint_state",
-    "offload_states",
-    "reload_states",
 )
+# Entry points that move buffers about, those of gradients among them.
+_MOVERS = ("offload_states", "reload_states")
+_BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 # Entry points that read or write float32 gradients.
 _GRADIENT_READERS = (
     "get_fp32_grad_partitions",
@@ -38,6 +39,7 @@ _GRADIENT_READERS = (
 METHODS = (
     "state_dict",
     *_READERS,
+    *_MOVERS,
     *_GRADIENT_READERS,
     "step",
     "unscale_and_clip_grads",
@@ -47,6 +49,7 @@ METHODS = (
     "_offload_grad_partition_at_boundary",
     "partition_grads",
     "_constant_buffered_norm2",
+    "has_overflow",
     "destroy",
 )
 
@@ -62,6 +65,7 @@ class Zero3:
         self.updater: Updater | None = None
         self.scale: float | None = None  # of the update that is under way
         self._gradients: list[GroupGradients] = []
+        self._here: dict[Hashable, Tensor] = {}  # parts of the host's buffer that are not in use
         self._has_updated = False
 
     # -- what the updater works on ----------------------------------------------------------
@@ -74,7 +78,9 @@ class Zero3:
         for index, leaf in enumerate(optimizer.fp32_partitioned_groups_flat):
             accumulated = optimizer.grad_partitions_flat_buffer.narrow(0, begin, leaf.numel())
             begin += leaf.numel()
-            gradients = GroupGradients(accumulated, self._spans(index), self._wide_of(leaf))
+            gradients = GroupGradients(
+                accumulated, self._spans(index), self._wide_of(leaf), self._relink
+            )
             self._gradients.append(gradients)
             weights = optimizer.fp16_partitioned_groups_flat[index]
             group = optimizer.sub_group_to_group_id[index]
@@ -89,6 +95,15 @@ class Zero3:
             if first < parameter.ds_numel:
                 yield Span(parameter.ds_id, begin, count)
             begin += count
+
+    def _relink(self, key: Hashable, there: Tensor | None) -> None:
+        """Let DeepSpeed accumulate a parameter's gradient in `there`, None: where it began."""
+        buffers = getattr(self._optimizer, _BUFFERS)
+        if there is None:
+            buffers[key] = self._here.pop(key)
+        else:
+            self._here[key] = buffers[key]
+            buffers[key] = there
 
     @staticmethod
     def _wide_of(leaf: Tensor) -> Callable[[], Tensor]:
@@ -158,6 +173,20 @@ class Zero3:
         if self.updater is not None:
             self.updater.drain()
 
+    def settle(self) -> None:
+        """Bring the newest state and all gradients to the host."""
+        self.drain()
+        if self.updater is not None:
+            self.updater.release_gradients()
+
+    def note_overflow(self) -> None:
+        """Look for infinities where stock does not: in gradients that accumulate on the device."""
+        kept = [each for gradients in self._gradients for each in gradients.kept()]
+        if kept:
+            is_finite = torch.stack([torch.isfinite(each).all() for each in kept]).all()
+            tracker = self._optimizer.inf_or_nan_tracker
+            tracker.logical_or_((~is_finite).to(tracker.device))
+
     def show(self) -> None:
         """Bring the newest state to the host, for somebody who does not change it."""
         if self.updater is not None:
@@ -219,7 +248,14 @@ def planned_class(base: Any) -> dict[str, Any]:
         self._lowtide_offload.overwrite(params_to_release)
         return base.partition_grads(self, params_to_release, grad_partitions)
 
+    def has_overflow(self: Any, partition_gradients: bool = True) -> Any:
+        if partition_gradients:
+            with torch.no_grad():
+                self._lowtide_offload.note_overflow()
+        return base.has_overflow(self, partition_gradients)
+
     body: dict[str, Any] = {
+        "has_overflow": has_overflow,
         "unscale_and_clip_grads": unscale_and_clip_grads,
         "_optimizer_step": _optimizer_step,
         "_reassign_or_swap_out_partitioned_parameters": (
@@ -236,6 +272,7 @@ def planned_class(base: Any) -> dict[str, Any]:
 
     body["state"] = property(get_state, stock_state.fset)
     body |= {name: _after(base, name, "drain") for name in _READERS}
+    body |= {name: _after(base, name, "settle") for name in _MOVERS}
     body["state_dict"] = _after(base, "state_dict", "show")
     body |= {name: _after(base, name, "widen") for name in _GRADIENT_READERS}
     return body
