@@ -92,12 +92,12 @@ def ds_config(case: Case, block: Any, others: dict[str, Any]) -> dict[str, Any]:
             "offload_optimizer": {"device": "cpu"},
         },
         "steps_per_print": 1000000,
-        **case.extra,
     }
     if case.dtype != "fp32":
         config[case.dtype] = {"enabled": True}
     if case.dtype == "fp16":  # overflows at first, so some updates are skipped
         config["fp16"] |= {"initial_scale_power": 20, "loss_scale_window": 20}
+    config |= case.extra
     if block is not None:
         config["lowtide"] = {"offload": block, **others}
     return config
@@ -337,12 +337,30 @@ def trouble() -> dict[str, Any]:
         if step == 3:
             engine.optimizer.zero_grad()
 
+    on_device = []
+
+    def one_gradient_overflows(step: int, engine: Any) -> None:
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        buffers = engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        buffer = buffers[trained[step % len(trained)].ds_id]
+        if step % 2 and last_rank:
+            buffer[0] = float("inf")
+            on_device.append(hasattr(engine, "lowtide") and is_kept(engine, buffer))
+
     for name, look in [
-        ("reads", one_rank_reads), ("fails", one_rank_fails), ("moves", states_move)
+        ("reads", one_rank_reads), ("fails", one_rank_fails), ("moves", states_move),
+        ("overflows", one_gradient_overflows),
     ]:  # fmt: skip
-        case = Case(freezes=name != "moves")  # stock cannot move states beside frozen ones
+        case = Case(
+            freezes=name != "moves",  # stock cannot move states beside frozen ones
+            dtype="fp16" if name == "overflows" else "bf16",
+            extra={"fp16": {"enabled": True, "initial_scale_power": 12}}
+            if name == "overflows"
+            else {},
+        )
         for way in ("stock", "ours"):
-            engine = build(case, None if way == "stock" else block)
+            ours = RANDOM if name == "overflows" else block
+            engine = build(case, None if way == "stock" else ours)
             found = []
             for step in range(10):
                 found += train(
@@ -360,7 +378,14 @@ def trouble() -> dict[str, Any]:
                     {each["lane"] for each in engine.lowtide.offload.trace()}
                 )
             engine.destroy()
+    facts["overflows on device"] = sum(on_device)
     return facts
+
+
+def is_kept(engine: Any, buffer: torch.Tensor) -> bool:
+    """Whether a gradient accumulates on the device."""
+    kept = [each for g in engine.optimizer._lowtide_offload._gradients for each in g.kept()]
+    return buffer.data_ptr() in {each.data_ptr() for each in kept}
 
 
 def switches() -> dict[str, Any]:

@@ -84,11 +84,14 @@ def test_together_with_lazy_checkpoints(tmp_path: Path) -> None:
 
 
 def test_what_one_rank_does_alone_holds_nobody_up(tmp_path: Path) -> None:
-    for facts in results(tmp_path, "trouble"):
-        for name in ("reads", "fails", "moves"):
+    ranks = results(tmp_path, "trouble")
+    for facts in ranks:
+        for name in ("reads", "fails", "moves", "overflows"):
             assert facts[f"{name} ours"] == facts[f"{name} stock"], name
         assert "device" in facts["reads lanes"]
         assert facts["fails lanes"] == ["host", "upload"] or facts["fails lanes"] == ["host"]
+
+    assert ranks[-1]["overflows on device"] > 0
 
 
 def test_switches(tmp_path: Path) -> None:
