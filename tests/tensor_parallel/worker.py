@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tests.tensor_parallel.reference import registered
 
 
 def main() -> None:
+    warnings.simplefilter("error")
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     group = TensorGroup(dist.group.WORLD)
