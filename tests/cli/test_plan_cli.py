@@ -100,8 +100,9 @@ def test_trace_file_can_be_read_back(tmp_path: Path) -> None:
     assert _run(*MODEL, "--chrome-trace", path).exit_code == 0
     spans = read_trace(path, rank=0)
     outlook = look_ahead(
-        cut(5 * 10**9, 10**8), profile("H100-80GB").rates(ranks=4), memory_bytes=8e9
-    )
+        cut(5 * 10**9, 10**8, gradient_upload_bytes=2, keeps_gradient=True),
+        profile("H100-80GB").rates(ranks=4), memory_bytes=8e9,
+    )  # fmt: skip
     assert len(spans) == len(outlook.simulation.trace)
     assert {span.lane for span in spans} == {"host", "prefetch", "upload", "device", "flush"}
     last_s = max(span.end_s for span in spans)

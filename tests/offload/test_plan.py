@@ -349,6 +349,18 @@ def test_memory_of_a_plan_is_slots_and_residents() -> None:
     assert predict(pieces, plan, H100, memory_bytes=680).makespan_s
 
 
+def test_a_gradient_that_stays_takes_memory_and_no_slot() -> None:
+    pieces = [Piece(numel=10, gradient_upload_bytes=2, keeps_gradient=True), Piece(numel=30)]
+    plan = build_plan(pieces, residents=[0], device_order=[0], host_order=[1], slots=2)
+    assert (plan.slots, plan.slot_bytes, plan.resident_bytes) == (0, 0, 10 * (12 + 2))
+    assert predict(pieces, plan, H100, memory_bytes=140).busy_s["prefetch"] == 0
+    staged = build_plan(pieces, residents=[], device_order=[0], host_order=[1], slots=2)
+    assert staged.slot_bytes == 10 * (12 + 2)
+    check_plan(pieces, plan, memory_bytes=140)
+    with pytest.raises(ConfigError, match="needs 140 bytes"):
+        check_plan(pieces, plan, memory_bytes=139)
+
+
 def test_stride_plan_is_the_published_one() -> None:
     plan = stride_plan(equal(7), 3)
     assert (plan.device_order, plan.host_order) == ((2, 5), (0, 1, 3, 4, 6))

@@ -86,7 +86,7 @@ def offload(
     memory_gb: MemoryGb = None,
     fraction: Fraction = None,
     slots: Slots = 2,
-    gradient_bytes: GradientBytes = 4,
+    gradient_bytes: GradientBytes = 2,
     no_residents: NoResidents = False,
     link_gb_per_s: LinkGbPerS = None,
     half_duplex: HalfDuplex = False,
@@ -120,8 +120,9 @@ def offload(
     memory_bytes = _memory_bytes(found, memory_gb)
     numel = -(-_whole("--params", params) // ranks)
     pieces = cut(
-        numel, _whole("--subgroup-size", subgroup_size), gradient_upload_bytes=gradient_bytes
-    )
+        numel, _whole("--subgroup-size", subgroup_size),
+        gradient_upload_bytes=gradient_bytes, keeps_gradient=True,
+    )  # fmt: skip
     buffers = 2 * len(paths) + 1
     pieces = _stored(pieces, paths, host_memory_gb, buffers)
     outlook = look_ahead(
