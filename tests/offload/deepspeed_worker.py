@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -24,6 +25,7 @@ from deepspeed.utils import (
 
 import lowtide
 from lowtide.core.device import Lane
+from lowtide.offload.adapters.zero3 import Zero3
 from tests.helpers.ranks import leave_result
 
 RANDOM = {"device": "emulated", "plan": "random:7", "subgroup_params": 1024, "max_slots": 3}
@@ -228,8 +230,11 @@ def matrix(cases: dict[str, Case], steps: int) -> dict[str, Any]:
         for way, block in [("stock", None), ("random", RANDOM), ("auto", AUTO)]:
             if way == "auto" and name not in list(SHORT)[:1]:
                 continue
-            engine = build(case, block)
-            facts[name][way] = train(engine, case, steps)
+            # As on a GPU, where the host's accumulation buffer is not where gradients come from.
+            is_far = (lambda *_: True) if way == "random" else (lambda *_: False)
+            with mock.patch.object(Zero3, "_is_far", staticmethod(is_far)):
+                engine = build(case, block)
+                facts[name][way] = train(engine, case, steps)
             if block is not None:
                 summary = engine.lowtide.offload.summary()
                 facts[name][f"{way} updates"] = summary["updates"]

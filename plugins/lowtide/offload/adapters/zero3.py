@@ -159,6 +159,38 @@ class Zero3:
             place = optimizer.grad_position[optimizer.get_param_id(parameter)]
             self._gradients[place[0]].overwrite(parameter.ds_id)
 
+    def take_in(
+        self, parameters: list[Any], gradients: list[Tensor], stock: Callable[[], Any]
+    ) -> Any:
+        """Let stock take in a window's first gradients without fetching back what it sends.
+
+        Stock copies each one to the host and from there to the device again, for its norm. Here
+        its buffer is on the device meanwhile, and goes to the host once.
+        """
+        optimizer = self._optimizer
+        buffers = getattr(optimizer, _BUFFERS)
+        lent: list[tuple[int, Tensor, Tensor]] = []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            first = parameter.partition_numel() * optimizer._get_param_partition_rank(parameter)
+            is_used = first < parameter.ds_numel and optimizer.micro_step_id == 0
+            here = buffers[parameter.ds_id] if is_used else None
+            if here is not None and self._is_far(here, gradient):
+                there = gradient.to(here.dtype).view(-1)  # itself, as a rule
+                lent.append((parameter.ds_id, here, there))
+                buffers[parameter.ds_id] = there
+        try:
+            result = stock()
+        finally:
+            for key, here, _ in lent:
+                buffers[key] = here
+        for _, here, there in lent:
+            here.narrow(0, 0, there.numel()).copy_(there, non_blocking=True)
+        return result
+
+    @staticmethod
+    def _is_far(here: Tensor, gradient: Tensor) -> bool:
+        return here.device != gradient.device
+
     def widen(self) -> None:
         """Make the float32 gradients what stock would hold."""
         self._follow()
@@ -246,7 +278,11 @@ def planned_class(base: Any) -> dict[str, Any]:
 
     def partition_grads(self: Any, params_to_release: Any, grad_partitions: Any) -> Any:
         self._lowtide_offload.overwrite(params_to_release)
-        return base.partition_grads(self, params_to_release, grad_partitions)
+        return self._lowtide_offload.take_in(
+            params_to_release,
+            grad_partitions,
+            lambda: base.partition_grads(self, params_to_release, grad_partitions),
+        )
 
     def has_overflow(self: Any, partition_gradients: bool = True) -> Any:
         if partition_gradients:
