@@ -169,8 +169,9 @@ def state_digest(engine: Any) -> str:
     """Digest of masters and moments, through DeepSpeed's own interface. Collective."""
     tensors = []
     if engine.zero_optimization_stage() < 3:  # its interface knows the first group only
+        states = engine.optimizer.state  # asked here, it is the newest
         for leaf in engine.optimizer.single_partition_of_fp32_groups:
-            state = engine.optimizer.optimizer.state[leaf]
+            state = states[leaf]
             tensors += [leaf, state["exp_avg"], state["exp_avg_sq"]]
         return _digest(tensors)
     for parameter in engine.module.parameters():

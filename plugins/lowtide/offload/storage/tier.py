@@ -18,7 +18,7 @@ from torch import Tensor
 from lowtide.core.errors import StorageError
 from lowtide.offload.rates import PathRates
 from lowtide.offload.storage.files import ScratchFile
-from lowtide.offload.storage.lanes import StorageLane
+from lowtide.offload.storage.lanes import POLL_S, StorageLane, run_watched
 from lowtide.offload.storage.layout import Extent, Layout, assign
 from lowtide.offload.storage.mapping import Range
 from lowtide.offload.storage.piece import Buffer, Piece, State, fill, part_of
@@ -27,7 +27,6 @@ logger = logging.getLogger("lowtide")
 
 Noted = Callable[[int, str, int, float, float], None]  # piece, lane, bytes, begin_s, end_s
 
-_POLL_S = 0.2
 _ATTEMPTS = 2  # of a read: what went wrong on the way, and not on the medium, goes right then
 
 
@@ -43,7 +42,7 @@ class Tier:
         first: Which path comes first; ranks of one node differ.
 
     Raises:
-        StorageError: a path has too little room.
+        StorageError: a path has too little room, or hangs.
     """
 
     def __init__(
@@ -61,10 +60,13 @@ class Tier:
         self.failure: StorageError | None = None
         self.dirty: set[int] = set()  # buffers that are newer than the file
         self.held: dict[int, Buffer] = {}  # pieces that are in a buffer, whole
+        self.moving: set[int] = set()  # pieces that a lane has, or will have
         self.free = [Buffer(layout.buffer_bytes) for _ in range(layout.buffers)]
         self.noted: Noted = ignored
         self._stall_s = stall_s
         self._left_out: set[int] = set()  # paths that refused a write
+        self._draining = threading.RLock()  # readers may be in several threads
+        self._is_overfull = False  # a piece had to stay in memory
         self._lanes = {
             (kind, j): StorageLane(f"{kind}{j}", j)
             for j in range(len(files))
@@ -74,8 +76,12 @@ class Tier:
         self.pieces = [Piece(e, j) for e, j in zip(layout.stored, chosen, strict=True)]
         flats = sorted({each.extent.flat for each in self.pieces})
         self.ranges = {flat: tuple(Range(numels[flat]) for _ in range(3)) for flat in flats}
-        for number, piece in enumerate(self.pieces):
-            self._settle(number, chosen[number], self.files[chosen[number]].reserve(piece.nbytes))
+        for path, file in enumerate(self.files):
+            mine = [n for n, each in enumerate(self.pieces) if each.path == path]
+            reserve = partial(_reserve, file, [self.pieces[n].nbytes for n in mine])
+            offsets = run_watched(str(file.folder), reserve, stall_s=stall_s)
+            for number, offset in zip(mine, offsets, strict=True):
+                self._settle(number, path, offset)
 
     # -- what readers see ---------------------------------------------------------------------
 
@@ -139,8 +145,13 @@ class Tier:
         Raises:
             StorageError: a path hangs.
         """
+        with self._draining:
+            self._take(flat, sources)
+
+    def _take(self, flat: int, sources: Sequence[Tensor | None]) -> None:
         mine = [n for n, each in enumerate(self.pieces) if each.extent.flat == flat]
-        self.drain(mine, may_write=True)  # a source may be one of `tensors`
+        # A source may be one of `tensors`, and the other masters' pieces may be in all buffers.
+        self.drain(may_write=True)
         for tensor, source in zip(self.tensors(flat), sources, strict=True):
             for extent in self.layout.extents:
                 if extent.flat == flat and not extent.is_stored:
@@ -176,18 +187,19 @@ class Tier:
             StorageError: a path hangs, or state had been lost before.
         """
         asked = list(range(len(self.pieces)) if numbers is None else numbers)
-        with self.changed:
-            self._check()
-            todo = [n for n in asked if n in self.dirty]
-        for number in todo:
-            self.write(number, _nothing)
-        with self.changed:
-            self.wait(lambda: self.dirty.isdisjoint(todo))
-            if may_write:
-                for number in asked:
-                    self.pieces[number].crc = None
-                    if number in self.held:
-                        self.release(number)
+        with self._draining:
+            with self.changed:
+                self.wait(lambda: not self.moving)  # an update may have been broken off
+                todo = [n for n in asked if n in self.dirty]
+            for number in todo:
+                self.write(number, _nothing)
+            with self.changed:
+                self.wait(lambda: self.dirty.isdisjoint(todo))
+                if may_write:
+                    for number in asked:
+                        self.pieces[number].crc = None
+                        if number in self.held:
+                            self.release(number)
 
     def release(self, number: int) -> None:
         """Free a piece's buffer. With the lock held."""
@@ -202,7 +214,7 @@ class Tier:
         """
         while not is_over():
             self._check()
-            self.changed.wait(_POLL_S)
+            self.changed.wait(POLL_S)
             for lane in self._lanes.values():
                 if lane.error is not None:
                     raise StorageError(
@@ -245,12 +257,14 @@ class Tier:
         if piece.path is None:
             raise AssertionError("unreachable: what is in memory is not read")
         lane, path = self._lanes["read", piece.path], piece.path
+        self.moving.add(number)
 
         def action(progress: Callable[[], None]) -> None:
             begin_s = perf_counter()
             problem = self._try_read(piece, path, buffer, progress)
             with self.changed:
                 self.noted(number, lane.name, piece.nbytes, begin_s, perf_counter())
+                self.moving.discard(number)
                 if problem is None:
                     self.held[number] = buffer
                     then()
@@ -272,6 +286,8 @@ class Tier:
     ) -> str | None:
         """Read a piece and check it; return what is wrong with it."""
         problem = None
+        if not self.files[path].is_direct:
+            self._let_go(piece)
         for _ in range(_ATTEMPTS):
             try:
                 crc = self.files[path].read(buffer.memory[: piece.nbytes], piece.offset, progress)
@@ -285,30 +301,52 @@ class Tier:
 
     def write(self, number: int, then: Callable[[], None]) -> None:
         """Write a held piece to its path, or to another one; `then` is called with the lock."""
-        piece = self.pieces[number]
-        if piece.path is None or piece.path in self._left_out:
-            self._write_elsewhere(number, then)
+        with self.changed:
+            self.moving.add(number)
+        self._send(number, then, set())
+
+    def _send(self, number: int, then: Callable[[], None], refused: set[int]) -> None:
+        """Queue a write: to the piece's own path, else the fastest other one, else to memory.
+
+        Args:
+            number: A held piece.
+            then: As for `write`.
+            refused: Paths that have not taken it.
+        """
+        home, refused = self.pieces[number].path, refused | self._left_out
+        paths = sorted(
+            {*range(len(self.files))} - refused, key=lambda j: (j != home, self.rates[j].turn_s, j)
+        )
+        if not paths:
+            self._keep(number, then)
             return
-        path, offset = piece.path, piece.offset
-        self._lanes["write", path].submit(partial(self._write_now, number, path, offset, then))
+        action = partial(self._write_now, number, paths[0], then, refused)
+        self._lanes["write", paths[0]].submit(action)
 
     def _write_now(
         self,
         number: int,
         path: int,
-        offset: int,
         then: Callable[[], None],
+        refused: set[int],
         progress: Callable[[], None],
     ) -> None:
-        piece, begin_s = self.pieces[number], perf_counter()
-        data = self.held[number].memory[: piece.nbytes]
+        piece, begin_s, file = self.pieces[number], perf_counter(), self.files[path]
+        data, is_at_home = self.held[number].memory[: piece.nbytes], path == piece.path
         try:
-            piece.crc = self.files[path].write(data, offset, progress)
-            if (path, offset) != (piece.path, piece.offset):
+            offset = piece.offset if is_at_home else file.reserve(piece.nbytes)
+        except StorageError:  # full, which is no reason to give up what it holds
+            self._send(number, then, refused | {path})
+            return
+        try:
+            if is_at_home and not file.is_direct:
+                self._let_go(piece)
+            piece.crc = file.write(data, offset, progress)
+            if not is_at_home:
                 self._settle(number, path, offset)
         except (OSError, StorageError) as error:
             self._leave_out(path, error)
-            self._write_elsewhere(number, then)
+            self._send(number, then, refused | {path})
             return
         self._written(number, f"write{path}", begin_s, then)
 
@@ -316,6 +354,7 @@ class Tier:
         with self.changed:
             self.noted(number, lane, self.pieces[number].nbytes, begin_s, perf_counter())
             self.dirty.discard(number)
+            self.moving.discard(number)
             then()
             self.changed.notify_all()
 
@@ -329,32 +368,30 @@ class Tier:
                 "be written there goes elsewhere from now on", self.files[path].folder, error,
             )  # fmt: skip
 
-    def _write_elsewhere(self, number: int, then: Callable[[], None]) -> None:
-        """Find a piece another home: on the fastest other path with room, or in memory."""
-        piece = self.pieces[number]
-        others = [j for j in range(len(self.files)) if j not in self._left_out]
-        for path in sorted(others, key=lambda j: (self.rates[j].turn_s, j)):
-            try:
-                with self.changed:
-                    offset = self.files[path].reserve(piece.nbytes)
-            except StorageError as error:
-                self._leave_out(path, error)
-                continue
-            self._lanes["write", path].submit(partial(self._write_now, number, path, offset, then))
-            return
-        begin_s = perf_counter()
+    def _keep(self, number: int, then: Callable[[], None]) -> None:
+        """Let a piece that no path takes live in memory."""
+        piece, begin_s = self.pieces[number], perf_counter()
+        extent = piece.extent
         if piece.path is not None:
-            piece.path = None
-            for part in self.ranges[piece.extent.flat]:
-                part.show_memory(piece.extent.begin, piece.extent.numel)
-            logger.warning(
-                "offload: no path takes subgroup %d any more, its %d bytes stay in memory",
-                number, piece.nbytes,
-            )  # fmt: skip
-        numel = piece.extent.numel
-        for old, new in zip(self.mapped(number), self.held[number].state(numel), strict=True):
+            for part in self.ranges[extent.flat]:
+                part.show_memory(extent.begin, extent.numel)
+            if not self._is_overfull:
+                self._is_overfull = True
+                logger.warning(
+                    "offload: no path has room for subgroup %d, so its %d bytes stay in memory, "
+                    "and perhaps others' too; free some space before the next start",
+                    number, piece.nbytes,
+                )  # fmt: skip
+        newest = self.held[number].state(extent.numel)
+        for old, new in zip(self.mapped(number), newest, strict=True):
             old.copy_(new)
+        piece.path = None
         self._written(number, "memory", begin_s, then)
+
+    def _let_go(self, piece: Piece) -> None:
+        """Unmap a piece's pages: what is mapped cannot be dropped from the page cache."""
+        for each in self.ranges[piece.extent.flat]:
+            each.let_go(piece.extent.begin, piece.extent.numel)
 
     def _settle(self, number: int, path: int, offset: int) -> None:
         piece = self.pieces[number]
@@ -363,6 +400,15 @@ class Tier:
             begin = offset + 4 * turn * extent.numel
             each.show_file(extent.begin, extent.numel, self.files[path].descriptor, begin)
         piece.path, piece.offset = path, offset
+
+
+def _reserve(file: ScratchFile, sizes: Sequence[int], progress: Callable[[], None]) -> list[int]:
+    """Return the offset of each piece."""
+    offsets = []
+    for nbytes in sizes:
+        offsets.append(file.reserve(nbytes))
+        progress()
+    return offsets
 
 
 def _nothing() -> None:
