@@ -75,6 +75,8 @@ class ScratchFile:
         finally:
             os.unlink(name)  # space comes back even after kill -9
         self._finalizer = weakref.finalize(self, _close, self.descriptor, self._direct)
+        # A piece is asked for whole; reading ahead would bring in the next one.
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._check()
 
     @property
