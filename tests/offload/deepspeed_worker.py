@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -26,7 +28,16 @@ import lowtide
 from lowtide.core.device import Lane
 from tests.helpers.ranks import leave_result
 
-RANDOM = {"device": "emulated", "plan": "random:7", "subgroup_params": 1024, "max_slots": 3}
+# Each CPUAdam asks anew what processor this is, by starting a process, which takes a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
+RANDOM = {
+    "device": "emulated",
+    "device_memory_bytes": 10_000_000,
+    "plan": "random:7",
+    "subgroup_params": 1024,
+    "max_slots": 3,
+}
 AUTO = {
     "device": "emulated",
     "subgroup_params": 1024,

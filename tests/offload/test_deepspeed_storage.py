@@ -33,6 +33,7 @@ def assert_equal_to_stock(facts: Any, stage: int) -> None:
         assert facts[str(stage)][way] == facts[str(stage)]["stock"], way
     for pair in PAIRS[stage]:
         assert facts[str(stage)][pair] == facts[str(stage)]["stock stock"], pair
+    assert facts[str(stage)].get("fragments", stage == 3)
     expected, found = facts["taken out"][str(stage)]
     assert found == expected
 
@@ -46,7 +47,7 @@ def test_state_weights_and_losses_are_those_of_stock(ranks: list[Any], stage: in
 def test_one_rank_alone_is_equal_to_stock(tmp_path: Any) -> None:
     (facts,) = run(tmp_path, 1, nproc=1)
     assert_equal_to_stock(facts, 1)
-    assert facts["1"]["host facts"]["stored"] > 0
+    assert facts["1"]["random facts"]["stored"] > 0
 
 
 def test_memory_holds_no_more_than_was_allowed(ranks: list[Any]) -> None:

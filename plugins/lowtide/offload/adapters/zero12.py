@@ -25,18 +25,18 @@ from lowtide.offload.gradients import LeafGradients
 from lowtide.offload.updater import Master
 
 CLASS = "DeepSpeedZeroOptimizer"
-# Entry points that read or write optimizer state on the host: it must be there before.
-_READERS = (
+# Entry points that write optimizer state on the host, or put it into other tensors.
+_WRITERS = (
     "load_state_dict",
     "refresh_fp32_params",
     "load_hp_checkpoint_state_from_checkpoint_dir",
     "offload_states",
     "reload_states",
 )
-_SHOWN = ("state_dict", "update_lp_params")
+_READERS = ("state_dict", "update_lp_params")
 METHODS = (
+    *_WRITERS,
     *_READERS,
-    *_SHOWN,
     "step",
     "unscale_and_clip_grads",
     "reset_cpu_buffers",
@@ -107,6 +107,11 @@ class Zero12(Holder):
             if kind not in watched:
                 watched[kind] = _watched(kind, self.drain)
             mapping.__class__ = watched[kind]
+
+    def give_out(self) -> None:
+        """Bring the newest state to the host; DeepSpeed may make other fragments there."""
+        self._linked.clear()
+        self.drain()
 
     def _fragments(self) -> Iterator[Any]:
         for group in self._optimizer.bit16_groups:
@@ -223,8 +228,8 @@ def planned_class(base: Any) -> dict[str, Any]:
         "reset_cpu_buffers": after(base, "reset_cpu_buffers", "show_rounded"),
         "state": drained_state(base),
     }
-    body |= {name: after(base, name, "drain") for name in _READERS}
-    body |= {name: after(base, name, "show") for name in _SHOWN}
+    body |= {name: after(base, name, "give_out") for name in _WRITERS}
+    body |= {name: after(base, name, "show") for name in _READERS}
     return body
 
 
