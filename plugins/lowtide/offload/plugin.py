@@ -139,9 +139,8 @@ class OffloadPlugin(Plugin):
         def build(holder: Any, rule: Rule) -> Updater:
             if config.storage is not None and not holder.allows_storage:
                 raise ConfigError(
-                    f'lowtide.offload.storage: the host is "{session.host}", whose optimizer keeps '
-                    f"its state in tensors of its own for each parameter, which cannot be maps of "
-                    f'a file; allowed is "deepspeed", ZeRO 1 to 3; remove the key'
+                    f'lowtide.offload.storage: the host is "{session.host}", and files are built '
+                    f"for the flat masters of DeepSpeed, ZeRO 1 to 3; remove the key"
                 )
             masters, agree = holder.masters(), adapter.agree()
             return Updater(
