@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowtide.offload.storage.piece import State
-from lowtide.offload.storage.tier import Tier, ignored
+from lowtide.offload.storage.tier import Tier
+from lowtide.offload.storage.transfers import ignored
 
 
 class Flow:
