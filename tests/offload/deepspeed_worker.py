@@ -28,7 +28,13 @@ from lowtide.core.device import Lane
 from lowtide.offload.adapters.zero3 import Zero3
 from tests.helpers.ranks import leave_result
 
-RANDOM = {"device": "emulated", "plan": "random:7", "subgroup_params": 1024, "max_slots": 3}
+RANDOM = {
+    "device": "emulated",
+    "device_memory_bytes": 10_000_000,
+    "plan": "random:7",
+    "subgroup_params": 1024,
+    "max_slots": 3,
+}
 AUTO = {
     "device": "emulated",
     "subgroup_params": 1024,
@@ -171,8 +177,9 @@ def state_digest(engine: Any) -> str:
     """Digest of masters and moments, through DeepSpeed's own interface. Collective."""
     tensors = []
     if engine.zero_optimization_stage() < 3:  # its interface knows the first group only
+        states = engine.optimizer.state  # asked here, it is the newest
         for leaf in engine.optimizer.single_partition_of_fp32_groups:
-            state = engine.optimizer.optimizer.state[leaf]
+            state = states[leaf]
             tensors += [leaf, state["exp_avg"], state["exp_avg_sq"]]
         return _digest(tensors)
     for parameter in engine.module.parameters():

@@ -7,142 +7,29 @@ import mmap
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lowtide.core.device import open_device
 from lowtide.core.errors import ConfigError, StorageError
-from lowtide.core.state import Location, StateAuthority
-from lowtide.offload.adam import Powers, adam_step
+from lowtide.core.state import Location
 from lowtide.offload.config import OffloadConfig, StorageConfig
-from lowtide.offload.executor import Executor
-from lowtide.offload.one_update import Work
-from lowtide.offload.plan import build_plan, host_only_plan, random_plan
+from lowtide.offload.plan import build_plan, random_plan
 from lowtide.offload.rates import PathRates
 from lowtide.offload.schedule import check_plan
 from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.storage import files
 from lowtide.offload.storage.files import CHUNK_BYTES, ScratchFile, aligned
 from lowtide.offload.storage.layout import assign, lay_out, shares
 from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS
 from lowtide.offload.storage.opening import open_tier
-from lowtide.offload.storage.tier import Tier
-from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
+from lowtide.offload.subgroup import ALIGNMENT
 from lowtide.offload.trace import StepTrace
 from tests.helpers.memory import resident_bytes
-
-NUMELS = (5_000, 30_005, 20_000, 900)
-MEMORY_BYTES = 12 * 22_000
-BETAS = (0.9, 0.95)
-EVEN = PathRates(read_bytes_per_s=1e9, write_bytes_per_s=1e9)
-
-
-class Bench:
-    """The same state twice: in memory only, and mostly in files below `folder`."""
-
-    def __init__(self, folder: Path, *, stall_s: float = 20.0, buffers: int = 3) -> None:
-        generator = torch.Generator().manual_seed(5)
-        for name in ("a", "b"):
-            (folder / name).mkdir()
-        layout = lay_out(
-            NUMELS, memory_bytes=MEMORY_BYTES, piece=2 * PAGE_ELEMENTS, buffers=buffers,
-            vector=ALIGNMENT,
-        )  # fmt: skip
-        self.files = [ScratchFile(folder / "a"), ScratchFile(folder / "b", direct=False)]
-        self.tier = Tier(self.files, layout, [EVEN, EVEN], NUMELS, stall_s=stall_s)
-        self.expected = [
-            tuple(torch.randn(n, generator=generator).abs() for _ in range(3)) for n in NUMELS
-        ]
-        self.found = [
-            self.tier.tensors(i) if i in self.tier.ranges else tuple(t.clone() for t in state)
-            for i, state in enumerate(self.expected)
-        ]
-        for flat in self.tier.ranges:
-            self.tier.take(flat, self.expected[flat])
-        self.authority = StateAuthority()
-        self.device = open_device("emulated", memory_bytes=10**7)
-        self.executor = Executor(self.device, self._subgroups(), self.authority, tier=self.tier)
-        self.reference = Executor(
-            open_device("cpu"),
-            [
-                self._subgroup(f"r/{i}/{begin}", i, begin, count, self.expected, None)
-                for i, n in enumerate(NUMELS)
-                for begin, count in cuts(n // ALIGNMENT * ALIGNMENT, 10**6)
-            ],
-            StateAuthority(),
-        )
-        self.gradients = [[torch.randn(n, generator=generator) for n in NUMELS] for _ in range(12)]
-        self.powers, self.step = Powers(*BETAS), 0
-
-    def _subgroups(self) -> list[Subgroup]:
-        numbers = {(e.extent.flat, e.extent.begin): n for n, e in enumerate(self.tier.pieces)}
-        found = []
-        for flat, numel in enumerate(NUMELS):
-            extents = [e for e in self.tier.layout.extents if e.flat == flat]
-            spans = (
-                [(e.begin, e.numel) for e in extents]
-                if flat in self.tier.ranges
-                else list(cuts(numel // ALIGNMENT * ALIGNMENT, 10**6))
-            )
-            found += [
-                self._subgroup(
-                    f"s/{flat}/{begin}", flat, begin, count, self.found, numbers.get((flat, begin))
-                )
-                for begin, count in spans
-            ]
-        return found
-
-    @staticmethod
-    def _subgroup(
-        key: str, flat: int, begin: int, count: int, states: Any, stored: int | None
-    ) -> Subgroup:
-        master, exp_avg, exp_avg_sq = (t.narrow(0, begin, count) for t in states[flat])
-        return Subgroup(
-            key=key, group=0, flat=flat, begin=begin, master=master, exp_avg=exp_avg,
-            exp_avg_sq=exp_avg_sq, weights=torch.zeros(count, dtype=torch.bfloat16), stored=stored,
-        )  # fmt: skip
-
-    def run(self, plan: Any = None) -> None:
-        """Update both."""
-        self.step += 1
-        step = adam_step(
-            self.powers.advance(self.step, *BETAS), lr=0.01, betas=BETAS, eps=1e-8,
-            weight_decay=0.1,
-        )  # fmt: skip
-        flats = self.gradients[self.step - 1]
-        for executor in (self.reference, self.executor):
-            buffers = executor.buffers
-            works = [Work(e.part_of(flats[e.flat]), 0.5, step) for e in executor.subgroups]
-            pieces = executor.pieces()
-            chosen = (
-                host_only_plan(pieces, buffers=buffers)
-                if plan is None or executor is self.reference
-                else plan
-            )
-            executor.run(chosen, works)
-
-    def assert_equal(self) -> None:
-        """All state and all rounded weights are those of memory."""
-        self.executor.drain()
-        for flat, state in enumerate(self.expected):
-            for name, expected, found in zip("pmv", state, self.found[flat], strict=True):
-                assert torch.equal(expected, found), f"{name} of master {flat}"
-        for each in self.executor.subgroups:
-            assert each.weights is not None
-            assert torch.equal(each.weights, each.master.to(torch.bfloat16)), each.key
-
-    def moves(self) -> dict[str, int]:
-        """Count the last update's transfers by lane."""
-        lanes = [each.lane for each in self.executor.trace.operations()]
-        return {lane: lanes.count(lane) for lane in sorted(set(lanes)) if lane[-1:].isdigit()}
-
-    def close(self) -> None:
-        """Take the tier away; the tensors hold everything."""
-        self.executor.close()
-        self.tier.close()
+from tests.offload.storage_bench import MEMORY_BYTES, NUMELS, Bench, fail_at, refuse
 
 
 @pytest.fixture
@@ -200,14 +87,14 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def test_a_full_path_is_refused_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.posix_fallocate
+    real = files.allocate
 
     def full(descriptor: int, offset: int, nbytes: int) -> None:
         if nbytes > 8192:
             raise OSError(28, "No space left on device")
         real(descriptor, offset, nbytes)
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(files, "allocate", full)
     with pytest.raises(StorageError, match=r"no room for \d+ bytes .* \d+ are free .*No space"):
         Bench(tmp_path)
 
@@ -319,24 +206,6 @@ def test_state_that_was_changed_between_updates_is_what_counts(bench: Bench) -> 
 
 
 # -- faults ------------------------------------------------------------------------------------
-
-
-def fail_at(
-    monkeypatch: pytest.MonkeyPatch, name: str, turn: int, *, folders: str, how: Callable[..., Any]
-) -> None:
-    """Replace the `turn`-th and all later reads or writes below `folders`."""
-    real, count = getattr(ScratchFile, name), itertools.count()
-
-    def wrapped(self: ScratchFile, *arguments: Any) -> int:
-        if self.folder.name in folders and next(count) >= turn:
-            return int(how(real, self, *arguments))
-        return int(real(self, *arguments))
-
-    monkeypatch.setattr(ScratchFile, name, wrapped)
-
-
-def refuse(*_arguments: Any) -> int:
-    raise OSError(5, "Input/output error")
 
 
 @pytest.mark.parametrize("turn", range(0, 9, 2))

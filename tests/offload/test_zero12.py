@@ -15,7 +15,11 @@ def make() -> tuple[Zero12, list[torch.Tensor], list[int]]:
     for leaf in leaves:
         leaf.grad = torch.ones(4)
     optimizer = SimpleNamespace(
-        single_partition_of_fp32_groups=leaves, _lazy_init_hp_params_optimizer_state=lambda: None
+        single_partition_of_fp32_groups=list(leaves),
+        param_buffer_of_bit16_for_cpu_offload_groups=[torch.ones(4)] * 3,
+        parallel_partitioned_bit16_groups=[[torch.ones(4)] * 2] * 3,
+        get_bit16_param_group=lambda _group: [torch.ones(4)],
+        _lazy_init_hp_params_optimizer_state=lambda: None,
     )
     holder = Zero12(optimizer)
 
@@ -26,8 +30,9 @@ def make() -> tuple[Zero12, list[torch.Tensor], list[int]]:
     holder.unscale = unscale
     seen: list[int] = []
     holder.updater = SimpleNamespace(  # type: ignore[assignment]
-        update=lambda _scale: seen.append(sum(int((2 * g.grad).sum()) for g in leaves))
-    )
+        update=lambda _scale: seen.append(sum(int((2 * g.grad).sum()) for g in leaves)),
+        masters=holder.masters(), tier=None,
+    )  # fmt: skip
     return holder, leaves, seen
 
 
@@ -36,6 +41,12 @@ def one_update(holder: Zero12, leaves: list[torch.Tensor]) -> None:
         assert leaf.grad is not None
         holder.note([leaf.grad], None)
         holder.update_at(group)
+        optimizer = holder._optimizer  # stock rounds now, and finds nothing
+        assert optimizer.single_partition_of_fp32_groups[group].numel() == 0
+        assert optimizer.parallel_partitioned_bit16_groups[group][1].numel() == 0
+    holder.show_rounded()
+    assert list(map(id, holder._optimizer.single_partition_of_fp32_groups)) == list(map(id, leaves))
+    assert holder._optimizer.parallel_partitioned_bit16_groups[2][1].numel() == 4
 
 
 def test_each_gradient_is_unscaled_once_before_the_update() -> None:

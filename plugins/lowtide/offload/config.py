@@ -45,7 +45,8 @@ class StoragePath(BaseModel):
     )
 
     path: str
-    """An existing folder; scratch files there have no name and go with the process."""
+    """An existing folder, ~ for the home folder; scratch files there have no name and go with the
+    process."""
 
     read_bytes_per_s: float | Auto = "auto"
     """One rank's reads, while it writes too. Auto: measured at the start."""
@@ -90,14 +91,16 @@ class StorageConfig(BaseModel):
     and one that is updated."""
 
     stall_s: float = Field(default=60.0, gt=0)
-    """A read or write that gets no further for so long ends the run with an error that names the
-    path, instead of hanging."""
+    """A path that gets no further for so long, at the start or in an update, ends the run with an
+    error that names it, instead of hanging."""
 
     direct_io: bool = True
     """Leave the page cache out where the file system can do that."""
 
     @model_validator(mode="after")
     def _check(self) -> StorageConfig:
+        if not all(each.path for each in self.folders):
+            raise ValueError('"paths" names no folder; write "." for the current one')
         if self.buffers != "auto" and not 1 <= self.buffers <= MAX_BUFFERS:
             raise ValueError(f'"buffers" must be 1 to {MAX_BUFFERS}, or "auto"')
         return self
@@ -190,12 +193,6 @@ class OffloadConfig(PluginConfig):
                 'lowtide.offload: offload_optimizer.device is "nvme", which has a schedule of its '
                 'own; set it to "cpu" and name the folders in the block: "offload": {"storage": '
                 '{"paths": ["/nvme/scratch"], "host_memory_bytes": 64000000000}}'
-            )
-        if self.storage is not None and stage != 3:
-            raise ConfigError(
-                f"lowtide.offload.storage: works under ZeRO stage 3, and this is stage {stage}, "
-                f'whose state DeepSpeed reads behind our back; set "zero_optimization": '
-                f'{{"stage": 3}}, or remove lowtide.offload.storage'
             )
         if stage not in (1, 2, 3) or place != "cpu":
             raise ConfigError(

@@ -101,11 +101,13 @@ class Executor:
         update.trace.begin_s = begin_s
         update.trace.is_degraded = len(on_device) < len(plan.device_order)
         flow = self._flow(plan, update.trace)
-        if on_device:
-            update.queue(on_device, slots)
         try:
+            if on_device:
+                update.queue(on_device, slots)
             self._host_updates(update, on_host, flow)
-        except StorageError:
+        except BaseException:  # also Ctrl-C, after which many a script saves a checkpoint
+            if flow is not None:
+                flow.stop()
             with contextlib.suppress(DeviceError):
                 update.finish()  # nothing may be under way when the caller gives up
             raise

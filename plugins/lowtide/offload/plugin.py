@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowtide.core.device import Device, open_device
-from lowtide.core.errors import ConfigError, LowtideError, StorageError
+from lowtide.core.errors import ConfigError, StorageError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
 from lowtide.core.native import native_cuda, status_cuda
 from lowtide.offload.config import OffloadConfig
@@ -19,7 +19,7 @@ from lowtide.offload.schedule import Plan
 from lowtide.offload.scheduler import Agree, Scheduler
 from lowtide.offload.storage.opening import open_tier
 from lowtide.offload.storage.tier import Tier
-from lowtide.offload.updater import Rule, Updater
+from lowtide.offload.updater import Rule, Updater, outcome_of
 
 logger = logging.getLogger("lowtide")
 
@@ -139,8 +139,8 @@ class OffloadPlugin(Plugin):
         def build(holder: Any, rule: Rule) -> Updater:
             if config.storage is not None and not holder.allows_storage:
                 raise ConfigError(
-                    f"lowtide.offload.storage: works under DeepSpeed's ZeRO stage 3 only, and this "
-                    f"is {type(holder).__name__}; remove the key"
+                    f'lowtide.offload.storage: the host is "{session.host}", and files are built '
+                    f"for the flat masters of DeepSpeed, ZeRO 1 to 3; remove the key"
                 )
             masters, agree = holder.masters(), adapter.agree()
             return Updater(
@@ -152,6 +152,7 @@ class OffloadPlugin(Plugin):
                 ),
                 authority=session.state,
                 tier=self._open_storage([m.leaf.numel() for m in masters], agree, session.rank),
+                is_joint=config.storage is not None,
                 subgroup_params=config.subgroup_params,
                 pace=Pace(config.emulated.device_params_per_s, config.emulated.host_params_per_s),
             )  # fmt: skip
@@ -170,18 +171,19 @@ class OffloadPlugin(Plugin):
         config = self.config
         if config.storage is None:
             return None
-        found: Tier | LowtideError | None
-        try:
-            found = open_tier(
-                config.storage, numels,
+        storage = config.storage
+        found, failure = outcome_of(
+            lambda: open_tier(
+                storage, numels,
                 subgroup_params=config.subgroup_params, rank=rank, meet=lambda: agree([1.0]),
-            )  # fmt: skip
-        except LowtideError as error:
-            found = error
-        is_well = agree([float(not isinstance(found, LowtideError))])[0] > 0.0
-        if isinstance(found, LowtideError):
-            raise found
+            )
+        )  # fmt: skip
+        is_well = agree([float(failure is None)])[0] > 0.0
+        if failure is not None:
+            raise failure
         if not is_well:
+            if found is not None:
+                found.close()
             raise StorageError(
                 "offload.storage: another rank cannot store its optimizer state, and its log says "
                 "why; correct lowtide.offload.storage and start again"

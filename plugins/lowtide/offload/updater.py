@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from lowtide.core.device import Device
-from lowtide.core.errors import LowtideError, StorageError
+from lowtide.core.errors import StorageError
 from lowtide.core.state import StateAuthority
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.executor import Executor
@@ -96,6 +96,7 @@ class Updater:
         subgroup_params: Larger masters are cut into pieces of about this size.
         pace: Slows an emulated device down.
         tier: Where state that does not fit in memory lives. Masters are moved there at once.
+        is_joint: Whether the ranks fail together; storage on any of them asks for that.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Updater:
         subgroup_params: int,
         pace: Pace | None = None,
         tier: Tier | None = None,
+        is_joint: bool = False,
     ) -> None:
         self.masters = list(masters)
         self.scheduler = scheduler
@@ -118,6 +120,7 @@ class Updater:
         self._subgroup_params = subgroup_params
         self._pace = pace
         self.tier = tier
+        self._is_joint = is_joint
         self._unmoved: set[int] = set()  # stored masters whose moments are still zeros
         self._arena: dict[tuple[int, str], Tensor] = {}
         self._executor: Executor | None = None
@@ -144,7 +147,7 @@ class Updater:
             StorageError: state was lost in storage, here or on another rank. Collective where
                 there is storage, so that no rank waits for one that has given up.
         """
-        if self.tier is None:
+        if not self._is_joint:
             self._update(self._ready_executor(), scale)
             return
         # Twice, because planning is collective too: nobody may be in another collective call.
@@ -153,20 +156,20 @@ class Updater:
 
     def _together(self, action: Callable[[], _T]) -> _T:
         """Do something on all ranks, or raise on all ranks. Collective."""
-        failure: LowtideError | None = None
+        found, failure = outcome_of(action)
         try:
-            found = action()
-        except LowtideError as error:
-            failure = error
-        is_well = self.scheduler.all_agree(failure is None)
+            is_well = self.scheduler.all_agree(failure is None)
+        except Exception:
+            if failure is None:
+                raise
         if failure is not None:
             raise failure
         if not is_well:
             raise StorageError(
-                "offload.storage: another rank has lost optimizer state, and its log says why; "
+                "offload.storage: another rank has failed in its update, and its log says why; "
                 "start again from the last checkpoint"
             )
-        return found
+        return cast(_T, found)
 
     def _update(self, executor: Executor, scale: float) -> None:
         # Plans may fail, on their collective or a device; so nothing has been changed before.
@@ -366,6 +369,14 @@ class Updater:
             for each in self.tier.layout.extents
             if each.flat == number and each.numel
         ]
+
+
+def outcome_of(action: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    """Return what an action returns, or what it raises."""
+    try:
+        return action(), None
+    except Exception as error:  # noqa: BLE001 - raised once the other ranks know
+        return None, error
 
 
 def _tail(flat: Tensor) -> Tensor:

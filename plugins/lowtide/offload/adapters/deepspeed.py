@@ -47,6 +47,7 @@ class DeepSpeedAdapter:
         base = self._base
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         self._optimizer.__class__ = type(base.__name__, (base,), {**self._body(base), **names})
+        self.holder.connected()
         return updater
 
     def agree(self) -> Agree:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lowtide.core.errors import HostError
+from lowtide.offload.adapters.entry_points import Holder, after, drained_state
 from lowtide.offload.gradients import GroupGradients, Span, as_float32
-from lowtide.offload.updater import Master, Updater
+from lowtide.offload.updater import Master
 
 CLASS = "DeepSpeedZeroOptimizer_Stage3"
 
@@ -54,15 +55,13 @@ METHODS = (
 )
 
 
-class Zero3:
+class Zero3(Holder):
     """One ZeRO-3 optimizer's state and what its methods need."""
 
     allows_residents = True
-    allows_storage = True
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self.updater: Updater | None = None
         self.scale: float | None = None  # of the update that is under way
         self._gradients: list[GroupGradients] = []
         self._here: dict[Hashable, Tensor] = {}  # parts of the host's buffer that are not in use
@@ -200,11 +199,6 @@ class Zero3:
         for gradients in self._gradients:
             gradients.widen()
 
-    def drain(self) -> None:
-        """Bring the newest state to the host."""
-        if self.updater is not None:
-            self.updater.drain()
-
     def settle(self) -> None:
         """Bring the newest state and all gradients to the host."""
         self.drain()
@@ -218,11 +212,6 @@ class Zero3:
             is_finite = torch.stack([torch.isfinite(each).all() for each in kept]).all()
             tracker = self._optimizer.inf_or_nan_tracker
             tracker.logical_or_((~is_finite).to(tracker.device))
-
-    def show(self) -> None:
-        """Bring the newest state to the host, for somebody who does not change it."""
-        if self.updater is not None:
-            self.updater.drain(may_write=False)
 
     def note_scale(self, total_norm: Any) -> None:
         """Take note of the factor that stock would multiply the gradients by now."""
@@ -300,29 +289,12 @@ def planned_class(base: Any) -> dict[str, Any]:
         "_offload_grad_partition_at_boundary": _offload_grad_partition_at_boundary,
         "partition_grads": partition_grads,
     }
-    stock_state = base.state
-
-    def get_state(self: Any) -> Any:
-        self._lowtide_offload.drain()
-        return stock_state.fget(self)
-
-    body["state"] = property(get_state, stock_state.fset)
-    body |= {name: _after(base, name, "drain") for name in _READERS}
-    body |= {name: _after(base, name, "settle") for name in _MOVERS}
-    body["state_dict"] = _after(base, "state_dict", "show")
-    body |= {name: _after(base, name, "widen") for name in _GRADIENT_READERS}
+    body["state"] = drained_state(base)
+    body |= {name: after(base, name, "drain") for name in _READERS}
+    body |= {name: after(base, name, "settle") for name in _MOVERS}
+    body["state_dict"] = after(base, "state_dict", "show")
+    body |= {name: after(base, name, "widen") for name in _GRADIENT_READERS}
     return body
-
-
-def _after(base: Any, name: str, duty: str) -> Callable[..., Any]:
-    stock = getattr(base, name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        getattr(self._lowtide_offload, duty)()
-        return stock(self, *args, **kwargs)
-
-    method.__name__ = name
-    return method
 
 
 def refusals(optimizer: Any) -> dict[str, bool]:

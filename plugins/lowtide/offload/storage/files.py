@@ -17,9 +17,10 @@ from torch import Tensor
 from lowtide.core.errors import ConfigError, StorageError
 from lowtide.core.native import crc32, crc32_combine
 from lowtide.offload.storage.lanes import Crew
-from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS, Range
+from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS, Range, allocate
 
 CHUNK_BYTES = 4 << 20
+STRETCH_BYTES = 64 << 20  # written through the page cache before that is waited for
 DEPTH = 4  # parts of a piece that are under way at once
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _PREFIX = ".lowtide-offload-"
@@ -28,9 +29,10 @@ _PREFIX = ".lowtide-offload-"
 def aligned(nbytes: int) -> Tensor:
     """Return memory that direct I/O takes: uint8, shape (nbytes,), at a page's begin, zeros."""
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them: only slower
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    # Not for children: a fork beside direct I/O could send them a read's bytes (older kernels).
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with contextlib.suppress(OSError, AttributeError):  # a system without it
+            memory.madvise(getattr(mmap, advice))
     return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
@@ -53,24 +55,28 @@ class ScratchFile:
         self.folder = Path(folder)
         self.size_bytes = 0
         self._direct = -1
-        self._crew = Crew("lowtide-offload-parts", 2 * DEPTH)  # of a read and of a write
+        # One each: the parts of a read would keep those of a write waiting.
+        self._readers, self._writers = (
+            Crew("lowtide-offload-read", DEPTH),
+            Crew("lowtide-offload-write", DEPTH),
+        )
         try:
             self.descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=self.folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path may hold a zero byte
             raise ConfigError(
                 f"lowtide.offload.storage.paths: cannot make a file in {str(self.folder)!r}: "
-                f"{error.strerror}; allowed is an existing folder that this process may write to"
+                f"{getattr(error, 'strerror', error)}; allowed is an existing folder that this "
+                f"process may write to"
             ) from error
         try:
             if direct and _DIRECT:
-                try:
+                with contextlib.suppress(OSError):  # a file system that has none
                     self._direct = os.open(name, os.O_RDWR | os.O_CLOEXEC | _DIRECT)
-                except OSError as error:  # EINVAL is how file systems say that they have none
-                    if error.errno != errno.EINVAL:
-                        raise
         finally:
             os.unlink(name)  # space comes back even after kill -9
         self._finalizer = weakref.finalize(self, _close, self.descriptor, self._direct)
+        # A piece is asked for whole; reading ahead would bring in the next one.
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._check()
 
     @property
@@ -80,7 +86,8 @@ class ScratchFile:
 
     def close(self) -> None:
         """Close the file. Memory maps of it stay."""
-        self._crew.close()
+        self._readers.close()
+        self._writers.close()
         self._finalizer()
 
     def reserve(self, nbytes: int) -> int:
@@ -91,7 +98,7 @@ class ScratchFile:
         """
         offset = self.size_bytes
         try:
-            os.posix_fallocate(self.descriptor, offset, nbytes)
+            allocate(self.descriptor, offset, nbytes)
         except OSError as error:
             free = os.statvfs(self.descriptor)
             raise StorageError(
@@ -126,9 +133,15 @@ class ScratchFile:
                 progress()
             return crc
 
-        crc = self._in_parts(move, len(view))
-        if not self.is_direct:
-            os.fdatasync(self.descriptor)
+        stretch = len(view) if self.is_direct else STRETCH_BYTES
+        crc = 0
+        for begin in range(0, len(view), stretch):
+            end = min(begin + stretch, len(view))
+            found = _in_parts(self._writers, move, range(begin, end, CHUNK_BYTES), end)
+            crc = crc32_combine(crc, found, end - begin)
+            if not self.is_direct:
+                os.fdatasync(self.descriptor)
+                progress()
         self._drop(offset, len(view))
         return crc
 
@@ -150,16 +163,8 @@ class ScratchFile:
                 progress()
             return crc32(part)
 
-        crc = self._in_parts(move, len(view))
+        crc = _in_parts(self._readers, move, range(0, len(view), CHUNK_BYTES), len(view))
         self._drop(offset, len(view))
-        return crc
-
-    def _in_parts(self, move: Callable[[int], int], nbytes: int) -> int:
-        """Move parts, several at once, as devices like it; return the CRC-32 of the whole."""
-        begins = range(0, nbytes, CHUNK_BYTES)
-        crc = 0
-        for begin, found in zip(begins, self._crew.map(move, begins), strict=True):
-            crc = crc32_combine(crc, found, min(CHUNK_BYTES, nbytes - begin))
         return crc
 
     def _at(self, position: int) -> int:
@@ -203,6 +208,14 @@ class ScratchFile:
         except OSError:
             return False
         return True
+
+
+def _in_parts(crew: Crew, move: Callable[[int], int], begins: range, end: int) -> int:
+    """Move parts, several at once, as devices like it; return the CRC-32 of the whole."""
+    crc = 0
+    for begin, found in zip(begins, crew.map(move, begins), strict=True):
+        crc = crc32_combine(crc, found, min(CHUNK_BYTES, end - begin))
+    return crc
 
 
 def _nothing() -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowtide.offload.storage.piece import State
-from lowtide.offload.storage.tier import Tier, ignored
+from lowtide.offload.storage.tier import Tier
+from lowtide.offload.storage.transfers import ignored
 
 
 class Flow:
@@ -29,14 +30,15 @@ class Flow:
     """
 
     def __init__(self, tier: Tier, order: Sequence[int], carried: int) -> None:
-        if tier.failure is not None:
-            raise tier.failure
         self._tier = tier
+        with tier.changed:
+            tier.wait(lambda: not tier.moving)  # the last update may have been broken off
         held = [n for n in order if n in tier.held]
         self.order = [*held, *(n for n in order if n not in tier.held)]
         self._stays = set(self.order[max(0, len(self.order) - min(carried, self._most())) :])
         self._turn = 0  # of the next one to be updated ...
         self._ahead = 0  # ... and of the next one to be read
+        self._taken: set[int] = set()  # being updated
         with tier.changed:
             self._read_ahead()
 
@@ -66,6 +68,7 @@ class Flow:
             if not self._has_arrived(number):
                 return None
             self._turn += 1
+            self._taken.add(number)
             return number, tier.newest(number)
 
     def _has_arrived(self, number: int) -> bool:
@@ -75,6 +78,7 @@ class Flow:
         """Say that a piece which was taken has been updated."""
         tier = self._tier
         with tier.changed:
+            self._taken.discard(number)
             if number not in tier.held:
                 return  # it lives in memory
             tier.dirty.add(number)
@@ -94,6 +98,14 @@ class Flow:
                     return
                 tier.read(number, _nothing)
             self._ahead += 1
+
+    def stop(self) -> None:
+        """Read no more, because the update has been broken off; lanes end what they have."""
+        tier = self._tier
+        with tier.changed:
+            self._ahead = len(self.order)
+            tier.dirty |= {n for n in self._taken if n in tier.held}  # updated, perhaps
+            tier.noted = ignored
 
     def finish(self) -> None:
         """Wait until everything is where it belongs.

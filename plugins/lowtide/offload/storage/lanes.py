@@ -7,7 +7,13 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
+from typing import TypeVar
 
+from lowtide.core.errors import StorageError
+
+_T = TypeVar("_T")
+
+POLL_S = 0.2
 Action = Callable[[Callable[[], None]], None]
 """A transfer; it calls its argument whenever it has got further."""
 
@@ -128,3 +134,42 @@ class StorageLane:
                 return
             self._moved_s = None
             del action  # it may hold memory, and the next one may be long in coming
+
+
+def run_watched(folder: str, action: Callable[[Callable[[], None]], _T], *, stall_s: float) -> _T:
+    """Return what `action` returns; it runs in a thread of its own, as a path may hang.
+
+    Args:
+        folder: For the message.
+        action: Calls its argument whenever it has got further.
+        stall_s: It is given up when it gets no further for so long.
+
+    Raises:
+        StorageError: it hangs.
+        Exception: whatever `action` raises.
+    """
+    found: list[_T] = []
+    failures: list[Exception] = []
+    ended = threading.Event()
+
+    def run(progress: Callable[[], None]) -> None:
+        try:
+            found.append(action(progress))
+        except Exception as error:  # noqa: BLE001 - raised below
+            failures.append(error)
+        finally:
+            ended.set()
+
+    lane = StorageLane("start", 0)
+    lane.submit(run)
+    lane.close()
+    while not ended.wait(POLL_S):
+        if lane.stalled_s() > stall_s:
+            raise StorageError(
+                f"offload.storage: {folder!r}: has got no further for {stall_s:g} s while it was "
+                f"opened and measured; take it out of lowtide.offload.storage.paths or raise "
+                f"stall_s"
+            )
+    if failures:
+        raise failures[0]
+    return found[0]

@@ -120,7 +120,8 @@ def _pages(numel: int, piece: int) -> list[tuple[int, int]]:
 
 def shares(count: int, paths: Sequence[PathRates]) -> list[int]:
     """Return how many of `count` equal pieces each path gets, by largest remainder."""
-    weights = [1.0 / each.turn_s for each in paths]
+    weights = [min(each.read_bytes_per_s, each.write_bytes_per_s) for each in paths]
+    weights = [each / max(weights) for each in weights]  # no sum of them is infinite
     exact = [count * weight / sum(weights) for weight in weights]
     found = [int(each) for each in exact]
     by_rest = sorted(range(len(exact)), key=lambda j: (found[j] - exact[j], j))

@@ -8,6 +8,7 @@ of its own. ``mmap`` with MAP_FIXED swaps what is behind a part of an address ra
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -36,7 +37,29 @@ def _library() -> Any:
     ]  # fmt: skip
     library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return library
+
+
+def allocate(descriptor: int, offset: int, nbytes: int) -> None:
+    """Take space for a file's bytes, which read as zeros then.
+
+    Not `os.posix_fallocate`: where a file system (NFS before 4.2, many in user space) cannot
+    reserve, that writes into every block, for hours where there are terabytes. Here the file
+    becomes longer, if there is room at the moment.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if _library().fallocate(descriptor, 0, offset, nbytes) == 0:
+        return
+    number = ctypes.get_errno()
+    if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+        free = os.statvfs(descriptor)
+        number = 0 if nbytes <= free.f_bavail * free.f_frsize else errno.ENOSPC
+    if number:
+        raise OSError(number, os.strerror(number))
+    os.ftruncate(descriptor, offset + nbytes)
 
 
 class Range:

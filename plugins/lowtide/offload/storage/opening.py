@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from lowtide.offload.config import StorageConfig
+from lowtide.offload.config import StorageConfig, StoragePath
 from lowtide.offload.storage.files import ScratchFile
+from lowtide.offload.storage.lanes import run_watched
 from lowtide.offload.storage.layout import lay_out
 from lowtide.offload.storage.probe import measure_paths
 from lowtide.offload.storage.tier import Tier
@@ -41,17 +45,24 @@ def open_tier(
         numels, memory_bytes=config.host_memory_bytes, piece=subgroup_params,
         buffers=config.buffer_count, vector=ALIGNMENT,
     )  # fmt: skip
-    folders = config.folders
-    files = [ScratchFile(each.path, direct=config.direct_io) for each in folders]
-    # Also where all fits here: the other ranks measure what is left to them when all work.
-    rates = measure_paths(files, [each.given for each in folders])
-    if not layout.stored:
-        for each in files:
-            each.close()
+    files: list[ScratchFile] = []
+    tier = None
+    try:
+        for each in config.folders:
+            files.append(_open_file(each, config))
+        # Also where all fits here: the other ranks measure what is left to them when all work.
+        rates = measure_paths(
+            files, [each.given for each in config.folders], stall_s=config.stall_s
+        )
+        if layout.stored:
+            tier = Tier(files, layout, rates, numels, stall_s=config.stall_s, first=rank)
+    finally:
+        if tier is None:
+            _close(files)
+    if tier is None:
         if rank == 0:
             logger.info("offload: all optimizer state fits in memory, storage is not used")
         return None
-    tier = Tier(files, layout, rates, numels, stall_s=config.stall_s, first=rank)
     for file, rate, nbytes in zip(files, rates, tier.stored_bytes(), strict=True):
         logger.info(
             "offload: rank %d: %.2f GB of optimizer state in %s, %s; reads %.2f, writes %.2f GB/s",
@@ -60,3 +71,42 @@ def open_tier(
             rate.read_bytes_per_s / 1e9, rate.write_bytes_per_s / 1e9,
         )  # fmt: skip
     return tier
+
+
+def _close(files: Sequence[ScratchFile]) -> None:
+    """Close files; a path that hangs may keep its thread, and not the one that reports it."""
+    for file in files:
+        closing = threading.Thread(target=file.close, daemon=True)
+        closing.start()
+        closing.join(timeout=1.0)
+
+
+def _open_file(path: StoragePath, config: StorageConfig) -> ScratchFile:
+    folder = Path(path.path).expanduser()
+    file = run_watched(
+        str(folder),
+        lambda _progress: ScratchFile(folder, direct=config.direct_io),
+        stall_s=config.stall_s,
+    )
+    kind = file_system_of(file.descriptor)
+    if kind in ("tmpfs", "ramfs"):
+        logger.warning(
+            "offload: %s is a %s, which is host memory: state that is stored there takes it all "
+            "the same, and host_memory_bytes does not count it", folder, kind,
+        )  # fmt: skip
+    return file
+
+
+def file_system_of(descriptor: int) -> str:
+    """Return the kind of file system that an open file is on, "" where that is not told."""
+    device = os.fstat(descriptor).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        before, _, behind = line.partition(" - ")  # how many fields come before differs
+        if before.split()[2] == wanted:
+            return behind.split()[0]
+    return ""

@@ -8,94 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from time import perf_counter
 
 from torch import Tensor
 
-from lowtide.core.errors import StorageError
-from lowtide.offload.rates import PathRates
-from lowtide.offload.storage.files import ScratchFile
-from lowtide.offload.storage.lanes import StorageLane
-from lowtide.offload.storage.layout import Extent, Layout, assign
-from lowtide.offload.storage.mapping import Range
-from lowtide.offload.storage.piece import Buffer, Piece, State, fill, part_of
+from lowtide.offload.storage.layout import Extent
+from lowtide.offload.storage.piece import fill, part_of
+from lowtide.offload.storage.transfers import Transfers
 
 logger = logging.getLogger("lowtide")
 
-Noted = Callable[[int, str, int, float, float], None]  # piece, lane, bytes, begin_s, end_s
 
-_POLL_S = 0.2
-_ATTEMPTS = 2  # of a read: what went wrong on the way, and not on the medium, goes right then
-
-
-class Tier:
-    """The stored pieces of one rank.
-
-    Args:
-        files: One per path.
-        layout: What is stored.
-        rates: Of each path; they decide how many pieces it gets.
-        numels: Elements of each master.
-        stall_s: A transfer that gets no further for so long is given up.
-        first: Which path comes first; ranks of one node differ.
-
-    Raises:
-        StorageError: a path has too little room.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[ScratchFile],
-        layout: Layout,
-        rates: Sequence[PathRates],
-        numels: Sequence[int],
-        *,
-        stall_s: float,
-        first: int = 0,
-    ) -> None:
-        self.files, self.layout, self.rates = list(files), layout, list(rates)
-        self.changed = threading.Condition()
-        self.failure: StorageError | None = None
-        self.dirty: set[int] = set()  # buffers that are newer than the file
-        self.held: dict[int, Buffer] = {}  # pieces that are in a buffer, whole
-        self.free = [Buffer(layout.buffer_bytes) for _ in range(layout.buffers)]
-        self.noted: Noted = ignored
-        self._stall_s = stall_s
-        self._left_out: set[int] = set()  # paths that refused a write
-        self._lanes = {
-            (kind, j): StorageLane(f"{kind}{j}", j)
-            for j in range(len(files))
-            for kind in ("read", "write")
-        }
-        chosen = assign(len(layout.stored), rates, first=first)
-        self.pieces = [Piece(e, j) for e, j in zip(layout.stored, chosen, strict=True)]
-        flats = sorted({each.extent.flat for each in self.pieces})
-        self.ranges = {flat: tuple(Range(numels[flat]) for _ in range(3)) for flat in flats}
-        for number, piece in enumerate(self.pieces):
-            self._settle(number, chosen[number], self.files[chosen[number]].reserve(piece.nbytes))
-
-    # -- what readers see ---------------------------------------------------------------------
-
-    def tensors(self, flat: int) -> State:
-        """Return the mapped master and moments of a master that is stored, at least in part."""
-        master, exp_avg, exp_avg_sq = (each.tensor for each in self.ranges[flat])
-        return master, exp_avg, exp_avg_sq
-
-    def mapped(self, number: int) -> State:
-        """Return a piece's part of `tensors`; only after `drain` it is sure to be the newest."""
-        extent = self.pieces[number].extent
-        parts = (t.narrow(0, extent.begin, extent.numel) for t in self.tensors(extent.flat))
-        master, exp_avg, exp_avg_sq = parts
-        return master, exp_avg, exp_avg_sq
-
-    def newest(self, number: int) -> State:
-        """Return a piece's newest state, wherever it is."""
-        held = self.held.get(number)
-        numel = self.pieces[number].extent.numel
-        return self.mapped(number) if held is None else held.state(numel)
+class Tier(Transfers):
+    """The stored pieces of one rank, for those who read and replace whole masters."""
 
     def in_memory_bytes(self) -> int:
         """Return the host memory of state and buffers, without the page cache."""
@@ -139,8 +65,13 @@ class Tier:
         Raises:
             StorageError: a path hangs.
         """
+        with self._draining:
+            self._take(flat, sources)
+
+    def _take(self, flat: int, sources: Sequence[Tensor | None]) -> None:
         mine = [n for n, each in enumerate(self.pieces) if each.extent.flat == flat]
-        self.drain(mine, may_write=True)  # a source may be one of `tensors`
+        # A source may be one of `tensors`, and the other masters' pieces may be in all buffers.
+        self.drain(may_write=True)
         for tensor, source in zip(self.tensors(flat), sources, strict=True):
             for extent in self.layout.extents:
                 if extent.flat == flat and not extent.is_stored:
@@ -176,51 +107,19 @@ class Tier:
             StorageError: a path hangs, or state had been lost before.
         """
         asked = list(range(len(self.pieces)) if numbers is None else numbers)
-        with self.changed:
-            self._check()
-            todo = [n for n in asked if n in self.dirty]
-        for number in todo:
-            self.write(number, _nothing)
-        with self.changed:
-            self.wait(lambda: self.dirty.isdisjoint(todo))
-            if may_write:
-                for number in asked:
-                    self.pieces[number].crc = None
-                    if number in self.held:
-                        self.release(number)
-
-    def release(self, number: int) -> None:
-        """Free a piece's buffer. With the lock held."""
-        self.dirty.discard(number)
-        self.free.append(self.held.pop(number))
-
-    def wait(self, is_over: Callable[[], bool]) -> None:
-        """Wait, with the lock held, until something is so.
-
-        Raises:
-            StorageError: a transfer has failed, or gets no further.
-        """
-        while not is_over():
-            self._check()
-            self.changed.wait(_POLL_S)
-            for lane in self._lanes.values():
-                if lane.error is not None:
-                    raise StorageError(
-                        f"offload.storage: lane {lane.name} has ended ({lane.error!r}); report "
-                        f"this, and start again from the last checkpoint"
-                    ) from lane.error
-                if lane.stalled_s() > self._stall_s:
-                    self.failure = self.failure or StorageError(
-                        f"offload.storage: {str(self.files[lane.path].folder)!r}: a "
-                        f"{lane.name.rstrip('0123456789')} has got no further for "
-                        f"{self._stall_s:g} s; take the path out of lowtide.offload.storage.paths "
-                        f"or raise stall_s, and start again from the last checkpoint"
-                    )
-        self._check()
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
+        with self._draining:
+            with self.changed:
+                self.wait(lambda: not self.moving)  # an update may have been broken off
+                todo = [n for n in asked if n in self.dirty]
+            for number in todo:
+                self.write(number, lambda: None)
+            with self.changed:
+                self.wait(lambda: self.dirty.isdisjoint(todo))
+                if may_write:
+                    for number in asked:
+                        self.pieces[number].crc = None
+                        if number in self.held:
+                            self.release(number)
 
     def close(self) -> None:
         """Write what is in buffers, and let files and buffers go. The mapped tensors stay valid."""
@@ -236,138 +135,3 @@ class Tier:
                 for each in self.files:
                     each.close()
                 self.free.clear()
-
-    # -- transfers ----------------------------------------------------------------------------
-
-    def read(self, number: int, then: Callable[[], None]) -> None:
-        """Fill a free buffer with a piece. With the lock held, and so is `then` called."""
-        piece, buffer = self.pieces[number], self.free.pop()
-        if piece.path is None:
-            raise AssertionError("unreachable: what is in memory is not read")
-        lane, path = self._lanes["read", piece.path], piece.path
-
-        def action(progress: Callable[[], None]) -> None:
-            begin_s = perf_counter()
-            problem = self._try_read(piece, path, buffer, progress)
-            with self.changed:
-                self.noted(number, lane.name, piece.nbytes, begin_s, perf_counter())
-                if problem is None:
-                    self.held[number] = buffer
-                    then()
-                else:
-                    self.failure = self.failure or StorageError(
-                        f"offload.storage: subgroup {number}, elements {piece.extent.begin} to "
-                        f"{piece.extent.begin + piece.extent.numel} of master {piece.extent.flat}, "
-                        f"cannot be read back from byte {piece.offset} of the scratch file in "
-                        f"{str(self.files[path].folder)!r}: {problem}; nothing was updated with "
-                        f"it; take the path out of lowtide.offload.storage.paths, and start again "
-                        f"from the last checkpoint"
-                    )
-                self.changed.notify_all()
-
-        lane.submit(action)
-
-    def _try_read(
-        self, piece: Piece, path: int, buffer: Buffer, progress: Callable[[], None]
-    ) -> str | None:
-        """Read a piece and check it; return what is wrong with it."""
-        problem = None
-        for _ in range(_ATTEMPTS):
-            try:
-                crc = self.files[path].read(buffer.memory[: piece.nbytes], piece.offset, progress)
-            except OSError as error:
-                problem = str(error)
-                continue
-            if piece.crc in (None, crc):
-                return None
-            problem = f"its CRC-32 is {crc:08x}, and {piece.crc:08x} was written"
-        return problem
-
-    def write(self, number: int, then: Callable[[], None]) -> None:
-        """Write a held piece to its path, or to another one; `then` is called with the lock."""
-        piece = self.pieces[number]
-        if piece.path is None or piece.path in self._left_out:
-            self._write_elsewhere(number, then)
-            return
-        path, offset = piece.path, piece.offset
-        self._lanes["write", path].submit(partial(self._write_now, number, path, offset, then))
-
-    def _write_now(
-        self,
-        number: int,
-        path: int,
-        offset: int,
-        then: Callable[[], None],
-        progress: Callable[[], None],
-    ) -> None:
-        piece, begin_s = self.pieces[number], perf_counter()
-        data = self.held[number].memory[: piece.nbytes]
-        try:
-            piece.crc = self.files[path].write(data, offset, progress)
-            if (path, offset) != (piece.path, piece.offset):
-                self._settle(number, path, offset)
-        except (OSError, StorageError) as error:
-            self._leave_out(path, error)
-            self._write_elsewhere(number, then)
-            return
-        self._written(number, f"write{path}", begin_s, then)
-
-    def _written(self, number: int, lane: str, begin_s: float, then: Callable[[], None]) -> None:
-        with self.changed:
-            self.noted(number, lane, self.pieces[number].nbytes, begin_s, perf_counter())
-            self.dirty.discard(number)
-            then()
-            self.changed.notify_all()
-
-    def _leave_out(self, path: int, error: Exception) -> None:
-        with self.changed:
-            is_known = path in self._left_out
-            self._left_out.add(path)
-        if not is_known:
-            logger.warning(
-                "offload: %s takes no more optimizer state (%s); nothing is lost, and what was to "
-                "be written there goes elsewhere from now on", self.files[path].folder, error,
-            )  # fmt: skip
-
-    def _write_elsewhere(self, number: int, then: Callable[[], None]) -> None:
-        """Find a piece another home: on the fastest other path with room, or in memory."""
-        piece = self.pieces[number]
-        others = [j for j in range(len(self.files)) if j not in self._left_out]
-        for path in sorted(others, key=lambda j: (self.rates[j].turn_s, j)):
-            try:
-                with self.changed:
-                    offset = self.files[path].reserve(piece.nbytes)
-            except StorageError as error:
-                self._leave_out(path, error)
-                continue
-            self._lanes["write", path].submit(partial(self._write_now, number, path, offset, then))
-            return
-        begin_s = perf_counter()
-        if piece.path is not None:
-            piece.path = None
-            for part in self.ranges[piece.extent.flat]:
-                part.show_memory(piece.extent.begin, piece.extent.numel)
-            logger.warning(
-                "offload: no path takes subgroup %d any more, its %d bytes stay in memory",
-                number, piece.nbytes,
-            )  # fmt: skip
-        numel = piece.extent.numel
-        for old, new in zip(self.mapped(number), self.held[number].state(numel), strict=True):
-            old.copy_(new)
-        self._written(number, "memory", begin_s, then)
-
-    def _settle(self, number: int, path: int, offset: int) -> None:
-        piece = self.pieces[number]
-        extent = piece.extent
-        for turn, each in enumerate(self.ranges[extent.flat]):
-            begin = offset + 4 * turn * extent.numel
-            each.show_file(extent.begin, extent.numel, self.files[path].descriptor, begin)
-        piece.path, piece.offset = path, offset
-
-
-def _nothing() -> None:
-    pass
-
-
-def ignored(_piece: int, _lane: str, _nbytes: int, _begin_s: float, _end_s: float) -> None:
-    """Note nothing: transfers outside of updates are no part of a trace."""
