@@ -79,9 +79,7 @@ class Bench:
         ]  # fmt: skip
         self.gradients = [[draw(numel).to(dtype) for numel in SIZES] for _ in range(12)]
         self.authority = StateAuthority()
-        self.executor = Executor(
-            device, self.subgroups, self.authority, memory_bytes=memory_bytes
-        )
+        self.executor = Executor(device, self.subgroups, self.authority, memory_bytes=memory_bytes)
         self._powers = Powers(*BETAS)
         self.step = 0
 

@@ -18,7 +18,7 @@ from lowtide.offload.adam import AdamStep
 from lowtide.offload.one_update import OneUpdate, Pace, Work, update_there
 from lowtide.offload.rates import STATE_BYTES, PathRates
 from lowtide.offload.schedule import Piece, Plan
-from lowtide.offload.staging import Landings, Place, Slot, make_resident, make_slots
+from lowtide.offload.staging import Landings, Place, make_resident, make_slots
 from lowtide.offload.storage.flow import Flow
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import Subgroup

@@ -78,8 +78,8 @@ class Resident:
     def release(self, keeper: Keeper | None) -> None:
         """Let them accumulate on the host again, and bring them there."""
         if keeper is not None and self.loads is not None:
-            self.loads = None
             keeper.release()
+            self.loads = None
 
 
 def make_resident(device: Device, subgroup: Subgroup) -> Resident:
