@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowtide.core.device import Device, Lane, open_device
-from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
+from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError, StorageError
 from lowtide.core.state import Location, StateAuthority
 from lowtide.offload import executor as executor_module
 from lowtide.offload import one_update
@@ -417,6 +417,27 @@ def test_an_update_that_breaks_half_way(
     bench.run(bench.plan(**PLAN))
     bench.executor.drain()
     assert_same(bench.state(), expected(2))
+
+
+@pytest.mark.parametrize("error", [StorageError, KeyboardInterrupt])
+def test_whoever_saves_after_an_update_was_broken_off_finds_what_the_device_did(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    slow = open_device("emulated", memory_bytes=1 << 20, host_to_device_bytes_per_s=1e5)
+    bench, wanted = Bench(slow), expected(1)
+    host = Executor._host_updates
+
+    def stops(self: Executor, *args: Any) -> None:
+        host(self, *args)
+        raise error("stop")
+
+    monkeypatch.setattr(Executor, "_host_updates", stops)
+    with pytest.raises(error, match="stop"):
+        bench.run(bench.plan(residents=(1, 3)))
+    assert bench.authority.where("subgroup/1").location is Location.DEVICE
+    bench.executor.drain()
+    assert_same(bench.state(), wanted)
+    slow.close()
 
 
 def test_pace_slows_down_and_changes_no_bit(emulated: Device) -> None:

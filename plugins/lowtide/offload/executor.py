@@ -111,9 +111,12 @@ class Executor:
             update.queue(on_device, slots)
         try:
             self._host_updates(update, on_host, flow)
-        except StorageError:
+        except BaseException:  # lost storage, or Ctrl+C
+            # Nothing may be under way when the caller gives up, and who saves what there is must
+            # learn where that is.
             with contextlib.suppress(DeviceError):
-                update.finish()  # nothing may be under way when the caller gives up
+                self.failure = self.failure or update.finish()
+            self._publish()
             raise
         self.failure = self.failure or update.finish()
         if self.failure is None:
