@@ -106,6 +106,7 @@ class Executor:
         self.trace = update.trace
         update.trace.begin_s = begin_s
         update.trace.is_degraded = is_degraded
+        update.trace.is_typical = all(self._is_typical(i, works[i]) for i in plan.device_order)
         flow = self._flow(plan, update.trace)
         if on_device:
             update.queue(on_device, slots)
@@ -284,6 +285,12 @@ class Executor:
             self._send_home(refused & residents.keys())
             return self._within_memory(plan, [i for i in on_device if i not in refused], works)
         return list(on_device), int(min(max(plan.slots, 1), left / nbytes)), nbytes
+
+    def _is_typical(self, index: int, work: Work) -> bool:
+        """Return whether a gradient has the size and the place that `pieces` tells planners."""
+        subgroup = self.subgroups[index]
+        has_size = work.gradient.element_size() == subgroup.gradient_bytes
+        return has_size and (subgroup.keeper is None or work.is_accumulated)
 
     def _send_home(self, indices: Iterable[int]) -> None:
         """Let the host update residents: bring their state there, and their gradients."""

@@ -138,6 +138,8 @@ class Scheduler:
             self._misfits, self._share = PATIENCE, 0.8 * self._share
         if plan is None or rates is None or plan.makespan_s is None or trace.is_degraded:
             return
+        if not trace.is_typical:  # other work than was predicted says nothing about the rates
+            return
         if abs(trace.makespan_s - plan.makespan_s) > MISFIT * plan.makespan_s:
             self._misfits += 1
         due = (
