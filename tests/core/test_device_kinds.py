@@ -433,6 +433,8 @@ def test_large_pinned_memory_has_exactly_its_size(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match=r"cannot pin 4000000 bytes: cudaHostRegister gave 2"):
         pinned_empty(1_000_000, torch.float32)
     assert launches == ["cuda"]  # one that takes the error the runtime remembers
+    with pytest.raises(RuntimeError, match=r"no 288230376151711744 bytes"):
+        pinned_empty(1 << 58, torch.uint8)
 
 
 def test_cuda_lanes_issue_in_order_and_let_streams_wait(monkeypatch: pytest.MonkeyPatch) -> None:

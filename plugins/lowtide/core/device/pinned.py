@@ -76,14 +76,17 @@ def pinned_empty(shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
     """Allocate a contiguous pinned tensor; it is unpinned when the last view of it is gone.
 
     Raises:
-        RuntimeError: CUDA refuses to pin so much.
+        RuntimeError: CUDA refuses to pin so much, or the system has not so much.
     """
     dims = (shape,) if isinstance(shape, int) else tuple(shape)
     count = math.prod(dims)
     nbytes = count * dtype.itemsize
     if nbytes < REGISTERED_BYTES:
         return torch.empty(dims, dtype=dtype, pin_memory=True)
-    block = _Block(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = _Block(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RuntimeError(f"no {nbytes} bytes of host memory to pin: {error}") from error
     with contextlib.suppress(OSError):  # a system without huge pages
         block.madvise(mmap.MADV_HUGEPAGE)
     block.madvise(mmap.MADV_DONTFORK)
