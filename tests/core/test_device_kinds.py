@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
+import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
@@ -21,7 +25,7 @@ from lowtide.core.device import Device, open_device
 from lowtide.core.device.cuda import CudaLane
 from lowtide.core.device.emulated import Throttle
 from lowtide.core.device.lanes import CREDIT_S, host_route
-from lowtide.core.device.pinned import pinned_empty
+from lowtide.core.device.pinned import REGISTERED_BYTES, pinned_empty
 from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
 
 MIB = 1 << 20
@@ -343,6 +347,11 @@ class FakeRuntime:
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
         self.refuses = 0
+        self.has_waited = False
+
+    def synchronize(self, device: int) -> None:
+        assert device == 3
+        self.has_waited = True
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         assert flags == 1
@@ -353,14 +362,61 @@ class FakeRuntime:
 
     def cudaHostUnregister(self, address: int) -> int:
         assert ctypes.string_at(address, 1)  # still mapped
+        assert self.has_waited  # copies may have been under way
         del self.pinned[address]
         return 0
+
+
+def _flags_of(address: int) -> set[str]:
+    """Return what Linux says about the mapping at an address."""
+    is_here, found = False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(each, 16) for each in first.split("-"))
+            is_here = begin <= address < end
+        elif is_here and first == "VmFlags:":
+            found = rest
+    return set(found.split())
+
+
+def test_a_fork_leaves_pinned_memory_of_its_parent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", runtime.synchronize)
+    held = [pinned_empty(REGISTERED_BYTES, torch.uint8)]
+    address = held[0].data_ptr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            libc = ctypes.CDLL(None)
+            libc.mmap.restype = ctypes.c_void_p
+            fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000  # MAP_FIXED_NOREPLACE
+            there = libc.mmap(
+                ctypes.c_void_p(address), ctypes.c_size_t(4096), 3, fixed, -1, ctypes.c_long(0)
+            )
+            held.clear()
+            code = int(there != address or not _flags_of(address) or len(runtime.pinned) != 1)
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    held.clear()
+    assert runtime.pinned == {}
 
 
 def test_large_pinned_memory_has_exactly_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = FakeRuntime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", runtime.synchronize)
     tensor = pinned_empty((3, 1_000_001), torch.float32)
+    flags = _flags_of(tensor.data_ptr())
+    assert "sh" not in flags, "shared memory has huge pages only where an administrator says so"
+    assert {"hg", "dc"} <= flags  # huge pages, not copied at a fork
     assert runtime.pinned == {tensor.data_ptr(): 12_000_012}
     assert tensor.shape == (3, 1_000_001)
     assert tensor.view(torch.uint8).eq(7).all()
@@ -377,6 +433,8 @@ def test_large_pinned_memory_has_exactly_its_size(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match=r"cannot pin 4000000 bytes: cudaHostRegister gave 2"):
         pinned_empty(1_000_000, torch.float32)
     assert launches == ["cuda"]  # one that takes the error the runtime remembers
+    with pytest.raises(RuntimeError, match=r"no 288230376151711744 bytes"):
+        pinned_empty(1 << 58, torch.uint8)
 
 
 def test_cuda_lanes_issue_in_order_and_let_streams_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,9 @@ before there is any thread or process group. The worker then runs as the main mo
 arguments, environment, folder and log, and ends as every interpreter does. Lowtide itself is not
 imported beforehand: a worker imports it as a user's script would.
 
+A rank lasts no longer than those who wait for it: the server kills its process group when its test
+goes away without having waited for the end, and all groups when the tests' process ends.
+
 Tests of what fresh interpreters and launchers do (torchrun, `lowtide.run`, first imports) start
 those instead.
 """
@@ -30,16 +33,21 @@ from pathlib import Path
 from typing import Any
 
 _WAKE_S = 60.0
+START_S = 300.0  # for the first rank: with the server's own imports, on a busy machine
 
 
 class ForkedProcess:
     """A process that the server forked; the part of `subprocess.Popen` that tests need."""
 
     def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(START_S)
         self._lines = connection.makefile("r", encoding="utf-8")
         self._connection = connection
         self.returncode: int | None = None
-        self.pid = int(json.loads(self._lines.readline()))
+        line = self._lines.readline()
+        if not line:
+            raise RuntimeError("the fork server ended before it had started a process")
+        self.pid = int(json.loads(line))
         connection.setblocking(False)
 
     def poll(self) -> int | None:
@@ -86,6 +94,11 @@ class ForkServer:
             )
         atexit.register(self.close)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can start processes."""
+        return self._process.poll() is None
+
     def start(
         self, arguments: Sequence[str], env: Mapping[str, str], folder: Path, log: Path
     ) -> ForkedProcess:
@@ -97,15 +110,25 @@ class ForkServer:
             "log": str(log),
         }
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self._address)
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        return ForkedProcess(connection)
+        try:
+            connection.settimeout(START_S)
+            connection.connect(self._address)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            return ForkedProcess(connection)
+        except BaseException:  # also a test's time-out; the server sees that nobody waits
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            raise
 
     def close(self) -> None:
-        """End the server; processes it started are not touched."""
+        """End the server and all that it started."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # still in its imports
+            self._process.kill()
+            self._process.wait()
 
 
 # --- the server's side
@@ -140,21 +163,33 @@ def _serve(listener: socket.socket) -> dict[str, Any]:
         while True:
             sources = [key.fileobj for key, _ in ready.select(_WAKE_S)]
             if sys.stdin in sources:
+                for pid in running:
+                    _kill(pid)
                 sys.exit()
             if wake in sources:
                 wake.recv(4096)
-            _report_ended(running)
+            for pid in _report_ended(running):
+                ready.unregister(running[pid])
+                running.pop(pid).close()
+            for pid, connection in running.items():
+                if connection in sources:  # nothing is ever sent here: its test is gone
+                    _kill(pid)
             if listener not in sources:
                 continue
             connection, _ = listener.accept()
-            request = json.loads(connection.makefile("r", encoding="utf-8").readline())
+            request = _requested(connection)
+            if request is None:
+                connection.close()
+                continue
             pid = os.fork()
             with contextlib.suppress(OSError):  # both do it, and one of them first
                 os.setpgid(pid, pid)
             if pid == 0:
                 break
-            connection.sendall(f"{pid}\n".encode())
+            with contextlib.suppress(OSError):  # gone: seen at the next turn
+                connection.sendall(f"{pid}\n".encode())
             running[pid] = connection
+            ready.register(connection, selectors.EVENT_READ)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for each in (listener, wake, wakes, connection, *running.values()):
@@ -162,15 +197,38 @@ def _serve(listener: socket.socket) -> dict[str, Any]:
     return request
 
 
-def _report_ended(running: dict[int, socket.socket]) -> None:
-    while running:
+def _requested(connection: socket.socket) -> dict[str, Any] | None:
+    """Return what a test asks for, None: it has gone since, or said nothing that makes sense."""
+    try:
+        connection.settimeout(10.0)
+        request = json.loads(connection.makefile("r", encoding="utf-8").readline())
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            if not connection.recv(1, socket.MSG_PEEK):
+                return None
+        connection.setblocking(True)
+    except (OSError, ValueError):
+        return None
+    return request
+
+
+def _kill(pid: int) -> None:
+    """Kill a process that has not been waited for, so that the number is its own, and its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _report_ended(running: Mapping[int, socket.socket]) -> list[int]:
+    """Tell the tests which of their processes have ended, and return these."""
+    ended: list[int] = []
+    while len(ended) < len(running):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
-            return
-        connection = running.pop(pid)
+            break
         with contextlib.suppress(OSError):  # nobody asks any more
-            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-        connection.close()
+            running[pid].sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        ended.append(pid)
+    return ended
 
 
 def _become(request: Mapping[str, Any]) -> tuple[types.CodeType, dict[str, Any]]:

@@ -7,7 +7,6 @@ process group of its own and is killed with it.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -147,9 +146,13 @@ def kill_group(process: _Process, number: int = signal.SIGKILL) -> None:
         return
 
 
-@functools.cache
+_servers: list[ForkServer] = []  # the last one is in use
+
+
 def _fork_server() -> ForkServer:
-    return ForkServer(environment())
+    if not _servers or not _servers[-1].is_alive:
+        _servers.append(ForkServer(environment()))
+    return _servers[-1]
 
 
 def _fork(argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> ForkedProcess:
@@ -195,8 +198,9 @@ def _run(
                 deadline_s = min(deadline_s, now_s + _GRACE_S)
             time.sleep(0.05)
     finally:
-        for process in processes:
+        for process in processes:  # all of them, before a wait can fail
             kill_group(process)
+        for process in processes:
             process.wait()
     return RankResult(
         returncodes=[process.wait() for process in processes],

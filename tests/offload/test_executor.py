@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from lowtide.core.device import Device, Lane, open_device
-from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
+from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError, StorageError
 from lowtide.core.state import Location, StateAuthority
 from lowtide.offload import executor as executor_module
 from lowtide.offload import one_update
@@ -54,7 +55,12 @@ class Accumulation:
 class Bench:
     """Some subgroups, their gradients of every step, and an executor."""
 
-    def __init__(self, device: Device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        device: Device,
+        dtype: torch.dtype = torch.bfloat16,
+        memory_bytes: float = math.inf,
+    ) -> None:
         generator = torch.Generator().manual_seed(3)
         place = device.torch_device
 
@@ -73,7 +79,7 @@ class Bench:
         ]  # fmt: skip
         self.gradients = [[draw(numel).to(dtype) for numel in SIZES] for _ in range(12)]
         self.authority = StateAuthority()
-        self.executor = Executor(device, self.subgroups, self.authority)
+        self.executor = Executor(device, self.subgroups, self.authority, memory_bytes=memory_bytes)
         self._powers = Powers(*BETAS)
         self.step = 0
 
@@ -209,6 +215,46 @@ def test_a_residents_gradients_stay_on_the_device(emulated: Device) -> None:
     bench.executor.close()
     assert torch.equal(bench.accumulations[3].flat, bench.gradients[4][3])
     assert_same(bench.state(), expected(5))
+
+
+@pytest.mark.parametrize(
+    ("plan", "is_whole", "slots", "on_device"),
+    [
+        ({"residents": (1, 3)}, False, [], set()),  # no slot was planned, as gradients stay
+        ({"residents": (1, 3), "staged": (4,), "slots": 2}, False, [16 * 2048], {1, 3, 4}),
+        ({"residents": (1, 3), "staged": (4,), "slots": 1}, False, [4 * 1024], {1, 3}),
+        ({"residents": (0,), "staged": (1,), "slots": 2}, True, [14 * 1024] * 2, {0, 1}),
+        ({"residents": (4, 5), "staged": (2,), "slots": 1}, True, [2 * 352], {2, 4, 5}),
+    ],
+)
+def test_an_update_takes_no_more_memory_than_was_planned(
+    emulated: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: dict[str, Any],
+    is_whole: bool,
+    slots: list[int],
+    on_device: set[int],
+) -> None:
+    wanted = Bench(emulated).plan(**plan)
+    bench = Bench(emulated, memory_bytes=wanted.device_bytes)
+    found: list[int] = []
+    make = executor_module.make_slots
+
+    def noted(*args: Any) -> Any:
+        made = make(*args)
+        found[:] = [slot.memory.nbytes for slot in made]
+        assert sum(found) + bench.executor.resident_bytes() <= wanted.device_bytes
+        return made
+
+    monkeypatch.setattr(executor_module, "make_slots", noted)
+    bench.run(wanted)
+    trace = bench.executor.run(wanted, bench.works(is_whole=is_whole))
+    assert found == slots
+    assert {int(e.subgroup[-1]) for e in trace.operations() if e.lane == "device"} == on_device
+    assert not trace.is_degraded, "there is no less memory than was planned with"
+    bench.run(wanted)
+    bench.executor.close()
+    assert_same(bench.state(), expected(3))
 
 
 def test_slots_are_not_filled_before_they_are_free(emulated: Device) -> None:
@@ -371,6 +417,27 @@ def test_an_update_that_breaks_half_way(
     bench.run(bench.plan(**PLAN))
     bench.executor.drain()
     assert_same(bench.state(), expected(2))
+
+
+@pytest.mark.parametrize("error", [StorageError, KeyboardInterrupt])
+def test_whoever_saves_after_an_update_was_broken_off_finds_what_the_device_did(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    slow = open_device("emulated", memory_bytes=1 << 20, host_to_device_bytes_per_s=1e5)
+    bench, wanted = Bench(slow), expected(1)
+    host = Executor._host_updates
+
+    def stops(self: Executor, *args: Any) -> None:
+        host(self, *args)
+        raise error("stop")
+
+    monkeypatch.setattr(Executor, "_host_updates", stops)
+    with pytest.raises(error, match="stop"):
+        bench.run(bench.plan(residents=(1, 3)))
+    assert bench.authority.where("subgroup/1").location is Location.DEVICE
+    bench.executor.drain()
+    assert_same(bench.state(), wanted)
+    slow.close()
 
 
 def test_pace_slows_down_and_changes_no_bit(emulated: Device) -> None:

@@ -183,3 +183,41 @@ def test_a_parameter_that_missed_the_last_micro_batch(caplog: pytest.LogCaptureF
 def test_factor_is_rounded_as_torch_rounds_it(value: float | torch.Tensor) -> None:
     gradient = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(gradient * as_float32(value), gradient.clone().mul_(value))
+
+
+def test_a_move_that_fails_half_way_loses_no_gradient() -> None:
+    pair, chance = Pair(torch.bfloat16), random.Random(1)
+    relink = pair._relink
+    for key in range(4):
+        pair.write(key, chance)
+
+    def fails_at_1(key: Hashable, there: torch.Tensor | None) -> None:
+        if key == 1:
+            raise RuntimeError("the host cannot")
+        relink(key, there)
+
+    keeper = pair.lazy.keeper(0, 32)
+    assert keeper is not None
+    there = torch.full((32,), float("nan"), dtype=keeper.dtype)
+    pair.lazy._relink = fails_at_1
+    with pytest.raises(RuntimeError, match="cannot"):
+        keeper.keep(there)
+    pair.write(1, chance)  # it still comes where it came before
+    assert torch.equal(pair.lazy.widen(), pair.stock.wide)
+    pair.lazy._relink = relink
+    keeper.keep(there)
+    pair.write(0, chance)
+    pair.lazy._relink = fails_at_1
+    with pytest.raises(RuntimeError, match="cannot"):
+        keeper.release()
+    pair.write(0, chance)  # here again
+    pair.lazy._relink = relink
+    keeper.release()
+    assert pair.lazy.kept() == []
+    assert torch.equal(pair.lazy.widen(), pair.stock.wide)
+
+
+def test_a_part_without_a_whole_parameter_keeps_nothing() -> None:
+    lazy = Pair(torch.bfloat16).lazy
+    assert lazy.keeper(21, 32) is None  # of the third parameter, most
+    assert lazy.keeper(21, 33) is not None

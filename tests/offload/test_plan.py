@@ -323,6 +323,18 @@ def test_random_plans_cover_every_choice() -> None:
     assert all(random_plan(pieces, s, memory_bytes=0).is_host_only for s in range(20))
 
 
+def test_gradients_that_stay_count_as_memory() -> None:
+    pieces = [
+        Piece(numel=MILLION * n, gradient_upload_bytes=4, keeps_gradient=True) for n in range(1, 9)
+    ]
+    for seed in range(100):
+        memory = 1.6e7 * (seed % 36 + 1)
+        check_plan(pieces, random_plan(pieces, seed, memory_bytes=memory), memory_bytes=memory)
+    make_plan(pieces, H100, memory_bytes=16 * 8e6, keep_residents=[7])
+    with pytest.raises(ConfigError, match="128000000"):
+        make_plan(pieces, H100, memory_bytes=16 * 8e6 - 1, keep_residents=[7])
+
+
 def test_a_plan_survives_json_and_reads_well(tmp_path: Path) -> None:
     plan = make_plan(equal(50), H100, memory_bytes=2e9)
     path = tmp_path / "plan.json"

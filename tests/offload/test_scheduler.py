@@ -13,7 +13,7 @@ from lowtide.offload import scheduler as scheduler_module
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.rates import Rates
 from lowtide.offload.scheduler import Scheduler, corrected
-from tests.offload.test_executor import Bench
+from tests.offload.test_executor import KEEPERS, Bench
 
 RATES = Rates(
     host_to_device_bytes_per_s=1e9,
@@ -99,6 +99,20 @@ def test_a_prediction_that_does_not_hold_makes_a_new_plan(
     )
     assert measured
     assert len(ranks.said) == 3, "at steps 1, 3 and 6, whatever happens"
+
+
+def test_gradients_that_come_unplanned_say_nothing_about_rates(
+    device: Device, measured: list[Rates]
+) -> None:
+    bench = Bench(device)
+    scheduler = make(device)
+    for _ in range(6):
+        plan = scheduler.next_plan(bench.executor)
+        assert set(plan.device_order) & set(KEEPERS)
+        scheduler.observe(bench.executor.run(plan, bench.works(is_whole=False)))
+    assert scheduler.plans == 1
+    assert scheduler.rates == RATES
+    assert measured
 
 
 def test_another_rank_that_wants_a_new_plan_gets_one(device: Device, measured: list[Rates]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from time import perf_counter
@@ -15,9 +16,9 @@ from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError, StorageErro
 from lowtide.core.state import Location, StateAuthority
 from lowtide.offload.adam import AdamStep
 from lowtide.offload.one_update import OneUpdate, Pace, Work, update_there
-from lowtide.offload.rates import PathRates
+from lowtide.offload.rates import STATE_BYTES, PathRates
 from lowtide.offload.schedule import Piece, Plan
-from lowtide.offload.staging import Landings, Place, Slot, make_resident, make_slots
+from lowtide.offload.staging import Landings, Place, make_resident, make_slots
 from lowtide.offload.storage.flow import Flow
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import Subgroup
@@ -35,6 +36,8 @@ class Executor:
         authority: Told where the newest copies are.
         pace: Slows updates down to given rates, on an emulated device.
         tier: Where stored subgroups are.
+        memory_bytes: Device memory for slots and residents; whatever an update needs, it takes no
+            more.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class Executor:
         authority: StateAuthority,
         pace: Pace | None = None,
         tier: Tier | None = None,
+        memory_bytes: float = math.inf,
     ) -> None:
         self.device = device
+        self._memory_bytes = memory_bytes
         self.subgroups = list(subgroups)
         self.failure: DeviceError | None = None  # why the device is not used any more
         self.trace = StepTrace()
@@ -88,33 +93,39 @@ class Executor:
         begin_s = perf_counter()
         self._version += 1
         on_device = self._make_room(plan)
+        is_degraded = len(on_device) < len(plan.device_order)
+        on_device, count, nbytes = self._within_memory(plan, on_device, works)
         try:
-            slots = self._make_slots(plan, on_device, works)
+            slots = make_slots(self.device, count, nbytes)
         except DeviceOutOfMemoryError as error:
             logger.warning("offload: no room to stage, so the host updates all: %s", error)
-            slots, on_device = [], []
-            self.drain(list(self._place.residents))
-            self.release_gradients()
+            slots, on_device, is_degraded = [], [], True
+            self._send_home(self._place.residents)
         on_host = [*plan.host_order, *(i for i in plan.device_order if i not in set(on_device))]
         update = OneUpdate(self._place, works, self._pace, may_upload=self.failure is None)
         self.trace = update.trace
         update.trace.begin_s = begin_s
-        update.trace.is_degraded = len(on_device) < len(plan.device_order)
+        update.trace.is_degraded = is_degraded
+        update.trace.is_typical = all(self._is_typical(i, works[i]) for i in plan.device_order)
         flow = self._flow(plan, update.trace)
         try:
             if on_device:
                 update.queue(on_device, slots)
             self._host_updates(update, on_host, flow)
-        except BaseException:  # also Ctrl-C, after which many a script saves a checkpoint
+        except BaseException:  # lost storage, or Ctrl-C, after which many a script saves
+            # Nothing may be under way when the caller gives up, and who saves what there is must
+            # learn where that is.
             if flow is not None:
                 flow.stop()
             with contextlib.suppress(DeviceError):
-                update.finish()  # nothing may be under way when the caller gives up
+                self.failure = self.failure or update.finish()
+            self._publish()
             raise
         self.failure = self.failure or update.finish()
         if self.failure is None:
             for index, resident in self._place.residents.items():
-                resident.keep(self.subgroups[index].keeper)
+                if resident.is_newest:  # not where the host had to do it
+                    resident.keep(self.subgroups[index].keeper)
         update.trace.end_s = perf_counter()
         self._publish()
         return update.trace
@@ -240,8 +251,7 @@ class Executor:
         residents = self._place.residents
         wanted = set(plan.residents) if self.failure is None else set()
         gone = [i for i in residents if i not in wanted]
-        self.drain(gone)
-        self._place.release_gradients(gone)
+        self._send_home(gone)
         for index in gone:
             del residents[index]
         for index in sorted(wanted - set(residents)):
@@ -253,17 +263,42 @@ class Executor:
         refused = wanted - set(residents)
         return [i for i in plan.device_order if i not in refused and self.failure is None]
 
-    def _make_slots(
+    def _within_memory(
         self, plan: Plan, on_device: Sequence[int], works: Sequence[Work]
-    ) -> list[Slot]:
-        place = self._place
-        loading = [i for i in on_device if place.kept_gradient(i, works[i].is_accumulated) is None]
-        return make_slots(
-            self.device,
-            max(plan.slots, 1) if loading else 0,  # a gradient that stays, as a rule, may not
-            staged=[self.subgroups[i] for i in loading if i not in place.residents],
-            gradients=[works[i].gradient for i in loading],
-        )
+    ) -> tuple[list[int], int, int]:
+        """Return who of `on_device` may run there, how many slots that takes, and their size.
+
+        A plan counts on gradients as they are as a rule. Float32 ones take more: a larger slot,
+        or one where a gradient would have stayed. Where that is too much, the host does it.
+        """
+        residents = self._place.residents
+        loads = {
+            i: works[i].gradient.nbytes
+            + (0 if i in residents else STATE_BYTES * self.subgroups[i].numel)
+            for i in on_device
+            if self._place.kept_gradient(i, works[i].is_accumulated) is None
+        }
+        if not loads:
+            return list(on_device), 0, 0
+        left = self._memory_bytes - self.resident_bytes()
+        nbytes = max(loads.values())
+        if nbytes > left:
+            refused = {i for i, load in loads.items() if load > left}
+            self._send_home(refused & residents.keys())
+            return self._within_memory(plan, [i for i in on_device if i not in refused], works)
+        return list(on_device), int(min(max(plan.slots, 1), left / nbytes)), nbytes
+
+    def _is_typical(self, index: int, work: Work) -> bool:
+        """Return whether a gradient has the size and the place that `pieces` tells planners."""
+        subgroup = self.subgroups[index]
+        has_size = work.gradient.element_size() == subgroup.gradient_bytes
+        return has_size and (subgroup.keeper is None or work.is_accumulated)
+
+    def _send_home(self, indices: Iterable[int]) -> None:
+        """Let the host update residents: bring their state there, and their gradients."""
+        indices = list(indices)
+        self.drain(indices)
+        self._place.release_gradients(indices)
 
     def _publish(self) -> None:
         for index, each in enumerate(self.subgroups):

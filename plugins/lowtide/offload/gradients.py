@@ -152,8 +152,13 @@ class GroupGradients:
     # -- on the device ------------------------------------------------------------------------
 
     def keeper(self, begin: int, count: int) -> Keeper | None:
-        """Return what lets a part accumulate on the device, if that can be."""
-        return None if self._relink is None else Keeper(self, begin, count)
+        """Return what lets a part accumulate on the device, if that can be.
+
+        A parameter's gradient is in one place, so a part that holds none as a whole, as of a large
+        embedding that was cut, has nothing to keep.
+        """
+        can = self._relink is not None and bool(self.within(begin, count))
+        return Keeper(self, begin, count) if can else None
 
     def kept(self) -> list[Tensor]:
         """Return the gradients that accumulate on the device."""
@@ -162,16 +167,19 @@ class GroupGradients:
     def move(self, spans: Iterable[Span], there: Tensor | None, begin: int = 0) -> None:
         """Let parameters accumulate in `there`, which begins at `begin`; None: here again."""
         for span in spans:
-            here = span.of(self.accumulated)
-            if there is None:
-                here.copy_(self._kept.pop(span.key))
-                view = None
-            else:
-                view = self._kept[span.key] = there.narrow(0, span.begin - begin, span.count)
-                view.copy_(here)
-                here.zero_()  # DeepSpeed looks for infinities in all of the buffer
+            here, kept = span.of(self.accumulated), self._kept.get(span.key)
+            if there is None and kept is None:
+                continue
+            view = None if there is None else there.narrow(0, span.begin - begin, span.count)
+            (here if view is None else view).copy_(here if kept is None else kept)
             if self._relink is not None:
                 self._relink(span.key, view)
+            # Only now, as a copy may have failed: what is where the host looks is the newest.
+            if view is None:
+                del self._kept[span.key]
+            else:
+                self._kept[span.key] = view
+                here.zero_()  # DeepSpeed looks for infinities in all of the buffer
 
     def within(self, begin: int, count: int) -> list[Span]:
         """Return the parameters that lie wholly in a range, by position."""

@@ -36,6 +36,7 @@ from lowtide.offload.trace import StepTrace
 logger = logging.getLogger("lowtide")
 
 State = tuple[Tensor, Tensor, Tensor]  # master, first moment, second moment
+_PARTS = 3
 _LANES = ("prefetch", "device", "flush", "upload")
 
 
@@ -75,7 +76,7 @@ class _Staged:
 
     def is_home(self) -> bool:
         """Whether its new state has come back whole."""
-        return len(self.flushed) == len(self.slot.state) and all(map(_is_well, self.flushed))
+        return len(self.flushed) == _PARTS and all(map(_is_well, self.flushed))
 
 
 class OneUpdate:
@@ -124,7 +125,8 @@ class OneUpdate:
 
     def _queue_staged(self, index: int, slot: Slot) -> None:
         subgroup, source = self._place.subgroups[index], self._works[index].gradient
-        there, gradient = slot.state_of(subgroup.numel), slot.gradient_of(source)
+        there = slot.state_of(subgroup.numel)
+        gradient = slot.gradient_of(source, behind=subgroup.numel)
         pairs = [*zip(there, subgroup.state(), strict=True), (gradient, source)]
         self._fetch(subgroup.key, slot, pairs)
         updated = self._update_on_device(index, there, gradient)

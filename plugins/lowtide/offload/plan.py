@@ -196,7 +196,7 @@ def random_plan(
             continue
         held = [*residents, i] if is_resident else residents
         largest = slot_bytes(pieces, [*device, i], held)
-        if sum(pieces[j].state_bytes for j in held) + slots * largest <= left:
+        if sum(pieces[j].resident_bytes for j in held) + slots * largest <= left:
             device.append(i)
             residents = held
     host = [i for i in range(len(pieces)) if i not in set(device)]
@@ -245,7 +245,7 @@ def _residents(pieces: Sequence[Piece], keep: bool | Collection[int]) -> frozens
 
 def _check_residents(pieces: Sequence[Piece], wish: Wish) -> None:
     held = wish.residents or frozenset()
-    needed = sum(pieces[i].state_bytes for i in held) + slot_bytes(pieces, held, held)
+    needed = sum(pieces[i].resident_bytes for i in held) + slot_bytes(pieces, held, held)
     if held and needed > wish.memory_bytes:
         raise ConfigError(
             f"keep_residents: {len(held)} pieces need {needed} bytes of device memory with one "

@@ -138,6 +138,8 @@ class Scheduler:
             self._misfits, self._share = PATIENCE, 0.8 * self._share
         if plan is None or rates is None or plan.makespan_s is None or trace.is_degraded:
             return
+        if not trace.is_typical:  # other work than was predicted says nothing about the rates
+            return
         if abs(trace.makespan_s - plan.makespan_s) > MISFIT * plan.makespan_s:
             self._misfits += 1
         due = (
@@ -218,12 +220,16 @@ class Scheduler:
             buffers=self._buffers,
         )  # fmt: skip
 
+    @property
+    def most_bytes(self) -> float:
+        """Device memory that the settings allow; infinite where Lowtide chooses."""
+        chosen = self._config.device_memory_bytes
+        return chosen if isinstance(chosen, int) else math.inf
+
     def _memory(self, executor: Executor) -> float:
         """Return the device memory that an update may use, in bytes."""
-        chosen = self._config.device_memory_bytes
         free = self._device.free_bytes() + executor.resident_bytes()
-        limit = chosen if isinstance(chosen, int) else math.inf
-        return min(limit, max(0.0, free - self._safety())) * self._share
+        return min(self.most_bytes, max(0.0, free - self._safety())) * self._share
 
     def _lasting_memory(self, executor: Executor) -> float:
         """Return the device memory that residents may keep through forward and backward."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowtide.core.device import Device, DeviceEvent
 from lowtide.core.errors import DeviceError
 from lowtide.offload.gradients import Keeper
+from lowtide.offload.rates import STATE_BYTES
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import Subgroup
 
@@ -23,42 +24,33 @@ class Slot:
     """Room on the device for what one subgroup at a time has to bring there.
 
     Attributes:
-        state: Master and moments; float32, shape (largest staged numel,).
-        gradient: Bytes; residents' gradients need room as well.
+        memory: Bytes: master and moments of a staged subgroup, then its gradient.
         is_free: The last user's last operation here.
     """
 
-    state: tuple[Tensor, Tensor, Tensor]
-    gradient: Tensor
+    memory: Tensor
     is_free: DeviceEvent | None = None
 
     def state_of(self, numel: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return master and moments of a subgroup of `numel` elements."""
-        master, exp_avg, exp_avg_sq = self.state
-        return master[:numel], exp_avg[:numel], exp_avg_sq[:numel]
+        """Return master and moments of a subgroup of `numel` elements, float32."""
+        master, exp_avg, exp_avg_sq = (
+            self.memory[: STATE_BYTES * numel].view(torch.float32).split(numel)
+        )
+        return master, exp_avg, exp_avg_sq
 
-    def gradient_of(self, like: Tensor) -> Tensor:
-        """Return room for a gradient of that size and type."""
-        return self.gradient[: like.numel() * like.element_size()].view(like.dtype)
+    def gradient_of(self, like: Tensor, *, behind: int = 0) -> Tensor:
+        """Return room for a gradient of that size and type, behind the state of some elements."""
+        begin = STATE_BYTES * behind
+        return self.memory[begin : begin + like.nbytes].view(like.dtype)
 
 
-def make_slots(
-    device: Device, count: int, *, staged: Sequence[Subgroup], gradients: Sequence[Tensor]
-) -> list[Slot]:
-    """Allocate slots.
-
-    Args:
-        device: Where.
-        count: How many.
-        staged: Subgroups whose state has to fit.
-        gradients: Gradients that have to fit.
+def make_slots(device: Device, count: int, nbytes: int) -> list[Slot]:
+    """Allocate slots of `nbytes` each.
 
     Raises:
         DeviceOutOfMemoryError: they do not fit; nothing stays allocated.
     """
-    numel = max((each.numel for each in staged), default=0)
-    nbytes = max((each.numel() * each.element_size() for each in gradients), default=0)
-    return [Slot(_state(device, numel), device.empty(nbytes, torch.uint8)) for _ in range(count)]
+    return [Slot(device.empty(nbytes, torch.uint8)) for _ in range(count)]
 
 
 @dataclass
@@ -86,8 +78,8 @@ class Resident:
     def release(self, keeper: Keeper | None) -> None:
         """Let them accumulate on the host again, and bring them there."""
         if keeper is not None and self.loads is not None:
-            self.loads = None
             keeper.release()
+            self.loads = None
 
 
 def make_resident(device: Device, subgroup: Subgroup) -> Resident:

@@ -47,6 +47,7 @@ class StepTrace:
     begin_s: float = 0.0
     end_s: float = 0.0
     is_degraded: bool = False  # a failure on the device was made good on the host
+    is_typical: bool = True  # gradients of device pieces came as the plan had counted on
     _entries: list[tuple[str, str, int, int, Callable[[], tuple[float, float]]]] = field(
         default_factory=list
     )

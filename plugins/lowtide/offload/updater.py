@@ -251,8 +251,9 @@ class Updater:
         if self._executor is None or known != self._known:
             self.close()
             self._executor = Executor(
-                self._device, self._cut(), self._authority, self._pace, self.tier
-            )
+                self._device, self._cut(), self._authority, self._pace, self.tier,
+                self.scheduler.most_bytes,
+            )  # fmt: skip
             self._known = known
         return self._executor
 
