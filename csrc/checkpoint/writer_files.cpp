@@ -9,13 +9,13 @@
 #include <algorithm>
 #include <cerrno>
 #include <utility>
+#include <vector>
 
 #include "writer.hpp"
 
 namespace lowtide::checkpoint {
 namespace {
 
-constexpr std::size_t most_open_files = 64;
 constexpr std::uint64_t free_share = 4; // of the free space a guess may take one part in so many
 
 template <typename Call> int retried(Call call) {
@@ -86,6 +86,26 @@ bool reserve_guess(int fd, std::uint64_t expected, std::uint64_t &reserved) {
     }
     // What failed may have taken all that there was, and have moved the size.
     return retried([&] { return ::ftruncate(fd, 0); }) == 0;
+}
+
+// They are no whole pages, so they go through the page cache. Returns -1, with errno, if one fails.
+int write_late(int fd, const std::vector<LateBytes> &late) {
+    const int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags & ~O_DIRECT) != 0) {
+        return -1;
+    }
+    for (const LateBytes &each : late) {
+        for (std::size_t done = 0; done < each.count;) {
+            const ssize_t result = pwrite(fd, each.bytes.data() + done, each.count - done,
+                                          static_cast<off_t>(each.offset + done));
+            if (result <= 0 && errno != EINTR) {
+                errno = result == 0 ? EIO : errno;
+                return -1;
+            }
+            done += result < 0 ? 0 : static_cast<std::size_t>(result);
+        }
+    }
+    return 0;
 }
 
 } // namespace
@@ -324,8 +344,13 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
     };
     const auto size = static_cast<off_t>(file.spec->size);
     const bool is_longer = file.is_padded || file.has_guessed;
+    const std::vector<LateBytes> late = std::move(file.late);
     lock.unlock();
-    if (!job->is_dropped && is_longer) {
+    if (!job->is_dropped && !late.empty()) {
+        const int written = write_late(file.fd, late);
+        attempt("write", written);
+    }
+    if (!job->is_dropped && operation == nullptr && is_longer) {
         attempt("truncate", retried([&] { return ftruncate(file.fd, size); }));
     }
     if (!job->is_dropped && operation == nullptr) {

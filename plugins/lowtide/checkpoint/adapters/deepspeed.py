@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowtide.checkpoint.adapters.overwriting import StockUpdates
 from lowtide.core.errors import CheckpointError, HostError
 from lowtide.core.restart import read_record
 
@@ -37,6 +38,7 @@ class DeepSpeedAdapter:
         self._plugin = plugin
         self._stock_factory: Callable[..., Any] | None = None
         self._engine: Callable[[], Any] = lambda: None
+        self._updates: StockUpdates | None = None
 
     def before_engine(self) -> None:
         """Let DeepSpeed build our checkpoint engine into the engine that it builds next.
@@ -72,6 +74,7 @@ class DeepSpeedAdapter:
         optimizer = type(engine.optimizer).__name__
         if any(early in optimizer for early in _EARLY):
             plugin.never_lazy(f"{optimizer} updates the state during the backward pass too")
+        self._updates = StockUpdates(engine.optimizer, plugin.state)
         for name in _REWRITERS:
             stock = getattr(engine, name, None)
             if stock is not None:
@@ -137,6 +140,9 @@ class DeepSpeedAdapter:
     def close(self) -> None:
         """Undo everything."""
         self._restore()
+        updates, self._updates = self._updates, None
+        if updates is not None:
+            updates.close()
         engine = self._engine()
         if engine is not None:
             for name in _REWRITERS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import errno
 import fcntl
 import mmap
@@ -14,15 +15,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lowtide.checkpoint.writer.base import Progress, Ticket, failure_text, not_durable_text
-from lowtide.checkpoint.writer.plan import FilePlan, FileResult, Source
+from lowtide.checkpoint.writer.plan import PAGE_BYTES, FilePlan, FileResult, Source
 from lowtide.checkpoint.writer.plan_check import PATCH_BYTES, patches_in
+from lowtide.checkpoint.writer.sums import Patch, Sums
 from lowtide.core.errors import CheckpointError
 
 Failure: TypeAlias = tuple[str, str, int, int]  # operation, path, errno, wanted bytes
 CANCELLED: Failure = ("cancel", "", errno.ECANCELED, 0)
 
-_PAGE_BYTES = 4096  # alignment that direct I/O asks for
 _LARGEST_SLAB_BYTES = 2**30
 _MOST_FRUITLESS = 100  # attempts in a row that write nothing
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.ESPIPE}
@@ -57,12 +61,21 @@ class Core(Protocol):
     def cancel(self, job: Job) -> None:
         """Give up a job."""
 
+    def hurry(self, job: Job, memory: NDArray[np.uint64]) -> None:
+        """Capture what lies in this memory before what is still to be captured."""
+
+    def wait_released(self, job: Job, memory: NDArray[np.uint64], timeout_s: float | None) -> bool:
+        """Capture what lies in this memory first of all, and wait until nobody reads it."""
+
+    def rush(self, job: Job) -> None:
+        """Leave nothing of a job where it lies."""
+
 
 class Slabs:
     """One buffer, cut into slabs of one chunk each."""
 
     def __init__(self, buffer_bytes: int, slab_bytes: int) -> None:
-        if slab_bytes % _PAGE_BYTES or not 0 < slab_bytes <= _LARGEST_SLAB_BYTES:
+        if slab_bytes % PAGE_BYTES or not 0 < slab_bytes <= _LARGEST_SLAB_BYTES:
             raise ValueError(
                 f"chunk_bytes: got {slab_bytes}, allowed is a multiple of 4096 up to 1073741824"
             )
@@ -113,9 +126,21 @@ class Slabs:
 class Chunk:
     """A chunk from the moment when it is taken until it is written or dropped."""
 
+    index: int
     begin: int
     payload: int
-    slab: int
+    slab: int | None  # None: it is written from where it lies, which is `memory`
+    memory: memoryview | None = None
+    source: Source | None = None  # keeps `memory` alive
+    is_hurried: bool = False  # captured because its memory is about to be overwritten
+
+
+class Stage(enum.IntEnum):
+    """How far a chunk is."""
+
+    KNOWN = 0
+    TAKEN = 1
+    CAPTURED = 2
 
 
 class File:
@@ -125,10 +150,10 @@ class File:
         self.path = plan.path
         self.is_partial = is_partial
         self._chunk_bytes = chunk_bytes
+        self.stages = bytearray()  # of each chunk
         self.set_plan(plan)
-        self.taken = self.written = self.in_flight = 0
-        self.entry_crcs: dict[int, int] = {}
-        self.chunk_crcs: list[int] = []
+        self.next = self.captured_chunks = self.written = self.in_flight = 0
+        self.sums = Sums()  # of the capturing thread
         self.fd = -1
         self.is_over = False  # closed, or about to be
         self.is_direct = False
@@ -145,7 +170,20 @@ class File:
         # Of a partial file the chunk in which it ends is left for later.
         last = 0 if self.is_partial else self._chunk_bytes - 1
         self.chunks = (plan.size_bytes + last) // self._chunk_bytes
+        self.stages += bytes(self.chunks - len(self.stages))
         self.source: Source | None = Source(plan)
+
+    def first_untaken(self) -> int:
+        """Return the first chunk that no thread has had; `chunks` if all are taken."""
+        while self.next < self.chunks and self.stages[self.next] != Stage.KNOWN:
+            self.next += 1
+        return self.next
+
+    def note_captured(self, chunk: Chunk) -> None:
+        """Note that nobody reads a chunk's live memory any more."""
+        self.stages[chunk.index] = Stage.CAPTURED
+        while self.captured_chunks < self.chunks and self.stages[self.captured_chunks] == 2:
+            self.captured_chunks += 1
 
     def release(self) -> None:
         """Let go of the live memory."""
@@ -156,15 +194,30 @@ class File:
         """Return memory by its address; the plan's owners keep it alive."""
         return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
 
-    def fill_in_patches(self, source: Source, part: memoryview, address: int) -> None:
-        """Write checksums into a copied literal that lay at `address`."""
-        plan = source.plan
-        begin = address - plan.literals.ctypes.data
+    def fill_in_patches(
+        self, source: Source, part: memoryview, address: int, begin: int
+    ) -> list[Patch]:
+        """Write checksums into a copied literal that lay at `address`; return those not known yet.
+
+        Args:
+            source: What is known of the file.
+            part: The copy.
+            address: Where the literal lies.
+            begin: Where the copy lies in its chunk.
+        """
+        plan, unknown = source.plan, []
+        shift = address - plan.literals.ctypes.data
         for position, entry in patches_in(plan, source.patches, address, len(part)):
-            crc = self.entry_crcs.get(entry, 0).to_bytes(PATCH_BYTES, "little")
-            for at, byte in enumerate(crc, position - begin):
-                if 0 <= at < len(part):  # a chunk or a piece may end inside a patch
-                    part[at] = byte
+            at = max(position - shift, 0)  # a chunk or a piece may end inside a patch
+            skip = at - (position - shift)
+            count = min(PATCH_BYTES - skip, len(part) - at)
+            size = source.entry_bytes.get(entry, 0)
+            patch = Patch(begin + at, count, entry, skip, size)
+            if (found := self.sums.known(patch)) is None:
+                unknown.append(patch)
+            else:
+                part[at : at + count] = found
+        return unknown
 
     # --- the file system
 
@@ -208,13 +261,13 @@ class File:
         except OSError as error:
             raise Failed("open", error.errno or errno.EIO) from error
 
-    def write(self, chunk: Chunk, slab: memoryview) -> None:
+    def write(self, chunk: Chunk, data: memoryview) -> None:
         """Write a chunk at its place."""
         is_direct = self.is_direct
-        size = -(-chunk.payload // _PAGE_BYTES) * _PAGE_BYTES if is_direct else chunk.payload
+        size = -(-chunk.payload // PAGE_BYTES) * PAGE_BYTES if is_direct else chunk.payload
         self._is_padded |= size != chunk.payload
         try:
-            self._write(slab[:size], chunk.begin, is_direct)
+            self._write(data[:size], chunk.begin, is_direct)
         except OSError as error:
             if error.errno != errno.EINVAL or not is_direct:
                 raise Failed("write", error.errno or errno.EIO) from error
@@ -222,7 +275,7 @@ class File:
             flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
             fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~_O_DIRECT)
             self.is_direct, self.direct_reason = False, "the file system refuses direct writes"
-            self.write(chunk, slab)
+            self.write(chunk, data)
 
     def _write(self, data: memoryview, offset: int, is_direct: bool) -> None:
         done = fruitless = 0
@@ -232,7 +285,7 @@ class File:
             except BlockingIOError:  # EAGAIN; Python itself repeats what was interrupted
                 advanced = 0
             if is_direct and done + advanced < len(data):
-                advanced -= advanced % _PAGE_BYTES  # what follows must begin on a page again
+                advanced -= advanced % PAGE_BYTES  # what follows must begin on a page again
             done += advanced
             fruitless = 0 if advanced else fruitless + 1
             if fruitless > _MOST_FRUITLESS:
@@ -246,6 +299,8 @@ class File:
         failure: Failed | None = None
         steps: list[tuple[str, Callable[[], None]]] = []
         if is_wanted:
+            if self.sums.late:
+                steps.append(("write", lambda: self._write_late(fd)))
             if self._is_padded:
                 steps.append(("truncate", lambda: os.ftruncate(fd, self.size_bytes)))
             # Never again after an error: the kernel has forgotten what it could not write.
@@ -259,6 +314,14 @@ class File:
         if failure is not None:
             raise failure
 
+    def _write_late(self, fd: int) -> None:
+        """Write the patches that came too late; they are no whole pages."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~_O_DIRECT)
+        for offset, data in self.sums.late:
+            for at in range(len(data)):
+                os.pwrite(fd, data[at : at + 1], offset + at)
+
 
 class Job(Ticket):
     """A job of the writer in Python."""
@@ -266,6 +329,8 @@ class Job(Ticket):
     def __init__(self, core: Core, plans: Sequence[FilePlan], *, is_partial: bool = False) -> None:
         self._core = core
         self.is_partial = is_partial
+        self.may_stay = self.is_rushed = False
+        self.direct_bytes = self.hurried_bytes = 0
         self.files = [File(plan, core.slabs.slab_bytes, is_partial=is_partial) for plan in plans]
         self.total_bytes = sum(plan.size_bytes for plan in plans)
         self.captured_bytes = self.written_bytes = self.durable_files = 0
@@ -292,10 +357,14 @@ class Job(Ticket):
             for file in self.files:
                 file.release()
 
-    def count_captured(self, chunk: Chunk) -> None:
+    def count_captured(self, file: File, chunk: Chunk) -> None:
         """Count a chunk that is captured."""
         self.reading -= 1
         if self.failure is None:
+            file.note_captured(chunk)
+            is_direct = chunk.slab is None
+            self.direct_bytes += chunk.payload if is_direct else 0
+            self.hurried_bytes += chunk.payload if chunk.is_hurried and not is_direct else 0
             self.captured_bytes += chunk.payload
             self._note_progress()
         self.release_if_possible()
@@ -333,7 +402,21 @@ class Job(Ticket):
 
     def wait_captured(self, timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_captured`; the caller does not help, two threads of Python do not."""
+        self._core.rush(self)
         return self._core.wait(self.is_released, timeout_s)
+
+    def wait_released(self, memory: NDArray[np.uint64], timeout_s: float | None = None) -> bool:
+        """See `Ticket.wait_released`."""
+        return self._core.wait_released(self, memory, timeout_s)
+
+    @property
+    def is_lazy(self) -> bool:
+        """See `Ticket.is_lazy`."""
+        return self.may_stay
+
+    def hurry(self, memory: NDArray[np.uint64]) -> None:
+        """See `Ticket.hurry`."""
+        self._core.hurry(self, memory)
 
     def wait_durable(self, timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_durable`."""
@@ -355,16 +438,17 @@ class Job(Ticket):
             total_bytes=self.total_bytes,
             captured_bytes=self.captured_bytes,
             written_bytes=self.written_bytes,
-            staged_bytes=self.captured_bytes,
-            direct_bytes=0,
+            staged_bytes=self.captured_bytes - self.direct_bytes,
+            direct_bytes=self.direct_bytes,
+            hurried_bytes=self.hurried_bytes,
             idle_s=0.0 if self.is_settled() else time.monotonic() - self._progress_at,
             capture_end_s=self._captured_at,
             durable_end_s=self._durable_at,
         )
 
     def captured_chunks(self) -> int:
-        """See `Ticket.captured_chunks`; one thread captures, in order."""
-        return len(self.files[0].chunk_crcs) if self.files else 0
+        """See `Ticket.captured_chunks`."""
+        return self.files[0].captured_chunks if self.files else 0
 
     @property
     def is_captured(self) -> bool:
@@ -392,7 +476,7 @@ class Job(Ticket):
                 path=file.path,
                 size_bytes=file.size_bytes,
                 chunk_bytes=self._core.slabs.slab_bytes,
-                crc32=list(file.chunk_crcs),
+                crc32=[file.sums.chunk_crcs[i] for i in range(file.chunks)],
             )
             for file in self.files
         ]

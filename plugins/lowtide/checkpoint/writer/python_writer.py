@@ -1,7 +1,6 @@
 """The writer in Python: the readable reference for csrc/checkpoint, and the way without it.
 
-One thread captures, a few do the writing. Chunks of a file are captured in order, so the checksum
-of an entry is known when a patch behind it is reached. One lock guards all state; it is never held
+One thread captures, a few do the writing. One lock guards all state; it is never held
 while memory is copied or a file is touched.
 """
 
@@ -11,10 +10,12 @@ import os
 import threading
 import time
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lowtide.checkpoint.writer.base import Ticket, Writer
 from lowtide.checkpoint.writer.plan import LITERAL, FilePlan, Source
@@ -27,17 +28,24 @@ from lowtide.checkpoint.writer.python_job import (
     File,
     Job,
     Slabs,
+    Stage,
 )
+from lowtide.checkpoint.writer.sums import Patch
 from lowtide.core.errors import CheckpointError
 
 _IO_THREADS = 4
+_MOST_IN_PLACE = 2  # chunks that are being written from where they lie
 _GRACE_S = 2.0  # for threads to end, if nothing hangs
 
+_Place: TypeAlias = tuple[Job, File, int]  # a chunk by its number
 _Task: TypeAlias = tuple[Job, File, "Chunk | None"]  # without a chunk: sync and close the file
 
 
 class PythonWriter(Writer):
-    """The arguments are those of `open_writer`; it never uses io_uring or the direct lane."""
+    """The arguments are those of `open_writer`; it never uses io_uring.
+
+    It writes from where bytes lie only for a lazy job.
+    """
 
     def __init__(
         self,
@@ -60,14 +68,16 @@ class PythonWriter(Writer):
         self._core.start(min(queue_depth, _IO_THREADS))
         self._finalizer = weakref.finalize(self, self._core.close, 0.0)
 
-    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> Ticket:
+    def submit(
+        self, plans: Sequence[FilePlan], *, is_partial: bool = False, is_lazy: bool = False
+    ) -> Ticket:
         """See `Writer.submit`."""
         self._core.check_process()
         for plan in plans:
             check_plan(plan)
         if is_partial and len(plans) != 1:
             raise ValueError(f"plans: got {len(plans)}, allowed is one where it is partial")
-        return self._core.submit(plans, is_partial=is_partial)
+        return self._core.submit(plans, is_partial=is_partial, is_lazy=is_lazy)
 
     def close(self, *, timeout_s: float) -> bool:
         """See `Writer.close`."""
@@ -87,11 +97,14 @@ class _Core:
         self.slabs = slabs
         self._changed = threading.Condition()
         self._io_reason = "switched off by the caller" if io == "threads" else "not in Python"
+        self._found: tuple[Job, File, Chunk] | None = None  # of the capturing thread
         self._use_direct = self._is_direct = direct
         self._direct_reason = "" if direct else "switched off by the caller"
         self._bytes_per_s = bytes_per_s
         self._free_at = time.monotonic()  # when the rate allows the next byte
         self._to_capture: deque[Job] = deque()
+        self._urgent: deque[_Place] = deque()  # to be captured before them
+        self._direct_in_flight = 0
         self._tasks: deque[_Task] = deque()
         self._active: list[Job] = []  # not settled
         self._at_work = 0  # chunks and files that will become tasks, or are being worked on
@@ -115,12 +128,17 @@ class _Core:
                 "each process, after the fork"
             )
 
-    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool) -> Job:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool, is_lazy: bool) -> Job:
         """Queue checked plans."""
         job = Job(self, plans, is_partial=is_partial)
+        coming = sum(max(plan.size_bytes, plan.expected_bytes) for plan in plans)
         with self._changed:
             if self._is_closing:
                 raise CheckpointError("checkpoint writer: the writer is closed")
+            coming += sum(each.total_bytes - each.written_bytes for each in self._active)
+            # What fits is copied at once: off the update's way, and for no more than later.
+            is_larger = coming > self.slabs.buffer_bytes
+            job.may_stay = is_lazy and self._use_direct and is_larger
             if not job.is_settled():
                 self._active.append(job)
                 self._to_capture.append(job)
@@ -170,6 +188,45 @@ class _Core:
         with self._changed:
             self._fail(job, CANCELLED)
 
+    def hurry(self, job: Job, memory: NDArray[np.uint64]) -> None:
+        """See `Ticket.hurry`."""
+        self.check_process()
+        with self._changed:
+            self._urgent.extend(self._urgent_of(job, memory))
+            self._changed.notify_all()
+
+    def wait_released(self, job: Job, memory: NDArray[np.uint64], timeout_s: float | None) -> bool:
+        """See `Ticket.wait_released`."""
+        self.check_process()
+        with self._changed:
+            urgent = self._urgent_of(job, memory)
+            self._urgent.extendleft(reversed(urgent))
+            self._changed.notify_all()
+
+            def is_over() -> bool:
+                return job.is_released() or all(
+                    index < file.chunks and file.stages[index] == Stage.CAPTURED
+                    for _, file, index in urgent
+                )
+
+            return self._changed.wait_for(is_over, timeout_s)
+
+    def rush(self, job: Job) -> None:
+        """Leave nothing of a job where it lies."""
+        self.check_process()
+        with self._changed:
+            job.is_rushed = True
+            self._changed.notify_all()
+
+    def _urgent_of(self, job: Job, memory: NDArray[np.uint64]) -> list[_Place]:
+        return [
+            (job, file, index)
+            for begin, end in memory.tolist()
+            for file in job.files
+            if file.source is not None
+            for index in file.source.chunks_of(begin, end, self.slabs.slab_bytes)
+        ]
+
     def close(self, timeout_s: float) -> bool:
         """See `Writer.close`."""
         if os.getpid() != self._pid:
@@ -194,62 +251,99 @@ class _Core:
     def _capture_loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stopping or self._has_work())
+                self._changed.wait_for(lambda: self._is_stopping or self._find_chunk())
                 if self._is_stopping:
                     return
-                job, file, chunk = self._take_chunk()
+                (job, file, chunk), self._found = self._take_chunk(), None
                 source = file.source
             if source is not None:
                 self._capture(file, source, chunk)
             del source  # it keeps the live memory
             with self._changed:
-                job.count_captured(chunk)
+                if chunk.slab is not None:
+                    job.count_captured(file, chunk)
                 self._tasks.append((job, file, chunk))
                 self._changed.notify_all()
+            del job, file, chunk
 
-    def _has_work(self) -> bool:
+    def _find_chunk(self) -> bool:
+        """Look for the chunk that comes next; tell whether it can be captured now."""
+        while self._urgent:
+            job, file, index = self._urgent[0]
+            if job.failure is None and index < file.chunks and file.stages[index] == Stage.KNOWN:
+                return self._can_take(job, file, index, is_urgent=True)
+            self._urgent.popleft()
         while self._to_capture:
             job = self._to_capture[0]
             if job.failure is not None or job.next_file == len(job.files):
                 self._to_capture.popleft()
-            elif job.files[job.next_file].taken == job.files[job.next_file].chunks:
-                if job.is_partial:
-                    return False
-                job.next_file += 1
-            else:
-                return self.slabs.has_free()
+                continue
+            file = job.files[job.next_file]
+            if (index := file.first_untaken()) < file.chunks:
+                return self._can_take(job, file, index, is_urgent=False)
+            if job.is_partial:
+                return False
+            job.next_file += 1
         return False
 
-    def _take_chunk(self) -> tuple[Job, File, Chunk]:
-        job = self._to_capture[0]
-        file = job.files[job.next_file]
-        begin = file.taken * self.slabs.slab_bytes
+    def _can_take(self, job: Job, file: File, index: int, *, is_urgent: bool) -> bool:
+        begin = index * self.slabs.slab_bytes
         payload = min(self.slabs.slab_bytes, file.size_bytes - begin)
-        file.taken += 1
+        chunk = Chunk(index=index, begin=begin, payload=payload, slab=None, source=file.source)
+        chunk.is_hurried = is_urgent or (job.is_lazy and job.is_rushed)
+        may_be_direct = file.is_direct or file.direct_reason is None
+        address = None
+        if job.is_lazy and may_be_direct and chunk.source is not None:
+            address = chunk.source.is_in_place(begin, payload)
+        is_full = not self.slabs.has_free()
+        if address is not None and (is_full or not chunk.is_hurried):
+            chunk.memory = File.live_memory(address, payload)
+            is_full = self._direct_in_flight >= _MOST_IN_PLACE
+        self._found = None if is_full else (job, file, chunk)
+        return not is_full
+
+    def _take_chunk(self) -> tuple[Job, File, Chunk]:
+        if self._found is None:
+            raise AssertionError("unreachable: a chunk was found")
+        job, file, chunk = self._found
+        if chunk.memory is None:
+            chunk.slab, chunk.source = self.slabs.take(), None
+        else:
+            self._direct_in_flight += 1
+        file.stages[chunk.index] = Stage.TAKEN
         file.in_flight += 1
         job.reading += 1
         self._at_work += 1
-        return job, file, Chunk(begin=begin, payload=payload, slab=self.slabs.take())
+        return job, file, chunk
+
+    def _memory_of(self, chunk: Chunk) -> memoryview:
+        """Return where the bytes are that are written."""
+        if chunk.memory is not None:
+            return chunk.memory
+        return self.slabs.memory(chunk.slab or 0)
 
     def _capture(self, file: File, source: Source, chunk: Chunk) -> None:
-        """Copy a chunk into its slab and compute the checksums of its entries and its own."""
-        slab = self.slabs.memory(chunk.slab)
+        """Copy a chunk into its slab, if it has one; compute the checksums of what is in it."""
+        memory = self._memory_of(chunk)
         end = chunk.begin + chunk.payload
         offset = chunk.begin
+        unknown: list[Patch] = []
         while offset < end:
             piece, plan = source.piece_at(offset), source.plan
             length = min(int(plan.offsets[piece] + plan.lengths[piece]), end) - offset
-            address = int(plan.addresses[piece]) + offset - int(plan.offsets[piece])
-            part = slab[offset - chunk.begin : offset - chunk.begin + length]
-            part[:] = file.live_memory(address, length)
-            entry = int(plan.entries[piece])
+            skip = offset - int(plan.offsets[piece])
+            address, entry = int(plan.addresses[piece]) + skip, int(plan.entries[piece])
+            part = memory[offset - chunk.begin : offset - chunk.begin + length]
+            if chunk.slab is not None:
+                part[:] = file.live_memory(address, length)
             if entry == LITERAL:
-                file.fill_in_patches(source, part, address)
+                unknown += file.fill_in_patches(source, part, address, offset - chunk.begin)
             else:
-                file.entry_crcs[entry] = zlib.crc32(part, file.entry_crcs.get(entry, 0))
+                file.sums.add(entry, source.places[piece] + skip, part)
             offset += length
-        file.chunk_crcs.append(zlib.crc32(slab[: chunk.payload]))
-        slab[chunk.payload :] = bytes(len(slab) - chunk.payload)  # direct I/O writes whole pages
+        file.sums.end_chunk(chunk.index, chunk.begin, memory[: chunk.payload], unknown)
+        if chunk.slab is not None:  # direct I/O writes whole pages
+            memory[chunk.payload :] = bytes(len(memory) - chunk.payload)
 
     # --- I/O
 
@@ -276,7 +370,7 @@ class _Core:
             if chunk is None:
                 file.finish(is_wanted=job.failure is None)
             elif job.failure is None and self._is_due(job, chunk):
-                file.write(chunk, self.slabs.memory(chunk.slab))
+                file.write(chunk, self._memory_of(chunk))
         except Failed as failed:
             return failed.operation, str(file.path), failed.code, file.size_bytes
         return None
@@ -299,7 +393,11 @@ class _Core:
             if job.failure is None and job.count_durable():
                 self._active.remove(job)
             return
-        self.slabs.give(chunk.slab)
+        if chunk.slab is None:
+            self._direct_in_flight -= 1
+            job.count_captured(file, chunk)
+        else:
+            self.slabs.give(chunk.slab)
         file.in_flight -= 1
         if job.failure is None:
             job.count_written(chunk)
