@@ -27,7 +27,7 @@ using lowtide::checkpoint::Failure;
 using lowtide::checkpoint::FileSpec;
 using lowtide::checkpoint::Job;
 using lowtide::checkpoint::JobState;
-using lowtide::checkpoint::Memory;
+using lowtide::checkpoint::Stretch;
 using lowtide::checkpoint::WriterFacts;
 using lowtide::checkpoint::WriterOptions;
 using NativeWriter = lowtide::checkpoint::Writer;
@@ -76,10 +76,10 @@ class Ticket {
     }
 
     bool wait_captured(double timeout_s) { return writer_.get()->wait_captured(job_, timeout_s); }
-    bool wait_released(const std::vector<Memory> &memory, double timeout_s) {
+    bool wait_released(const std::vector<Stretch> &memory, double timeout_s) {
         return writer_.get()->wait_released(job_, memory, timeout_s);
     }
-    void hurry(const std::vector<Memory> &memory) { writer_.get()->hurry(job_, memory); }
+    void hurry(const std::vector<Stretch> &memory) { writer_.get()->hurry(job_, memory); }
     void rush() { writer_.get()->rush(*job_); }
     bool wait_durable(double timeout_s) { return writer_.get()->wait_settled(*job_, timeout_s); }
     void extend(FileSpec spec, bool is_partial) {
@@ -196,13 +196,13 @@ std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &pla
     return writer.submit(std::move(specs), is_partial, is_lazy);
 }
 
-std::vector<Memory> memory_of(const py::handle &value) {
+std::vector<Stretch> memory_of(const py::handle &value) {
     const auto array = array_argument<std::uint64_t>(value, "memory", "stretches", 2);
     if (array.shape(1) != 2) {
         throw py::value_error("memory: got " + std::to_string(array.shape(1)) +
                               " columns, allowed are begin and end");
     }
-    std::vector<Memory> memory;
+    std::vector<Stretch> memory;
     for (py::ssize_t i = 0; i < array.shape(0); ++i) {
         memory.push_back({array.at(i, 0), array.at(i, 1)});
     }
@@ -292,7 +292,7 @@ void bind_checkpoint(py::module_ &module) {
         .def(
             "wait_released",
             [](Ticket &ticket, const py::handle &memory, double timeout_s) {
-                const std::vector<Memory> wanted = memory_of(memory);
+                const std::vector<Stretch> wanted = memory_of(memory);
                 const py::gil_scoped_release unlocked;
                 return ticket.wait_released(wanted, timeout_s);
             },

@@ -147,7 +147,7 @@ std::size_t FileSpec::first_patch_behind(std::uint64_t position) const {
     return static_cast<std::size_t>(found - patches.begin());
 }
 
-std::vector<std::size_t> FileSpec::chunks_of(const Memory &memory, std::size_t chunk_bytes) const {
+std::vector<std::size_t> FileSpec::chunks_of(const Stretch &memory, std::size_t chunk_bytes) const {
     std::vector<std::size_t> chunks;
     for (std::size_t i = 0; i < offsets.size(); ++i) {
         const std::uint64_t begin = std::max(memory.begin, addresses[i]);

@@ -17,7 +17,7 @@ struct Patch {
 };
 
 // A stretch of live memory.
-struct Memory {
+struct Stretch {
     std::uint64_t begin;
     std::uint64_t end;
 };
@@ -53,7 +53,7 @@ struct FileSpec {
     void check_begins_with(const FileSpec &begin) const;
 
     // Numbers of the chunks that hold bytes of entries which lie in this memory, ascending.
-    std::vector<std::size_t> chunks_of(const Memory &memory, std::size_t chunk_bytes) const;
+    std::vector<std::size_t> chunks_of(const Stretch &memory, std::size_t chunk_bytes) const;
 
   private:
     void find_entries();

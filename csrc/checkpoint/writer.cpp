@@ -194,14 +194,14 @@ void Writer::extend(const std::shared_ptr<Job> &job, FileSpec spec, bool is_part
     capture_changed_.notify_all();
 }
 
-void Writer::hurry(const std::shared_ptr<Job> &job, const std::vector<Memory> &memory) {
+void Writer::hurry(const std::shared_ptr<Job> &job, const std::vector<Stretch> &memory) {
     const std::vector<Urgent> urgent = urgent_of(job, memory);
     const Lock lock(mutex_);
     urgent_.insert(urgent_.end(), urgent.begin(), urgent.end());
     capture_changed_.notify_all();
 }
 
-bool Writer::wait_released(const std::shared_ptr<Job> &job, const std::vector<Memory> &memory,
+bool Writer::wait_released(const std::shared_ptr<Job> &job, const std::vector<Stretch> &memory,
                            double timeout_s) {
     const std::vector<Urgent> urgent = urgent_of(job, memory);
     Lock lock(mutex_);

@@ -62,11 +62,11 @@ class Writer : public std::enable_shared_from_this<Writer> {
 
     // Captures what lies in this memory before all else that is still to be captured, in this
     // order; returns at once.
-    void hurry(const std::shared_ptr<Job> &job, const std::vector<Memory> &memory);
+    void hurry(const std::shared_ptr<Job> &job, const std::vector<Stretch> &memory);
 
     // Does the same before what was hurried until now, and waits until nobody reads it any more,
     // helping meanwhile. Returns false when the time is over first.
-    bool wait_released(const std::shared_ptr<Job> &job, const std::vector<Memory> &memory,
+    bool wait_released(const std::shared_ptr<Job> &job, const std::vector<Stretch> &memory,
                        double timeout_s);
 
     // Says that all of the job's memory is about to change.
@@ -107,7 +107,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
         std::size_t index;
     };
     std::vector<Urgent> urgent_of(const std::shared_ptr<Job> &job,
-                                  const std::vector<Memory> &memory);
+                                  const std::vector<Stretch> &memory);
     bool wait_until(Lock &lock, double timeout_s, const std::function<bool()> &is_over);
     std::unique_ptr<Chunk> take_chunk();
     std::unique_ptr<Chunk> take_urgent();

@@ -35,7 +35,7 @@ void Writer::capture_loop() {
 
 // Where the bytes of a job are that lie in `memory`, in that order.
 std::vector<Writer::Urgent> Writer::urgent_of(const std::shared_ptr<Job> &job,
-                                              const std::vector<Memory> &memory) {
+                                              const std::vector<Stretch> &memory) {
     std::vector<std::pair<File *, std::shared_ptr<const FileSpec>>> files;
     {
         const Lock lock(mutex_);
@@ -47,7 +47,7 @@ std::vector<Writer::Urgent> Writer::urgent_of(const std::shared_ptr<Job> &job,
         }
     }
     std::vector<Urgent> urgent;
-    for (const Memory &each : memory) {
+    for (const Stretch &each : memory) {
         for (const auto &[file, spec] : files) {
             for (const std::size_t index : spec->chunks_of(each, options_.chunk_bytes)) {
                 urgent.push_back({job, file, index});
