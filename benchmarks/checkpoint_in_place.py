@@ -25,7 +25,7 @@ from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
 from lowtide.core.state import Memory, memory_of, merged
 
-WAYS = ("none", "whole", "asked")
+WAYS = ("none", "whole", "guarded", "asked")
 TENSOR_BYTES = 16 * MIB
 TENSORS = 3  # of a sub-group
 
@@ -57,13 +57,13 @@ class Iteration:
         trainer, saver, saving = self._trainer, self._saver, None
         everything = merged(np.concatenate(self._memories))
         nothing: Memory = everything[:0]
-        promised = everything if way == "asked" else nothing
+        promised = everything if way in ("asked", "guarded") else nothing
         request_s = time.perf_counter()
         if way != "none":
             self._step += 1
             saver.begin(
                 self._folder, f"step{self._step}", step=self._step, details=STEP,
-                promised=promised,
+                promised=promised if way == "asked" else None,
             )  # fmt: skip
             saver.add(trainer.state, "state.pt", is_stable=lambda _tensor: True)
             saving = saver.end()
@@ -71,10 +71,10 @@ class Iteration:
         compute_s = trainer.forward_backward()
         begin_s = time.perf_counter()
         saver.pending.begin_update(promised)
-        if way == "asked":
+        if len(promised):
             saver.pending.hurry(np.concatenate(self._memories))
         for number, memory in enumerate(self._memories):
-            if way == "asked":
+            if len(promised):
                 saver.pending.release(memory)
             trainer.update_group(number)
         saver.pending.end_update(is_applied=True)

@@ -120,7 +120,8 @@ struct Job {
     std::atomic<bool> is_dropped{false}; // set together with `failure`; read without the lock
     std::optional<Clock::time_point> captured_at;
     std::optional<Clock::time_point> durable_at;
-    Clock::time_point progress_at = Clock::now();
+    const Clock::time_point begin_at = Clock::now();
+    Clock::time_point progress_at = begin_at;
 
     // Nobody reads the live memory any more.
     bool is_released() const { return reading == 0 && (captured_at || failure); }

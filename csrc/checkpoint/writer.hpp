@@ -95,6 +95,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
 
     explicit Writer(const WriterOptions &options);
     void start();
+    bool is_slow() const;
     void set_spec(Job &job, File &file, std::shared_ptr<const FileSpec> spec) const;
     void spawn(std::function<void()> work);
 
@@ -165,6 +166,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
     std::size_t direct_in_flight_ = 0;
     std::size_t capturing_ = 0; // chunks in capture_chunk, in whichever thread
     std::size_t touched_slabs_ = 0;
+    double seen_bytes_per_s_ = 0; // of the last job that was larger than the ring
     bool is_direct_;
     std::string direct_reason_;
     bool is_closing_ = false;  // no new jobs

@@ -179,7 +179,8 @@ class Writer(ABC):
                 those behind it, wait for `Ticket.extend` or `Ticket.cancel`.
             is_lazy: The caller will tell what is about to change, by `Ticket.hurry`,
                 `wait_released` and `wait_captured`. A job that is larger than the buffer then
-                leaves what direct I/O can write from where it lies there until its turn comes.
+                leaves what direct I/O can write from where it lies there until its turn comes, if
+                the disk is slow.
 
         Raises:
             ValueError: A plan contradicts itself.

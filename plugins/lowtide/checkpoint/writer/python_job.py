@@ -336,7 +336,7 @@ class Job(Ticket):
         self.captured_bytes = self.written_bytes = self.durable_files = 0
         self.reading = self.next_file = 0
         self.failure: Failure | None = None
-        self._progress_at = time.monotonic()
+        self._begin_at = self._progress_at = time.monotonic()
         self._captured_at = None if self.total_bytes or is_partial else self._progress_at
         self._durable_at = None if self.files else self._progress_at
         self.release_if_possible()
@@ -397,6 +397,10 @@ class Job(Ticket):
             return False
         self._durable_at = self._progress_at
         return True
+
+    def bytes_per_s(self) -> float:
+        """Return how fast a durable job was written."""
+        return self.total_bytes / max(self._progress_at - self._begin_at, 1e-9)
 
     # --- for the caller
 

@@ -35,6 +35,7 @@ from lowtide.core.errors import CheckpointError
 
 _IO_THREADS = 4
 _MOST_IN_PLACE = 2  # chunks that are being written from where they lie
+_SLOW_BYTES_PER_S = 800e6
 _GRACE_S = 2.0  # for threads to end, if nothing hangs
 
 _Place: TypeAlias = tuple[Job, File, int]  # a chunk by its number
@@ -101,6 +102,7 @@ class _Core:
         self._use_direct = self._is_direct = direct
         self._direct_reason = "" if direct else "switched off by the caller"
         self._bytes_per_s = bytes_per_s
+        self._seen_rate = 0.0  # of the last job that was larger than the buffer
         self._free_at = time.monotonic()  # when the rate allows the next byte
         self._to_capture: deque[Job] = deque()
         self._urgent: deque[_Place] = deque()  # to be captured before them
@@ -136,9 +138,8 @@ class _Core:
             if self._is_closing:
                 raise CheckpointError("checkpoint writer: the writer is closed")
             coming += sum(each.total_bytes - each.written_bytes for each in self._active)
-            # What fits is copied at once: off the update's way, and for no more than later.
             is_larger = coming > self.slabs.buffer_bytes
-            job.may_stay = is_lazy and self._use_direct and is_larger
+            job.may_stay = is_lazy and self._use_direct and is_larger and self._is_slow()
             if not job.is_settled():
                 self._active.append(job)
                 self._to_capture.append(job)
@@ -147,6 +148,13 @@ class _Core:
                     self._add_task(job, file, None)
             self._changed.notify_all()
         return job
+
+    def _is_slow(self) -> bool:
+        """Tell whether the disk is so slow that copies ahead of it only fill the buffer.
+
+        For the numbers see csrc/checkpoint/writer.cpp.
+        """
+        return any(0 < rate < _SLOW_BYTES_PER_S for rate in (self._bytes_per_s, self._seen_rate))
 
     def extend(self, job: Job, plan: FilePlan, *, is_partial: bool) -> None:
         """Take more of a job's partial file."""
@@ -392,6 +400,8 @@ class _Core:
         if chunk is None:
             if job.failure is None and job.count_durable():
                 self._active.remove(job)
+                if job.total_bytes > self.slabs.buffer_bytes:  # a smaller one may not have waited
+                    self._seen_rate = job.bytes_per_s()
             return
         if chunk.slab is None:
             self._direct_in_flight -= 1
