@@ -29,7 +29,6 @@ from lowtide.checkpoint.writer.base import facts_text
 from lowtide.core.device.homes import Homes
 from lowtide.core.errors import CheckpointError
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
-from lowtide.core.state import StateAuthority
 
 logger = logging.getLogger("lowtide")
 
@@ -159,11 +158,6 @@ class CheckpointPlugin(Plugin):
         if self._the_session().rank == 0:
             logger.warning("checkpoint: nothing is copied lazily, because %s", why)
 
-    @property
-    def state(self) -> StateAuthority:
-        """Who asks before it overwrites what is being read."""
-        return self._the_session().state
-
     def release(self) -> None:
         """Copy what is still to be copied, because the state is about to change."""
         if self._saver is not None:
@@ -177,7 +171,7 @@ class CheckpointPlugin(Plugin):
         if session.host == "deepspeed":
             from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
 
-            self._adapter = DeepSpeedAdapter(self)
+            self._adapter = DeepSpeedAdapter(self, session.state)
         listeners = {
             Event.MODEL_BUILT: self._before_engine,
             Event.OPTIMIZER_BUILT: self._after_engine,
@@ -203,7 +197,6 @@ class CheckpointPlugin(Plugin):
         if self._scrub is not None:
             self._scrub.close()
         if self._saver is not None:
-            self._the_session().state.remove_reader(self._saver.pending)
             self._saver.close(timeout_s=1.0)
 
     def summary(self) -> dict[str, Any]:
@@ -296,7 +289,6 @@ class CheckpointPlugin(Plugin):
             return
         saver, session = self._the_saver(), self._the_session()
         begin_s = time.perf_counter()
-        # What somebody promises to ask for may be overwritten later than the rest.
         if saver.pending.is_reading and saver.pending.begin_update(session.state.promised()) > 0.0:
             session.telemetry.add_span("capture wait", "host", begin_s, time.perf_counter())
         ledger.settle()

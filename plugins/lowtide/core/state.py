@@ -161,11 +161,6 @@ class StateAuthority:
         with self._changed:
             self._readers.append(reader)
 
-    def remove_reader(self, reader: LiveReader) -> None:
-        """Ask `reader` no more; it reads nothing any more."""
-        with self._changed:
-            self._readers = [each for each in self._readers if each is not reader]
-
     def is_read(self) -> bool:
         """Whether somebody still reads live memory; owners may spare themselves the rest."""
         return any(reader.is_reading for reader in self._readers)

@@ -18,27 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.checkpoint.writer.base import Ticket, Writer
-from lowtide.checkpoint.writer.plan import LITERAL, FilePlan, Source
+from lowtide.checkpoint.writer.plan import FilePlan
 from lowtide.checkpoint.writer.plan_check import check_begins_with, check_plan
-from lowtide.checkpoint.writer.python_job import (
-    CANCELLED,
-    Chunk,
-    Failed,
-    Failure,
-    File,
-    Job,
-    Slabs,
-    Stage,
-)
-from lowtide.checkpoint.writer.sums import Patch
+from lowtide.checkpoint.writer.python_file import Chunk, Failed, File, Slabs, Stage
+from lowtide.checkpoint.writer.python_job import CANCELLED, Failure, Job
+from lowtide.checkpoint.writer.python_queue import Queue
 from lowtide.core.errors import CheckpointError
 
 _IO_THREADS = 4
-_MOST_IN_PLACE = 2  # chunks that are being written from where they lie
 _SLOW_BYTES_PER_S = 800e6
 _GRACE_S = 2.0  # for threads to end, if nothing hangs
 
-_Place: TypeAlias = tuple[Job, File, int]  # a chunk by its number
 _Task: TypeAlias = tuple[Job, File, "Chunk | None"]  # without a chunk: sync and close the file
 
 
@@ -98,15 +88,12 @@ class _Core:
         self.slabs = slabs
         self._changed = threading.Condition()
         self._io_reason = "switched off by the caller" if io == "threads" else "not in Python"
-        self._found: tuple[Job, File, Chunk] | None = None  # of the capturing thread
         self._use_direct = self._is_direct = direct
         self._direct_reason = "" if direct else "switched off by the caller"
         self._bytes_per_s = bytes_per_s
         self._seen_rate = 0.0  # of the last job that was larger than the buffer
         self._free_at = time.monotonic()  # when the rate allows the next byte
-        self._to_capture: deque[Job] = deque()
-        self._urgent: deque[_Place] = deque()  # to be captured before them
-        self._direct_in_flight = 0
+        self._queue = Queue(slabs)  # of what is to be captured
         self._tasks: deque[_Task] = deque()
         self._active: list[Job] = []  # not settled
         self._at_work = 0  # chunks and files that will become tasks, or are being worked on
@@ -142,7 +129,7 @@ class _Core:
             job.may_stay = is_lazy and self._use_direct and is_larger and self._is_slow()
             if not job.is_settled():
                 self._active.append(job)
-                self._to_capture.append(job)
+                self._queue.add(job)
             for file in job.files:
                 if file.chunks == 0 and not is_partial:
                     self._add_task(job, file, None)
@@ -200,15 +187,15 @@ class _Core:
         """See `Ticket.hurry`."""
         self.check_process()
         with self._changed:
-            self._urgent.extend(self._urgent_of(job, memory))
+            self._queue.hurry(self._queue.places(job, memory))
             self._changed.notify_all()
 
     def wait_released(self, job: Job, memory: NDArray[np.uint64], timeout_s: float | None) -> bool:
         """See `Ticket.wait_released`."""
         self.check_process()
         with self._changed:
-            urgent = self._urgent_of(job, memory)
-            self._urgent.extendleft(reversed(urgent))
+            urgent = self._queue.places(job, memory)
+            self._queue.hurry_first(urgent)
             self._changed.notify_all()
 
             def is_over() -> bool:
@@ -225,15 +212,6 @@ class _Core:
         with self._changed:
             job.is_rushed = True
             self._changed.notify_all()
-
-    def _urgent_of(self, job: Job, memory: NDArray[np.uint64]) -> list[_Place]:
-        return [
-            (job, file, index)
-            for begin, end in memory.tolist()
-            for file in job.files
-            if file.source is not None
-            for index in file.source.chunks_of(begin, end, self.slabs.slab_bytes)
-        ]
 
     def close(self, timeout_s: float) -> bool:
         """See `Writer.close`."""
@@ -259,13 +237,14 @@ class _Core:
     def _capture_loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stopping or self._find_chunk())
+                self._changed.wait_for(lambda: self._is_stopping or self._queue.find())
                 if self._is_stopping:
                     return
-                (job, file, chunk), self._found = self._take_chunk(), None
+                job, file, chunk = self._queue.take()
+                self._at_work += 1
                 source = file.source
             if source is not None:
-                self._capture(file, source, chunk)
+                file.capture(source, chunk, self._memory_of(chunk))
             del source  # it keeps the live memory
             with self._changed:
                 if chunk.slab is not None:
@@ -274,84 +253,11 @@ class _Core:
                 self._changed.notify_all()
             del job, file, chunk
 
-    def _find_chunk(self) -> bool:
-        """Look for the chunk that comes next; tell whether it can be captured now."""
-        while self._urgent:
-            job, file, index = self._urgent[0]
-            if job.failure is None and index < file.chunks and file.stages[index] == Stage.KNOWN:
-                return self._can_take(job, file, index, is_urgent=True)
-            self._urgent.popleft()
-        while self._to_capture:
-            job = self._to_capture[0]
-            if job.failure is not None or job.next_file == len(job.files):
-                self._to_capture.popleft()
-                continue
-            file = job.files[job.next_file]
-            if (index := file.first_untaken()) < file.chunks:
-                return self._can_take(job, file, index, is_urgent=False)
-            if job.is_partial:
-                return False
-            job.next_file += 1
-        return False
-
-    def _can_take(self, job: Job, file: File, index: int, *, is_urgent: bool) -> bool:
-        begin = index * self.slabs.slab_bytes
-        payload = min(self.slabs.slab_bytes, file.size_bytes - begin)
-        chunk = Chunk(index=index, begin=begin, payload=payload, slab=None, source=file.source)
-        chunk.is_hurried = is_urgent or (job.is_lazy and job.is_rushed)
-        may_be_direct = file.is_direct or file.direct_reason is None
-        address = None
-        if job.is_lazy and may_be_direct and chunk.source is not None:
-            address = chunk.source.is_in_place(begin, payload)
-        is_full = not self.slabs.has_free()
-        if address is not None and (is_full or not chunk.is_hurried):
-            chunk.memory = File.live_memory(address, payload)
-            is_full = self._direct_in_flight >= _MOST_IN_PLACE
-        self._found = None if is_full else (job, file, chunk)
-        return not is_full
-
-    def _take_chunk(self) -> tuple[Job, File, Chunk]:
-        if self._found is None:
-            raise AssertionError("unreachable: a chunk was found")
-        job, file, chunk = self._found
-        if chunk.memory is None:
-            chunk.slab, chunk.source = self.slabs.take(), None
-        else:
-            self._direct_in_flight += 1
-        file.stages[chunk.index] = Stage.TAKEN
-        file.in_flight += 1
-        job.reading += 1
-        self._at_work += 1
-        return job, file, chunk
-
     def _memory_of(self, chunk: Chunk) -> memoryview:
         """Return where the bytes are that are written."""
         if chunk.memory is not None:
             return chunk.memory
         return self.slabs.memory(chunk.slab or 0)
-
-    def _capture(self, file: File, source: Source, chunk: Chunk) -> None:
-        """Copy a chunk into its slab, if it has one; compute the checksums of what is in it."""
-        memory = self._memory_of(chunk)
-        end = chunk.begin + chunk.payload
-        offset = chunk.begin
-        unknown: list[Patch] = []
-        while offset < end:
-            piece, plan = source.piece_at(offset), source.plan
-            length = min(int(plan.offsets[piece] + plan.lengths[piece]), end) - offset
-            skip = offset - int(plan.offsets[piece])
-            address, entry = int(plan.addresses[piece]) + skip, int(plan.entries[piece])
-            part = memory[offset - chunk.begin : offset - chunk.begin + length]
-            if chunk.slab is not None:
-                part[:] = file.live_memory(address, length)
-            if entry == LITERAL:
-                unknown += file.fill_in_patches(source, part, address, offset - chunk.begin)
-            else:
-                file.sums.add(entry, source.places[piece] + skip, part)
-            offset += length
-        file.sums.end_chunk(chunk.index, chunk.begin, memory[: chunk.payload], unknown)
-        if chunk.slab is not None:  # direct I/O writes whole pages
-            memory[chunk.payload :] = bytes(len(memory) - chunk.payload)
 
     # --- I/O
 
@@ -404,7 +310,7 @@ class _Core:
                     self._seen_rate = job.bytes_per_s()
             return
         if chunk.slab is None:
-            self._direct_in_flight -= 1
+            self._queue.in_place -= 1
             job.count_captured(file, chunk)
         else:
             self.slabs.give(chunk.slab)
