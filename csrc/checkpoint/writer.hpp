@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -117,6 +118,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
     const unsigned char *source_in_place(const File &file, std::uint64_t begin,
                                          std::size_t payload) const;
     bool may_open(const File &file) const;
+    std::optional<Urgent> untaken_of_open() const;
     void ask_to_open(const std::shared_ptr<Job> &job, File &file);
     void capture_chunk(Lock &lock, std::unique_ptr<Chunk> chunk);
     void fold_captured(Lock &lock, File &file);

@@ -73,8 +73,18 @@ std::unique_ptr<Chunk> Writer::take_chunk() {
             continue;
         }
         File &file = *job->files[job->next_file];
-        ask_to_open(job, file);
         const std::size_t index = file.first_untaken();
+        if (index == file.chunks && index > 0 && !file.is_partial) {
+            ++job->next_file;
+            continue;
+        }
+        if (!may_open(file)) {
+            // What was opened out of turn must be able to close, and needs slabs for that.
+            if (const std::optional<Urgent> other = untaken_of_open()) {
+                return make_chunk(other->job, *other->file, other->index, false);
+            }
+        }
+        ask_to_open(job, file);
         if (index == file.chunks) {
             if (file.is_partial) {
                 return nullptr;
@@ -113,6 +123,20 @@ std::unique_ptr<Chunk> Writer::take_urgent() {
 // Whether the file is open, or will be without any other one being closed.
 bool Writer::may_open(const File &file) const {
     return file.state != File::State::closed || open_files_ + to_open_.size() < most_open_files;
+}
+
+// A chunk of a file that is open, or will be.
+std::optional<Writer::Urgent> Writer::untaken_of_open() const {
+    for (const auto &job : active_) {
+        for (const auto &file : job->files) {
+            const bool is_open =
+                file->state == File::State::open || file->state == File::State::opening;
+            if (is_open && file->first_untaken() < file->chunks) {
+                return Urgent{job, file.get(), file->next};
+            }
+        }
+    }
+    return std::nullopt;
 }
 
 void Writer::ask_to_open(const std::shared_ptr<Job> &job, File &file) {

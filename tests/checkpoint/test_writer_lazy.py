@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,9 +167,14 @@ def test_early_ends_of_entries_do_not_keep_the_buffer_from_their_beginnings(
 def test_many_files_asked_for_from_the_last_one_on(way: Way, tmp_path: Path) -> None:
     # More than are open at once, and far more than slabs; none can be closed early on.
     writer = open_lazy(way, bytes_per_s=FASTEST)
-    drafts = [Draft(tmp_path / f"{i}").entry(0, aligned_array(2 * CHUNK, 0, i)) for i in range(120)]
+    drafts = [
+        Draft(tmp_path / f"{i}").entry(0, aligned_array(2 * CHUNK, 64, i)) for i in range(120)
+    ]
     ticket = writer.submit([draft.plan() for draft in drafts], is_lazy=True)
     ticket.hurry(memory_of(*(draft.arrays[0][CHUNK:] for draft in reversed(drafts))))
+    deadline_s = time.monotonic() + EVER_S
+    while ticket.progress().captured_bytes < 66 * CHUNK and time.monotonic() < deadline_s:
+        time.sleep(0.001)
     for draft in reversed(drafts):
         overwrite(ticket, draft.arrays[0])
     for draft, crc32 in zip(drafts, finish(ticket), strict=True):
