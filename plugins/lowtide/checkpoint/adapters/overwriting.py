@@ -99,7 +99,8 @@ class StockUpdates:
 
             rank = dist.get_rank(group=optimizer.real_dp_process_group[number])
             found.append(optimizer.parallel_partitioned_bit16_groups[number][rank])
-        yield from (each.detach() for each in found if torch.is_tensor(each))
+        # What has gaps is neither promised nor asked for, so all of it is waited for.
+        yield from (t.detach() for t in found if torch.is_tensor(t) and t.is_contiguous())
 
     def _gathered(self) -> list[torch.Tensor]:
         return list(getattr(self._optimizer, "bit16_groups_flat", []))
