@@ -167,7 +167,8 @@ std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs, bool is_partial
 // copied at once, off the update's way. So is one that a fast disk can take almost as it is copied:
 // a ring full of slabs keeps such a disk busy whatever the scheduler does to the capturing thread,
 // and reading for the checksum alone costs as much as copying along (measured on 2 cores, 1 GiB,
-// buffer of 256 MiB: durable after 0.62 s, and 0.77 to 0.95 s from where it lay).
+// buffer of 256 MiB, several runs: durable after 0.55 to 0.81 s, and 0.77 to 1.04 s from where it
+// lay).
 bool Writer::is_slow() const {
     constexpr double slow_bytes_per_s = 800e6;
     const double allowed = options_.bytes_per_s;
