@@ -159,7 +159,7 @@ class OffloadPlugin(Plugin):
         self._updater = updater = adapter.connect(build)
         self._adapter = adapter
         if session.host == "deepspeed":
-            # Under Megatron-core the host copies masters and weights to and fro by itself.
+            # Under Megatron-core the host copies masters and weights by itself, both ways.
             session.state.promise(self.name, updater.overwritten)
         if session.rank == 0:
             logger.info(
