@@ -27,6 +27,7 @@ using lowtide::checkpoint::Failure;
 using lowtide::checkpoint::FileSpec;
 using lowtide::checkpoint::Job;
 using lowtide::checkpoint::JobState;
+using lowtide::checkpoint::Stretch;
 using lowtide::checkpoint::WriterFacts;
 using lowtide::checkpoint::WriterOptions;
 using NativeWriter = lowtide::checkpoint::Writer;
@@ -75,6 +76,11 @@ class Ticket {
     }
 
     bool wait_captured(double timeout_s) { return writer_.get()->wait_captured(job_, timeout_s); }
+    bool wait_released(const std::vector<Stretch> &memory, double timeout_s) {
+        return writer_.get()->wait_released(job_, memory, timeout_s);
+    }
+    void hurry(const std::vector<Stretch> &memory) { writer_.get()->hurry(job_, memory); }
+    void rush() { writer_.get()->rush(*job_); }
     bool wait_durable(double timeout_s) { return writer_.get()->wait_settled(*job_, timeout_s); }
     void extend(FileSpec spec, bool is_partial) {
         const std::shared_ptr<NativeWriter> &writer = writer_.get();
@@ -101,7 +107,7 @@ class Writer {
         }
     }
 
-    std::unique_ptr<Ticket> submit(std::vector<FileSpec> specs, bool is_partial) {
+    std::unique_ptr<Ticket> submit(std::vector<FileSpec> specs, bool is_partial, bool is_lazy) {
         const std::shared_ptr<NativeWriter> &writer = handle_.get();
         for (FileSpec &spec : specs) {
             spec.prepare();
@@ -110,7 +116,8 @@ class Writer {
             throw py::value_error("plans: got " + std::to_string(specs.size()) +
                                   ", allowed is one where it is partial");
         }
-        return std::make_unique<Ticket>(writer, writer->submit(std::move(specs), is_partial));
+        return std::make_unique<Ticket>(writer,
+                                        writer->submit(std::move(specs), is_partial, is_lazy));
     }
 
     bool close(double deadline_s) { return handle_.get()->close(deadline_s); }
@@ -179,14 +186,27 @@ FileSpec spec_of(const py::tuple &plan) {
     return spec;
 }
 
-std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &plans,
-                               bool is_partial) {
+std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &plans, bool is_partial,
+                               bool is_lazy) {
     std::vector<FileSpec> specs;
     specs.reserve(plans.size());
     for (const py::tuple &plan : plans) {
         specs.push_back(spec_of(plan));
     }
-    return writer.submit(std::move(specs), is_partial);
+    return writer.submit(std::move(specs), is_partial, is_lazy);
+}
+
+std::vector<Stretch> memory_of(const py::handle &value) {
+    const auto array = array_argument<std::uint64_t>(value, "memory", "stretches", 2);
+    if (array.shape(1) != 2) {
+        throw py::value_error("memory: got " + std::to_string(array.shape(1)) +
+                              " columns, allowed are begin and end");
+    }
+    std::vector<Stretch> memory;
+    for (py::ssize_t i = 0; i < array.shape(0); ++i) {
+        memory.push_back({array.at(i, 0), array.at(i, 1)});
+    }
+    return memory;
 }
 
 py::bytes bytes_of(const std::vector<std::int64_t> &numbers) {
@@ -216,6 +236,8 @@ py::dict state_dict(Ticket &ticket) {
     result["written_bytes"] = state.written_bytes;
     result["staged_bytes"] = state.staged_bytes;
     result["direct_bytes"] = state.direct_bytes;
+    result["hurried_bytes"] = state.hurried_bytes;
+    result["is_lazy"] = state.is_lazy;
     result["is_captured"] = state.is_captured;
     result["captured_chunks"] = state.captured_chunks;
     result["is_released"] = state.is_released;
@@ -267,6 +289,21 @@ void bind_checkpoint(py::module_ &module) {
         .def("wait_captured", &Ticket::wait_captured, py::arg("timeout_s") = -1.0, Unlocked(),
              "Wait until nobody reads the job's live memory, also after an error; False if the "
              "time is over first, negative waits for ever.")
+        .def(
+            "wait_released",
+            [](Ticket &ticket, const py::handle &memory, double timeout_s) {
+                const std::vector<Stretch> wanted = memory_of(memory);
+                const py::gil_scoped_release unlocked;
+                return ticket.wait_released(wanted, timeout_s);
+            },
+            py::arg("memory"), py::arg("timeout_s") = -1.0,
+            "Capture what lies in this memory first, and wait until nobody reads it any more, also "
+            "after an error; False if the time is over first, negative waits for ever.")
+        .def(
+            "hurry",
+            [](Ticket &ticket, const py::handle &memory) { ticket.hurry(memory_of(memory)); },
+            py::arg("memory"), "Capture what lies in this memory before everything else.")
+        .def("rush", &Ticket::rush, "Say that all of the live memory is about to change.")
         .def("wait_durable", &Ticket::wait_durable, py::arg("timeout_s") = -1.0, Unlocked(),
              "Wait until the job is durable or has failed; False if the time is over first.")
         .def(
@@ -285,6 +322,7 @@ void bind_checkpoint(py::module_ &module) {
              py::arg("io") = "auto", py::arg("direct") = true, py::arg("queue_depth") = 8,
              py::arg("bytes_per_s") = 0.0)
         .def("submit", &submit, py::arg("plans"), py::arg("is_partial") = false,
+             py::arg("is_lazy") = false,
              "Begin to write files, each (path, size, offsets, lengths, addresses, entries, "
              "literals, patches); the caller keeps their memory until they are captured. Of a "
              "partial one, which is alone, the rest comes with extend().")

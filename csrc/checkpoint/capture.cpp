@@ -26,8 +26,9 @@ class Filler {
     Filler(const FileSpec &spec, Bytes slab, std::vector<Part> &parts)
         : spec_(spec), slab_(slab), parts_(parts) {}
 
-    void add_entry(std::uint64_t address, std::size_t bytes, std::uint32_t entry) {
-        copy(Part::Kind::entry, address, bytes, entry);
+    void add_entry(std::uint64_t address, std::size_t bytes, std::uint32_t entry,
+                   std::uint64_t place) {
+        copy(Part::Kind::entry, address, bytes, entry, place);
     }
 
     // Copies a literal, with a part of its own for each patch in it.
@@ -39,14 +40,14 @@ class Filler {
             const std::uint64_t plain_end = is_patched ? spec_.patches[i].position : end;
             if (plain_end > position) {
                 copy(Part::Kind::literal, spec_.literals_address + position, plain_end - position,
-                     0);
+                     0, 0);
                 position = plain_end;
             }
             if (is_patched) {
                 const Patch &patch = spec_.patches[i];
                 const std::uint64_t patch_end = std::min(patch.position + patch_bytes, end);
                 parts_.push_back({Part::Kind::patch, 0, patch_end - position, patch.entry, filled_,
-                                  static_cast<std::uint32_t>(position - patch.position)});
+                                  position - patch.position});
                 filled_ += patch_end - position;
                 position = patch_end;
             }
@@ -56,9 +57,10 @@ class Filler {
     std::size_t filled() const { return filled_; }
 
   private:
-    void copy(Part::Kind kind, std::uint64_t address, std::size_t bytes, std::uint32_t entry) {
+    void copy(Part::Kind kind, std::uint64_t address, std::size_t bytes, std::uint32_t entry,
+              std::uint64_t place) {
         if (parts_.empty() || parts_.back().kind != kind || parts_.back().entry != entry) {
-            parts_.push_back({kind, 0, 0, entry, filled_, 0});
+            parts_.push_back({kind, 0, 0, entry, filled_, place});
         }
         Part &part = parts_.back();
         const Bytes target = slab_.subspan(filled_, bytes);
@@ -90,7 +92,8 @@ void capture(const FileSpec &spec, std::uint64_t begin, Bytes slab, std::vector<
         if (spec.entries[piece] == literal_entry) {
             filler.add_literal(address, bytes);
         } else {
-            filler.add_entry(address, bytes, static_cast<std::uint32_t>(spec.entries[piece]));
+            filler.add_entry(address, bytes, static_cast<std::uint32_t>(spec.entries[piece]),
+                             spec.places[piece] + skip);
         }
     }
 }
@@ -107,27 +110,75 @@ const unsigned char *direct_source(const FileSpec &spec, std::uint64_t begin, st
 
 void capture_in_place(const FileSpec &spec, std::uint64_t begin, ConstBytes source,
                       std::vector<Part> &parts) {
-    const auto entry = static_cast<std::uint32_t>(spec.entries[piece_at(spec, begin)]);
-    parts.push_back({Part::Kind::entry, crc32(source), source.size(), entry, 0, 0});
+    const std::size_t piece = piece_at(spec, begin);
+    const auto entry = static_cast<std::uint32_t>(spec.entries[piece]);
+    const std::uint64_t place = spec.places[piece] + (begin - spec.offsets[piece]);
+    parts.push_back({Part::Kind::entry, crc32(source), source.size(), entry, 0, place});
 }
 
-std::uint32_t fold(std::vector<Part> &parts, std::vector<std::uint32_t> &entry_crcs, Bytes slab) {
-    std::uint32_t chunk_crc = 0; // that of no bytes, which combine() takes as it is
-    for (Part &part : parts) {
-        if (part.kind == Part::Kind::entry) {
-            std::uint32_t &crc = entry_crcs.at(part.entry);
-            crc = crc == 0 ? part.crc : crc32_combine(crc, part.crc, part.bytes);
-        } else if (part.kind == Part::Kind::patch) {
-            const std::uint32_t crc = entry_crcs.at(part.entry);
-            const Bytes target = slab.subspan(part.begin, part.bytes);
-            for (std::size_t i = 0; i < target.size(); ++i) {
-                target[i] = static_cast<unsigned char>(crc >> (8 * (part.skip + i)));
-            }
-            part.crc = crc32(target);
-        }
-        chunk_crc = chunk_crc == 0 ? part.crc : crc32_combine(chunk_crc, part.crc, part.bytes);
+void EntrySums::add(const Part &part) {
+    if (part.entry >= sums_.size()) {
+        sums_.resize(part.entry + std::size_t{1});
     }
-    return chunk_crc;
+    Sum &sum = sums_[part.entry];
+    if (part.place != sum.bytes) {
+        behind_[{part.entry, part.place}] = {part.crc, part.bytes};
+        return;
+    }
+    const auto append = [&sum](std::uint32_t crc, std::uint64_t bytes) {
+        sum.crc = sum.bytes == 0 ? crc : crc32_combine(sum.crc, crc, bytes);
+        sum.bytes += bytes;
+    };
+    append(part.crc, part.bytes);
+    for (auto next = behind_.find({part.entry, sum.bytes}); next != behind_.end();
+         next = behind_.find({part.entry, sum.bytes})) {
+        append(next->second.crc, next->second.bytes);
+        behind_.erase(next);
+    }
+}
+
+bool EntrySums::is_complete(std::uint32_t entry, std::uint64_t bytes) const {
+    return bytes == 0 || (entry < sums_.size() && sums_[entry].bytes == bytes);
+}
+
+std::uint32_t EntrySums::crc(std::uint32_t entry) const {
+    return entry < sums_.size() ? sums_[entry].crc : 0;
+}
+
+bool fill_in(const FileSpec &spec, std::vector<Part> &parts, const EntrySums &sums, Bytes slab,
+             std::uint64_t begin, std::vector<LateBytes> &late) {
+    bool is_done = true;
+    for (Part &part : parts) {
+        if (part.kind != Part::Kind::patch) {
+            continue;
+        }
+        if (!sums.is_complete(part.entry, spec.entry_bytes.at(part.entry))) {
+            is_done = false;
+            continue;
+        }
+        const std::uint32_t crc = sums.crc(part.entry);
+        LateBytes found{begin + part.begin, {}, static_cast<std::size_t>(part.bytes)};
+        for (std::size_t i = 0; i < found.count; ++i) {
+            found.bytes.at(i) = static_cast<unsigned char>(crc >> (8 * (part.place + i)));
+        }
+        if (slab.empty()) {
+            late.push_back(found);
+        } else {
+            const Bytes target = slab.subspan(part.begin, part.bytes);
+            std::copy_n(found.bytes.begin(), found.count, target.begin());
+        }
+        part.crc = crc32(ConstBytes(found.bytes.data(), found.count));
+        part.kind = Part::Kind::literal;
+    }
+    return is_done;
+}
+
+std::uint32_t chunk_crc(const std::vector<Part> &parts) {
+    std::uint32_t crc = 0; // that of no bytes, which combine() takes as it is
+    for (const Part &part : parts) {
+        crc = crc == 0 ? part.crc : crc32_combine(crc, part.crc, part.bytes);
+    }
+    return crc;
 }
 
 } // namespace lowtide::checkpoint

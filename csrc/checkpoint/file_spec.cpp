@@ -45,6 +45,7 @@ void FileSpec::prepare() {
         entry_count = std::max(entry_count, patches[i].entry + 1);
     }
     check_pieces();
+    find_entries();
     std::sort(patches.begin(), patches.end(),
               [](const Patch &a, const Patch &b) { return a.position < b.position; });
     check_patches();
@@ -78,6 +79,24 @@ void FileSpec::check_pieces() const {
     }
 }
 
+void FileSpec::find_entries() {
+    places.assign(offsets.size(), 0);
+    entry_bytes.assign(entry_count, 0);
+    entry_begins.assign(entry_count, 0);
+    entry_ends.assign(entry_count, 0);
+    for (std::size_t i = 0; i < offsets.size(); ++i) {
+        if (entries[i] != literal_entry) {
+            const auto entry = static_cast<std::size_t>(entries[i]);
+            places[i] = entry_bytes[entry];
+            if (places[i] == 0) {
+                entry_begins[entry] = offsets[i];
+            }
+            entry_bytes[entry] += lengths[i];
+            entry_ends[entry] = offsets[i] + lengths[i];
+        }
+    }
+}
+
 void FileSpec::check_patches() const {
     for (std::size_t i = 0; i < patches.size(); ++i) {
         const std::uint64_t position = patches[i].position;
@@ -90,12 +109,6 @@ void FileSpec::check_patches() const {
                  std::to_string(position) + ", allowed are places that do not overlap");
         }
     }
-    std::vector<std::uint64_t> ends(entry_count, 0); // of each entry, in the file
-    for (std::size_t i = 0; i < offsets.size(); ++i) {
-        if (entries[i] != literal_entry) {
-            ends[static_cast<std::size_t>(entries[i])] = offsets[i] + lengths[i];
-        }
-    }
     for (std::size_t i = 0; i < offsets.size(); ++i) {
         if (entries[i] != literal_entry) {
             continue;
@@ -104,11 +117,11 @@ void FileSpec::check_patches() const {
         std::size_t number = first_patch_behind(begin);
         for (; number < patches.size() && patches[number].position < begin + lengths[i]; ++number) {
             const std::uint32_t entry = patches[number].entry;
-            if (offsets[i] < ends[entry]) {
+            if (offsets[i] < entry_ends[entry]) {
                 fail("a patch at " + std::to_string(patches[number].position) +
                      " lies in the literal at file offset " + std::to_string(offsets[i]) +
                      ", allowed is one behind the end of its entry " + std::to_string(entry) +
-                     ", " + std::to_string(ends[entry]));
+                     ", " + std::to_string(entry_ends[entry]));
             }
         }
     }
@@ -132,6 +145,25 @@ std::size_t FileSpec::first_patch_behind(std::uint64_t position) const {
             return patch.position + patch_bytes <= position;
         });
     return static_cast<std::size_t>(found - patches.begin());
+}
+
+std::vector<std::size_t> FileSpec::chunks_of(const Stretch &memory, std::size_t chunk_bytes) const {
+    std::vector<std::size_t> chunks;
+    for (std::size_t i = 0; i < offsets.size(); ++i) {
+        const std::uint64_t begin = std::max(memory.begin, addresses[i]);
+        const std::uint64_t end = std::min(memory.end, addresses[i] + lengths[i]);
+        if (entries[i] == literal_entry || begin >= end) {
+            continue;
+        }
+        const std::uint64_t last = (offsets[i] + (end - 1 - addresses[i])) / chunk_bytes;
+        for (std::uint64_t chunk = (offsets[i] + (begin - addresses[i])) / chunk_bytes;
+             chunk <= last; ++chunk) {
+            if (chunks.empty() || chunks.back() < chunk) { // neighbours share one
+                chunks.push_back(static_cast<std::size_t>(chunk));
+            }
+        }
+    }
+    return chunks;
 }
 
 } // namespace lowtide::checkpoint

@@ -16,6 +16,12 @@ struct Patch {
     std::uint32_t entry;    // whose CRC-32 goes there
 };
 
+// A stretch of live memory.
+struct Stretch {
+    std::uint64_t begin;
+    std::uint64_t end;
+};
+
 // The meaning of the arrays is that of lowtide.checkpoint.plan.FilePlan.
 struct FileSpec {
     std::string path;
@@ -27,8 +33,13 @@ struct FileSpec {
     std::vector<std::int32_t> entries;
     std::uint64_t literals_address = 0;
     std::uint64_t literals_bytes = 0;
-    std::vector<Patch> patches;    // ascending by position once prepared
-    std::uint32_t entry_count = 0; // known once prepared
+    std::vector<Patch> patches; // ascending by position once prepared
+
+    // Known once prepared.
+    std::uint32_t entry_count = 0;
+    std::vector<std::uint64_t> places;      // of each piece: where it begins in its entry
+    std::vector<std::uint64_t> entry_bytes; // of each entry
+    std::vector<std::uint64_t> entry_begins, entry_ends; // of each entry, in the file
 
     // Sorts the patches, counts the entries and checks everything that can be checked without
     // reading the memory. Throws std::invalid_argument, which says what is wrong where.
@@ -41,7 +52,11 @@ struct FileSpec {
     // have moved.
     void check_begins_with(const FileSpec &begin) const;
 
+    // Numbers of the chunks that hold bytes of entries which lie in this memory, ascending.
+    std::vector<std::size_t> chunks_of(const Stretch &memory, std::size_t chunk_bytes) const;
+
   private:
+    void find_entries();
     void check_pieces() const;
     void check_patches() const;
     [[noreturn]] void fail(const std::string &text) const;

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -35,7 +36,10 @@ struct WriterFacts {
 
 // How it works. Three kinds of threads hand chunks on:
 //  - capture: takes the next chunk of the oldest job and a slab, copies, computes checksums;
-//    whoever waits for a capture helps. Chunks are then folded in file order (see capture.hpp).
+//    whoever waits for a capture helps. What an update is about to overwrite comes first, so chunks
+//    may come in any order (see capture.hpp). A chunk that waits for others waits only for such
+//    that a thread has already, and never keeps a slab from those; otherwise its patches are
+//    written late.
 //  - I/O: the back end's; a chunk's slab is free again once it is written.
 //  - files: one thread opens, others sync and close, since a slow disk may hold them for long.
 // One lock guards all state; it is never held while memory is copied or a file is touched.
@@ -47,12 +51,27 @@ class Writer : public std::enable_shared_from_this<Writer> {
     ~Writer() = default;
 
     // Takes prepared specs. If `is_partial`, there is one, the file's beginning; the job waits for
-    // the rest, for extend(). Throws std::runtime_error after close().
-    std::shared_ptr<Job> submit(std::vector<FileSpec> specs, bool is_partial = false);
+    // the rest, for extend(). If `is_lazy`, the caller will say by hurry() or wait_released() what
+    // is about to change, and the writer may leave the bytes of a job that is larger than the ring
+    // where they are until the disk takes them. Throws std::runtime_error after close().
+    std::shared_ptr<Job> submit(std::vector<FileSpec> specs, bool is_partial = false,
+                                bool is_lazy = false);
 
     // Takes more of such a file, or all of it. Throws std::invalid_argument where its beginning is
     // not what was submitted.
     void extend(const std::shared_ptr<Job> &job, FileSpec spec, bool is_partial);
+
+    // Captures what lies in this memory before all else that is still to be captured, in this
+    // order; returns at once.
+    void hurry(const std::shared_ptr<Job> &job, const std::vector<Stretch> &memory);
+
+    // Does the same before what was hurried until now, and waits until nobody reads it any more,
+    // helping meanwhile. Returns false when the time is over first.
+    bool wait_released(const std::shared_ptr<Job> &job, const std::vector<Stretch> &memory,
+                       double timeout_s);
+
+    // Says that all of the job's memory is about to change.
+    void rush(Job &job);
 
     // Waits until the job's live memory is not read any more, helping meanwhile. Returns false
     // when the time is over first. A negative time-out waits for ever.
@@ -73,18 +92,38 @@ class Writer : public std::enable_shared_from_this<Writer> {
   private:
     using Lock = std::unique_lock<std::mutex>;
 
+    static constexpr std::size_t most_open_files = 64;
+
     explicit Writer(const WriterOptions &options);
     void start();
+    bool is_slow() const;
     void set_spec(Job &job, File &file, std::shared_ptr<const FileSpec> spec) const;
     void spawn(std::function<void()> work);
 
     // writer_capture.cpp
     void capture_loop();
     void touch_loop();
+    struct Urgent {
+        std::shared_ptr<Job> job;
+        File *file;
+        std::size_t index;
+    };
+    std::vector<Urgent> urgent_of(const std::shared_ptr<Job> &job,
+                                  const std::vector<Stretch> &memory);
+    bool wait_until(Lock &lock, double timeout_s, const std::function<bool()> &is_over);
     std::unique_ptr<Chunk> take_chunk();
-    std::unique_ptr<Chunk> make_chunk(const std::shared_ptr<Job> &job, File &file);
+    std::unique_ptr<Chunk> take_urgent();
+    std::unique_ptr<Chunk> make_chunk(const std::shared_ptr<Job> &job, File &file,
+                                      std::size_t index, bool is_urgent);
+    const unsigned char *source_in_place(const File &file, std::uint64_t begin,
+                                         std::size_t payload) const;
+    bool may_open(const File &file) const;
+    std::optional<Urgent> untaken_of_open() const;
+    void ask_to_open(const std::shared_ptr<Job> &job, File &file);
     void capture_chunk(Lock &lock, std::unique_ptr<Chunk> chunk);
     void fold_captured(Lock &lock, File &file);
+    void fold_one(Lock &lock, File &file, std::unique_ptr<Chunk> chunk);
+    bool will_complete(const File &file, const Open &open) const;
     void count_captured(Job &job, const Chunk &chunk);
 
     // writer_files.cpp
@@ -120,6 +159,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
     std::condition_variable settled_;
     std::condition_variable ended_;
     std::deque<std::shared_ptr<Job>> to_capture_;
+    std::deque<Urgent> urgent_;                // to be captured before them
     std::vector<std::shared_ptr<Job>> active_; // not settled
     std::deque<FileTask> to_open_;
     std::deque<FileTask> to_close_;
@@ -128,6 +168,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
     std::size_t direct_in_flight_ = 0;
     std::size_t capturing_ = 0; // chunks in capture_chunk, in whichever thread
     std::size_t touched_slabs_ = 0;
+    double seen_bytes_per_s_ = 0; // of the last job that was larger than the ring
     bool is_direct_;
     std::string direct_reason_;
     bool is_closing_ = false;  // no new jobs

@@ -1,91 +1,21 @@
 // The writer's second half: from slabs to the disk.
 #include <fcntl.h>
-#include <linux/magic.h>
-#include <sys/stat.h>
 #include <sys/types.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <utility>
+#include <vector>
 
+#include "file_calls.hpp"
 #include "writer.hpp"
 
 namespace lowtide::checkpoint {
 namespace {
 
-constexpr std::size_t most_open_files = 64;
-constexpr std::uint64_t free_share = 4; // of the free space a guess may take one part in so many
-
-template <typename Call> int retried(Call call) {
-    int result = 0;
-    do {
-        result = call();
-    } while (result < 0 && errno == EINTR);
-    return result;
-}
-
 std::size_t whole_pages(std::size_t bytes) {
     return (bytes + page_bytes - 1) / page_bytes * page_bytes;
-}
-
-// Opens for direct I/O if that is wanted and possible; says in `use_direct` what it became.
-// What stands at the path is removed, not written over: a write of a job that has failed may still
-// be under way there, and must not end in the new file.
-int open_for_writing(const std::string &path, bool &use_direct) {
-    struct stat found{};
-    if (::lstat(path.c_str(), &found) == 0 && S_ISREG(found.st_mode)) {
-        ::unlink(path.c_str()); // if it stays, opening tells why
-    }
-    constexpr int flags = O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC;
-    constexpr mode_t mode = 0666;
-    if (use_direct) {
-        const int fd = retried([&] { return ::open(path.c_str(), flags | O_DIRECT, mode); });
-        if (fd >= 0 || errno != EINVAL) {
-            return fd;
-        }
-        use_direct = false;
-    }
-    return retried([&] { return ::open(path.c_str(), flags, mode); });
-}
-
-// A full disk shows now and not after minutes of writing. Returns an errno or 0.
-int reserve_bytes(int fd, std::uint64_t bytes) {
-    if (bytes == 0 ||
-        retried([&] { return fallocate(fd, 0, 0, static_cast<off_t>(bytes)); }) == 0) {
-        return 0;
-    }
-    const bool is_unsupported = errno == EOPNOTSUPP || errno == EINVAL || errno == ENODEV ||
-                                errno == ENOSYS || errno == ESPIPE;
-    return is_unsupported ? 0 : errno;
-}
-
-// What the file is expected to become is a guess, so it must not keep others from their space, nor
-// take a host's memory.
-bool has_room_to_guess(int fd, std::uint64_t bytes) {
-    struct statfs found{};
-    if (retried([&] { return ::fstatfs(fd, &found); }) != 0 || found.f_type == TMPFS_MAGIC) {
-        return false;
-    }
-    const auto block =
-        static_cast<std::uint64_t>(found.f_frsize > 0 ? found.f_frsize : found.f_bsize);
-    return bytes <= static_cast<std::uint64_t>(found.f_bavail) * block / free_share;
-}
-
-// Reserves what a file that was just opened may become, because the kernel lets no write pass while
-// it reserves more. Its size moves along: writes beyond that would wait for each other too.
-// Says in `reserved` how much; true if nothing failed that would have to be given back.
-bool reserve_guess(int fd, std::uint64_t expected, std::uint64_t &reserved) {
-    if (!has_room_to_guess(fd, expected)) {
-        return true;
-    }
-    if (reserve_bytes(fd, expected) == 0) {
-        reserved = expected;
-        return true;
-    }
-    // What failed may have taken all that there was, and have moved the size.
-    return retried([&] { return ::ftruncate(fd, 0); }) == 0;
 }
 
 } // namespace
@@ -324,8 +254,13 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
     };
     const auto size = static_cast<off_t>(file.spec->size);
     const bool is_longer = file.is_padded || file.has_guessed;
+    const std::vector<LateBytes> late = std::move(file.late);
     lock.unlock();
-    if (!job->is_dropped && is_longer) {
+    if (!job->is_dropped && !late.empty()) {
+        const int written = write_late(file.fd, late);
+        attempt("write", written);
+    }
+    if (!job->is_dropped && operation == nullptr && is_longer) {
         attempt("truncate", retried([&] { return ftruncate(file.fd, size); }));
     }
     if (!job->is_dropped && operation == nullptr) {
@@ -348,6 +283,10 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
     job->progress_at = Clock::now();
     if (++job->durable_files == job->files.size()) {
         job->durable_at = job->progress_at;
+        if (job->total_bytes > options_.buffer_bytes) { // a smaller one may have waited for nothing
+            const std::chrono::duration<double> took = job->progress_at - job->begin_at;
+            seen_bytes_per_s_ = static_cast<double>(job->total_bytes) / took.count();
+        }
         active_.erase(std::find(active_.begin(), active_.end(), job));
         settled_.notify_all();
     }

@@ -195,7 +195,7 @@ def test_state_that_is_elsewhere_is_brought_back_before_a_save(tmp_path: Path) -
 def test_nothing_is_lazy_with_optimizers_that_update_early(tmp_path: Path, name: str) -> None:
     run = Loop()
     run.steps(1)
-    adapter = DeepSpeedAdapter(run.checkpoint)
+    adapter = DeepSpeedAdapter(run.checkpoint, run.loop.session.state)
     engine = Engine()
     engine.optimizer = type(name, (), {})()
     adapter.after_engine(engine)

@@ -16,7 +16,7 @@ import pytest
 
 from lowtide.checkpoint.writer import open_writer
 from lowtide.checkpoint.writer.plan import FilePlan
-from lowtide.checkpoint.writer.python_job import File
+from lowtide.checkpoint.writer.python_file import File
 from lowtide.checkpoint.writer.python_writer import PythonWriter
 from lowtide.core import native
 from lowtide.core.errors import CheckpointError

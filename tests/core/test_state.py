@@ -5,10 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import torch
 
 from lowtide.core.errors import LowtideError, StaleStateError, UnknownNameError
-from lowtide.core.state import Location, StateAuthority, StateEntry
+from lowtide.core.state import (
+    Location,
+    Memory,
+    StateAuthority,
+    StateEntry,
+    memory_of,
+    merged,
+    outside,
+)
 
 HOST, DEVICE, IN_FLIGHT = Location.HOST, Location.DEVICE, Location.IN_FLIGHT
 WAIT_S = 30.0
@@ -327,3 +337,66 @@ def test_no_reader_sees_a_stale_copy_under_many_updates(state: StateAuthority) -
     stop.set()
     owner.join(WAIT_S)
     assert clean > 0
+
+
+def stretches(*pairs: tuple[int, int]) -> Memory:
+    return np.array(pairs, np.uint64).reshape(-1, 2)
+
+
+def test_memory_is_merged_where_it_touches_or_overlaps() -> None:
+    memory = stretches((30, 40), (0, 10), (10, 20), (5, 7), (38, 45), (60, 61))
+    assert merged(memory).tolist() == [[0, 20], [30, 45], [60, 61]]
+    assert merged(stretches()).tolist() == []
+
+
+def test_what_is_not_all_inside_is_outside() -> None:
+    covered = stretches((10, 20), (30, 40))
+    memory = stretches((10, 20), (12, 13), (0, 5), (5, 11), (19, 21), (20, 30), (39, 40), (15, 35))
+    assert outside(memory, covered).tolist() == [[0, 5], [5, 11], [19, 21], [20, 30], [15, 35]]
+    assert outside(memory, stretches()).tolist() == memory.tolist()
+
+
+class Reader:
+    def __init__(self, is_reading: bool = True) -> None:
+        self.is_reading = is_reading
+        self.asked: list[tuple[str, list[list[int]]]] = []
+
+    def hurry(self, memory: Memory) -> None:
+        self.asked.append(("hurry", memory.tolist()))
+
+    def release(self, memory: Memory) -> None:
+        self.asked.append(("release", memory.tolist()))
+
+
+def test_readers_are_asked_in_order_and_only_while_they_read() -> None:
+    state, reader, idle = StateAuthority(), Reader(), Reader(is_reading=False)
+    assert not state.is_read()
+    state.add_reader(idle)
+    assert not state.is_read()
+    state.add_reader(reader)
+    assert state.is_read()
+    a, b = torch.zeros(4), torch.zeros(2, 3)
+    places = [[t.data_ptr(), t.data_ptr() + t.nbytes] for t in (b, a)]
+    state.coming([b, torch.empty(0), a])
+    state.before_overwrite([a])
+    state.before_overwrite([torch.empty(0)])
+    assert reader.asked == [("hurry", places), ("release", places[1:])]
+    assert idle.asked == []
+
+
+def test_promises_are_looked_up_each_time_and_can_be_taken_back() -> None:
+    state, tensors = StateAuthority(), [torch.zeros(4)]
+    assert len(state.promised()) == 0
+    state.promise("owner", lambda: tensors)
+    assert state.promised().tolist() == memory_of(tensors).tolist()
+    tensors.append(torch.zeros(1000))
+    state.promise("other", lambda: tensors[:1])
+    assert state.promised().tolist() == merged(memory_of(tensors)).tolist()
+    state.withdraw("owner")
+    assert state.promised().tolist() == memory_of(tensors[:1]).tolist()
+    state.withdraw("owner")  # again
+
+
+def test_memory_with_gaps_cannot_be_guarded() -> None:
+    with pytest.raises(LowtideError, match=r"strides \(1, 4\).*contiguous ones; pass the flat"):
+        memory_of([torch.zeros(3, 4).t()])

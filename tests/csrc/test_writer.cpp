@@ -1,5 +1,6 @@
 // Run by tests/checkpoint/test_writer_sanitizers.py under the address and the thread sanitizer:
 // jobs from several threads, helpers, cancels, errors, the direct lane, closing in the middle.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -151,6 +152,36 @@ void write_in_parts(Writer &writer, const std::string &folder, int number) {
     }
 }
 
+// Overwrites the memory piece by piece, from the end on, while the rest is still being written.
+void write_lazily(Writer &writer, const std::string &folder, int number) {
+    for (int round = 0; round < 12; ++round) {
+        const std::string path = folder + "/lazy" + std::to_string(number);
+        Source source(300'000 + 4096u * round, static_cast<unsigned>(round));
+        const std::string expected = source.expected();
+        std::vector<FileSpec> specs;
+        specs.push_back(source.spec(path));
+        const auto job = writer.submit(std::move(specs), false, true);
+        const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(source.entry.get());
+        if (round % 2 == 0) {
+            writer.hurry(job, {{begin, begin + source.bytes}});
+        }
+        for (std::size_t end = source.bytes, size = 0; end > 0; end -= size) {
+            size = std::min<std::size_t>(end, 50'000);
+            if (round % 4 == 3 && end < source.bytes / 2) {
+                writer.cancel(*job);
+            }
+            const Stretch memory{begin + end - size, begin + end};
+            expect(writer.wait_released(job, {memory}, 60), "released");
+            std::memset(source.entry.get() + end - size, 0, size);
+        }
+        expect(writer.wait_settled(*job, 60), "settled");
+        expect(round % 4 == 3 || writer.state(*job).is_durable, "durable unless cancelled");
+        if (writer.state(*job).is_durable) {
+            expect(contents(path) == expected, "contents");
+        }
+    }
+}
+
 void stress(const WriterOptions &options, const std::string &folder) {
     const auto writer = Writer::open(options);
     std::vector<std::thread> threads;
@@ -158,6 +189,9 @@ void stress(const WriterOptions &options, const std::string &folder) {
         threads.emplace_back([&, number] { write_jobs(*writer, folder, number); });
     }
     threads.emplace_back([&] { write_in_parts(*writer, folder, 0); });
+    for (int number = 0; number < 2; ++number) {
+        threads.emplace_back([&, number] { write_lazily(*writer, folder, number); });
+    }
     for (auto &thread : threads) {
         writer->facts();
         thread.join();

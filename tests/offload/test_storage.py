@@ -208,6 +208,41 @@ def test_state_that_was_changed_between_updates_is_what_counts(bench: Bench) -> 
 # -- faults ------------------------------------------------------------------------------------
 
 
+class Witness:
+    """A reader of live memory that looks, whenever it is asked, whether it is asked in time."""
+
+    is_reading = True
+
+    def __init__(self, bench: Bench) -> None:
+        self.before = {e.key: [t.clone() for t in e.state()] for e in bench.executor.subgroups}
+        self.left = {e.key: e for e in bench.executor.subgroups}
+        self.told: list[int] = []
+        self.asked: list[int] = []
+
+    def hurry(self, memory: Any) -> None:
+        self.told += memory[:, 0].tolist()
+
+    def release(self, memory: Any) -> None:
+        for key, each in self.left.items():
+            assert all(map(torch.equal, each.state(), self.before[key])), f"{key} is overwritten"
+        self.asked += memory[:, 0].tolist()
+        for each in list(self.left.values()):
+            if each.master.data_ptr() in memory[:, 0]:
+                del self.left[each.key]
+
+
+def test_files_are_overwritten_only_after_their_readers_were_asked(bench: Bench) -> None:
+    witness = Witness(bench)
+    bench.authority.add_reader(witness)
+    bench.run()
+    assert witness.left == {}
+    assert sorted(witness.asked) == sorted(witness.told)
+    stored = {e.master.data_ptr() for e in bench.executor.subgroups if e.stored is not None}
+    told = [place for place in witness.told if place in stored]
+    assert told == [place for place in witness.asked if place in stored]
+    bench.assert_equal()
+
+
 @pytest.mark.parametrize("turn", range(0, 9, 2))
 def test_a_path_that_refuses_writes_loses_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, turn: int, caplog: pytest.LogCaptureFixture

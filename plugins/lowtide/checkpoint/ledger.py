@@ -31,8 +31,12 @@ class Ledger:
         self._telemetry = telemetry
         self._stop = stop
         self._open: list[Saving] = []
-        self._totals = {"requested": 0, "committed": 0, "failed": 0, "bytes": 0}
+        self._totals = {
+            "requested": 0, "committed": 0, "failed": 0, "bytes": 0,
+            "direct_bytes": 0, "hurried_bytes": 0,
+        }  # fmt: skip
         self._blocked_s: list[float] = []
+        self._update_waits_s: list[float] = []
         self._unraised: dict[str, str] = {}  # by attempt; older ones may fail after newer ones
         self._told: set[str] = set()  # failures that were raised before they were noted here
 
@@ -57,6 +61,11 @@ class Ledger:
         telemetry, times_s = self._telemetry, saving.times_s
         self._blocked_s.append(saving.blocked_s)
         telemetry.count("lowtide.checkpoint.blocked_s", saving.blocked_s)
+        self._update_waits_s += saving.update_waits_s
+        for name in ("direct_bytes", "hurried_bytes"):
+            count = sum(getattr(p.ticket.progress(), name) for p in saving.parts)
+            self._totals[name] += count
+            telemetry.count(f"lowtide.checkpoint.{name}", count)
         if saving.error is not None:
             self._note(saving.attempt, saving.error)
         if saving.stage is Stage.FAILED:
@@ -101,6 +110,9 @@ class Ledger:
         if self._blocked_s:
             waits_s = sorted(self._blocked_s)
             summary["blocked_median_s"] = statistics.median(waits_s)
+            if self._update_waits_s:
+                summary["update_wait_median_s"] = statistics.median(self._update_waits_s)
+                summary["update_wait_max_s"] = max(self._update_waits_s)
             summary["blocked_p99_s"] = waits_s[math.ceil(0.99 * len(waits_s)) - 1]
         return summary
 

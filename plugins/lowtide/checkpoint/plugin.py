@@ -171,11 +171,12 @@ class CheckpointPlugin(Plugin):
         if session.host == "deepspeed":
             from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
 
-            self._adapter = DeepSpeedAdapter(self)
+            self._adapter = DeepSpeedAdapter(self, session.state)
         listeners = {
             Event.MODEL_BUILT: self._before_engine,
             Event.OPTIMIZER_BUILT: self._after_engine,
             Event.BEFORE_UPDATE: self._before_update,
+            Event.AFTER_UPDATE: self._after_update,
             Event.AFTER_STEP: self._after_step,
             Event.BEFORE_SAVE: self._before_save,
             Event.AFTER_SAVE: self._after_save,
@@ -225,6 +226,7 @@ class CheckpointPlugin(Plugin):
         sizes = choose_buffers(self.config, self._stable.expected_bytes(), session.config.decide)
         stager = Stager(Homes(telemetry=session.telemetry), pinned_bytes=sizes.pinned_bytes)
         self._saver = Saver(self.config, board, buffer_bytes=sizes.host_bytes, stager=stager)
+        session.state.add_reader(self._saver.pending)
         wanted = None if self._adapter is None else self._adapter.wanted
         self._finder = Finder(board, self.config.verify, self._saver.peers, wanted)
         self._interval = self._saver.router.interval()
@@ -259,7 +261,8 @@ class CheckpointPlugin(Plugin):
             session.state.ensure_host()
         self._stable.look_at(self._model, self._optimizer)
         details = {"config": session.config.as_dict(), "client_keys": client_keys}
-        self._the_saver().begin(folder, tag, step=session.step, details=details)
+        promised = session.state.promised() if self._stable.is_trusted else None
+        self._the_saver().begin(folder, tag, step=session.step, details=details, promised=promised)
 
     def _after_save(self, _moment: Moment) -> None:
         if self._adapter is not None and self._the_saver().current is not None:
@@ -286,9 +289,12 @@ class CheckpointPlugin(Plugin):
             return
         saver, session = self._the_saver(), self._the_session()
         begin_s = time.perf_counter()
-        if saver.wait_captured() > 0.0:
+        if saver.pending.is_reading and saver.pending.begin_update(session.state.promised()) > 0.0:
             session.telemetry.add_span("capture wait", "host", begin_s, time.perf_counter())
         ledger.settle()
+
+    def _after_update(self, moment: Moment) -> None:
+        self._the_saver().pending.end_update(is_applied=moment.data["applied"])
 
     def _after_step(self, moment: Moment) -> None:
         if self._the_ledger().is_waiting:

@@ -30,6 +30,7 @@ from lowtide.checkpoint.files.torch_file import Layout
 from lowtide.checkpoint.keeping import Keeper
 from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.nodes.placement import Nodes, find_nodes
+from lowtide.checkpoint.pending import Pending
 from lowtide.checkpoint.routing import Router
 from lowtide.checkpoint.saving import Level, Saving, Stage, levels_of
 from lowtide.checkpoint.staging import Stager
@@ -39,6 +40,7 @@ from lowtide.checkpoint.submit import submit, write_file
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.checkpoint.writer.plan import FileResult
 from lowtide.core.errors import CheckpointError
+from lowtide.core.state import Memory
 
 logger = logging.getLogger("lowtide")
 
@@ -92,7 +94,7 @@ class Saver:
         self._count = 0
         self._memos: dict[str, Memo] = {}  # of the files of the checkpoint before
         self._keeper = Keeper(config, self._committer, board.token)
-        self._pending: deque[Saving] = deque()  # not yet captured, oldest first
+        self.pending = Pending(config.max_wait_s)  # not yet captured
         self._to_commit: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
         self._to_drain: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
         self._draining: list[Saving] = []  # oldest first
@@ -105,7 +107,15 @@ class Saver:
 
     # -- the training thread ------------------------------------------------------------------
 
-    def begin(self, folder: Path, tag: str, *, step: int, details: dict[str, Any]) -> Saving:
+    def begin(
+        self,
+        folder: Path,
+        tag: str,
+        *,
+        step: int,
+        details: dict[str, Any],
+        promised: Memory | None = None,
+    ) -> Saving:
         """Begin a checkpoint. Collective.
 
         Args:
@@ -113,6 +123,7 @@ class Saver:
             tag: Name of the checkpoint.
             step: Optimizer steps in it.
             details: ``config`` and ``client_keys`` of its record.
+            promised: Memory that changes only after `pending` was asked (`StateAuthority.promise`).
         """
         if self.current is not None:  # the save before this one ended in an exception
             self.abandon(self.current, "save_checkpoint did not return")
@@ -120,6 +131,8 @@ class Saver:
         attempt = f"{self.board.token}{self._count:08x}"
         levels = self.router.route(folder.absolute(), attempt)
         saving = Saving(levels, tag=tag, attempt=attempt, step=step, details=details)
+        if promised is not None and self.config.lazy:
+            saving.promised = promised
         self.current = saving
         self.router.costs.begin(levels[0].number)
         return saving
@@ -140,8 +153,8 @@ class Saver:
         if saving.error is not None:
             saving.eager_bytes += layout.finish().eager_bytes
             return
-        ticket, laid_out, feed = submit(self.writer, layout, self.stager)
-        saving.add(name, ticket, laid_out.lazy, feed)
+        ticket, laid_out, feed = submit(self.writer, layout, self.stager, promised=saving.promised)
+        saving.add(name, ticket, laid_out, feed)
         saving.eager_bytes += laid_out.eager_bytes
 
     def end(self, *, save_latest: bool = True) -> Saving:
@@ -155,7 +168,7 @@ class Saver:
             self.history.append(saving)
             while len(self.history) > _HISTORY and self.history[0].has_ended:
                 self.history.popleft()
-            self._pending.append(saving)
+        self.pending.add(saving)
         if not self.config.lazy:
             self.wait_captured()
         self._to_commit.put(saving)
@@ -181,16 +194,7 @@ class Saver:
         Returns:
             Seconds waited.
         """
-        if not self._pending and self.current is None:
-            return 0.0
-        begin_s = time.perf_counter()
-        while self._pending:
-            saving = self._pending[0]
-            saving.wait_captured(self.config.max_wait_s)
-            saving.blocked_s += time.perf_counter() - begin_s
-            with self._lock:
-                self._pending.popleft()
-        return time.perf_counter() - begin_s
+        return self.pending.wait()
 
     # -- everyone -----------------------------------------------------------------------------
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import enum
+import functools
 import operator
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
 from lowtide.checkpoint.files.memo import Memo
+from lowtide.checkpoint.files.torch_file import TorchFile
 from lowtide.checkpoint.nodes.placement import Nodes
 from lowtide.checkpoint.staging.feed import Feed
 from lowtide.checkpoint.store.folders import part_folder
 from lowtide.checkpoint.writer import Ticket
 from lowtide.core.errors import CheckpointError
+from lowtide.core.state import Memory, outside
 
 
 class Stage(str, enum.Enum):
@@ -91,6 +95,7 @@ class _Part:
     watched: list[torch.Tensor]  # read later
     versions: list[int]  # of these, at the request
     feed: Feed | None  # brings what is on a device, if anything is
+    memory: Memory  # of the host, that is read later
 
     @property
     def total_bytes(self) -> int:
@@ -152,11 +157,13 @@ class Saving:
         self.step = step
         self.details = details
         self.save_latest = True
+        self.promised: Memory = np.empty((0, 2), np.uint64)  # changes only behind `release`
         self.memos: dict[str, Memo] = {}  # of its files by name, while they are laid out
         self.parts: list[_Part] = []
         self.error: CheckpointError | None = None
         self.blocked_s = 0.0
         self.eager_bytes = 0
+        self.update_waits_s: list[float] = []  # of each update that came before all was captured
         self.times_s: dict[Stage, float] = {Stage.REQUESTED: time.perf_counter()}
         self.superseded: list[str] = []  # levels that a newer checkpoint went to instead
         self.is_replicated: bool | None = None  # whether every rank's files have their copies
@@ -164,6 +171,8 @@ class Saving:
         self._stage = Stage.REQUESTED
         self._changed = threading.Condition()
         self._settling = threading.Lock()
+        self._is_updating = False  # then promised memory changes, behind `release`
+        self._limit_s = self._left_s = 0.0  # that the update may wait, and may still wait
 
     @property
     def stage(self) -> Stage:
@@ -190,12 +199,11 @@ class Saving:
         """Return the folder it is written in."""
         return part_folder(self.final(level), self.attempt)
 
-    def add(
-        self, name: str, ticket: Ticket, lazy: Sequence[torch.Tensor], feed: Feed | None = None
-    ) -> None:
+    def add(self, name: str, ticket: Ticket, laid_out: TorchFile, feed: Feed | None = None) -> None:
         """Add a file that is being written."""
-        watched = list(lazy)
-        self.parts.append(_Part(name, ticket, watched, _versions(watched), feed))
+        watched = list(laid_out.lazy)
+        memory = laid_out.live_memory()
+        self.parts.append(_Part(name, ticket, watched, _versions(watched), feed, memory))
 
     def advance(self, stage: Stage) -> None:
         """Note that it has reached `stage`; a failed one stays failed."""
@@ -238,27 +246,82 @@ class Saving:
 
         Called before an update, which may go on afterwards in every case.
         """
-        end_s = time.monotonic() + timeout_s
+        self._begin_wait(timeout_s)
         for part in self.parts:
-            is_captured = part.wait_captured(max(0.0, end_s - time.monotonic()))
-            if part.feed is not None and part.feed.error is not None:
-                self.give_up(part.feed.error)
+            if not self._has_released(part, part.wait_captured):
                 break
-            if not is_captured:
-                self.give_up(
-                    CheckpointError(
-                        f"checkpoint {self.tag}: {part.name} was not copied within {timeout_s:g} "
-                        f"s, so the update goes on without it; storage is too slow for "
-                        f"lowtide.checkpoint.host_buffer_bytes: raise it, save less often, or "
-                        f"raise max_wait_s"
-                    )
+        self._end_wait()
+        self.settle()
+
+    def begin_update(self, promised: Memory, timeout_s: float) -> None:
+        """Wait until none of the live memory but the promised is needed any more.
+
+        From here on that memory changes too, but only behind `release`. What is on a device, nobody
+        promises for.
+        """
+        self._begin_wait(timeout_s)
+        self.settle(is_updating=True)
+        for part in self.parts:
+            loose = outside(part.memory, promised)
+            wait = functools.partial(part.ticket.wait_released, loose)
+            if not self._has_released(part, wait if part.feed is None else part.wait_captured):
+                break
+        self._end_wait()
+
+    def release(self, memory: Memory) -> None:
+        """Wait until this memory is not needed any more; the checkpoint may fail of it."""
+        for part in self.parts:
+            wait = functools.partial(part.ticket.wait_released, memory)
+            if part.feed is None and not self._has_released(part, wait):
+                break
+        self._end_wait()
+
+    def hurry(self, memory: Memory) -> None:
+        """Have this memory copied before the rest."""
+        for part in self.parts:
+            part.ticket.hurry(memory)
+
+    def end_update(self) -> None:
+        """Note that an update was not applied, so that nothing has changed."""
+        with self._settling:
+            for part in self.parts:
+                part.versions = _versions(part.watched)
+            self._is_updating = False
+
+    def add_wait(self, waited_s: float) -> None:
+        """Count time that the training has waited for the copy."""
+        self.blocked_s += waited_s
+        if self.update_waits_s:
+            self.update_waits_s[-1] += waited_s
+
+    def _begin_wait(self, timeout_s: float) -> None:
+        if not self._is_updating:  # else it is the end of an update that has its limit already
+            self._limit_s = self._left_s = timeout_s
+            self.update_waits_s.append(0.0)
+
+    def _has_released(self, part: _Part, wait: Callable[[float], bool]) -> bool:
+        """Wait for `part` in the time that is left; if that is too little, give it all up."""
+        begin_s = time.monotonic()
+        is_over = wait(max(0.0, self._left_s))
+        self._left_s -= time.monotonic() - begin_s
+        if part.feed is not None and part.feed.error is not None:
+            self.give_up(part.feed.error)
+        elif not is_over:
+            self.give_up(
+                CheckpointError(
+                    f"checkpoint {self.tag}: {part.name} was not copied within {self._limit_s:g} "
+                    f"s, so the update goes on without it; storage is too slow for "
+                    f"lowtide.checkpoint.host_buffer_bytes: raise it, save less often, or "
+                    f"raise max_wait_s"
                 )
-                break
+            )
+        return self.error is None
+
+    def _end_wait(self) -> None:
         if self.error is not None:
             # What is being copied just now. A write that hangs in the kernel may go on: its pages
             # stay, and nobody will look at what it wrote.
             self.wait_cancelled()
-        self.settle()
 
     def wait_cancelled(self) -> None:
         """Wait for what is being copied just now, after it was given up."""
@@ -266,26 +329,33 @@ class Saving:
         for part in self.parts:
             part.wait_captured(max(0.0, end_s - time.monotonic()))
 
-    def settle(self) -> None:
+    def settle(self, *, is_updating: bool = False) -> None:
         """Note that everything is captured, if it is, and make sure that nothing is torn.
 
-        Every update waits for `wait_captured`, so whoever comes here first comes before the update.
+        Every update waits for `wait_captured`, so whoever comes here first comes before the update;
+        or it says `is_updating`, and this looks for the last time: from then on an update changes
+        memory that has been captured.
         """
         with self._settling:
+            if is_updating and not self._is_updating and self.error is None:
+                self._check_versions()
+                self._is_updating = True
             if self.error is not None:
                 for part in self.parts:  # or the model's tensors would live as long as its history
                     part.watched = []
             if self._stage is not Stage.REQUESTED or self.error is not None:
                 return
             if all(part.ticket.is_captured for part in self.parts):
-                self._check_versions()
+                if not self._is_updating:
+                    self._check_versions()
+                for part in self.parts:
+                    part.watched = []
                 if self.error is None:
                     self.advance(Stage.CAPTURED)
 
     def _check_versions(self) -> None:
         for part in self.parts:
             changed = sum(map(operator.ne, _versions(part.watched), part.versions))
-            part.watched = []
             if changed:
                 self.give_up(
                     CheckpointError(
@@ -309,6 +379,10 @@ class Saving:
             "bytes": self.total_bytes,
             "captured_bytes": sum(each.captured_bytes for each in progress),
             "written_bytes": sum(each.written_bytes for each in progress),
+            "direct_bytes": sum(each.direct_bytes for each in progress),
+            "staged_bytes": sum(each.staged_bytes for each in progress),
+            "hurried_bytes": sum(each.hurried_bytes for each in progress),
+            "update_waits_s": list(self.update_waits_s),
             "blocked_s": self.blocked_s,
             "after_s": {stage.value: at_s - begin_s for stage, at_s in self.times_s.items()},
             "superseded": self.superseded,

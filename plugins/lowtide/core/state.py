@@ -10,6 +10,13 @@ One `StateAuthority` per session (``session.state``). A piece of state has a key
 
 The authority moves no data. A key that nobody registered is not its business: its host copy is the
 only one there is.
+
+The second half of the contract is about host memory that is read *while training goes on*:
+
+- An owner that overwrites state piece by piece promises so (`promise`): from then on it changes
+  that memory only behind `before_overwrite`, and says ahead what comes next (`coming`).
+- A reader (`LiveReader`) that reads host memory later registers with `add_reader`. What nobody has
+  promised for, it must have read before the update begins; for the rest it will be asked.
 """
 
 from __future__ import annotations
@@ -20,12 +27,75 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
 
 from lowtide.core.errors import LowtideError, StaleStateError, UnknownNameError, listed, near
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
 
 DRAIN_TIMEOUT_S = 300.0
 
 Drain = Callable[[Sequence[str]], object]
+Memory: TypeAlias = "NDArray[np.uint64]"  # (n, 2): begin and end of stretches of host memory
+
+
+class LiveReader(Protocol):
+    """Somebody who reads host memory while training goes on."""
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether there is anything left to be read."""
+
+    def hurry(self, memory: Memory) -> None:
+        """Read this before the rest, in this order; returns at once."""
+
+    def release(self, memory: Memory) -> None:
+        """Read this now; returns when nobody will read it any more, in every case."""
+
+
+def memory_of(tensors: Iterable[torch.Tensor]) -> Memory:
+    """Return where contiguous tensors lie, in their order; those that are not on the host do not.
+
+    Raises:
+        LowtideError: a tensor has gaps, so that its bytes are not one stretch.
+    """
+    found = []
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.numel():
+            continue
+        if not tensor.is_contiguous():
+            raise LowtideError(
+                f"state: a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is "
+                f"to be guarded, allowed are contiguous ones; pass the flat tensor it is part of"
+            )
+        found.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
+    return np.array(found, np.uint64).reshape(-1, 2)
+
+
+def merged(memory: Memory) -> Memory:
+    """Return the same memory in ascending stretches that neither touch nor overlap."""
+    if not len(memory):
+        return memory
+    ordered = memory[np.argsort(memory[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(ordered[:, 1])
+    is_first = np.ones(len(ordered), bool)
+    is_first[1:] = ordered[1:, 0] > ends[:-1]
+    last = np.append(np.flatnonzero(is_first)[1:] - 1, len(ordered) - 1)
+    return np.stack([ordered[is_first, 0], ends[last]], axis=1)
+
+
+def outside(memory: Memory, covered: Memory) -> Memory:
+    """Return those stretches of `memory` that do not lie inside one of `covered` (`merged`)."""
+    if not len(covered) or not len(memory):
+        return memory
+    number = np.searchsorted(covered[:, 0], memory[:, 0], side="right")
+    is_inside = (number > 0) & (memory[:, 1] <= covered[np.maximum(number, 1) - 1, 1])
+    loose: Memory = memory[~is_inside]
+    return loose
 
 
 class Location(str, Enum):
@@ -59,6 +129,64 @@ class StateAuthority:
         self._records: dict[str, _Record] = {}
         self._changed = threading.Condition(threading.RLock())
         self._draining = threading.RLock()
+        self._promises: dict[str, Callable[[], Iterable[torch.Tensor]]] = {}
+        self._readers: list[LiveReader] = []
+
+    # -- memory that is read while training goes on -------------------------------------------
+
+    def promise(self, owner: str, find: Callable[[], Iterable[torch.Tensor]]) -> None:
+        """Promise that some memory changes only behind `before_overwrite`, until `withdraw`.
+
+        Args:
+            owner: Whose promise it is; a later one of the same owner takes its place.
+            find: Returns the tensors as they are now; called before each update that a reader is
+                there for, by the training thread.
+        """
+        with self._changed:
+            self._promises[owner] = find
+
+    def withdraw(self, owner: str) -> None:
+        """Take a promise back; without one, nothing happens. Not during an update."""
+        with self._changed:
+            self._promises.pop(owner, None)
+
+    def promised(self) -> Memory:
+        """Return the memory that is promised now, merged."""
+        with self._changed:
+            finds = list(self._promises.values())
+        return merged(memory_of(tensor for find in finds for tensor in find()))
+
+    def add_reader(self, reader: LiveReader) -> None:
+        """Ask `reader` from now on before memory is overwritten."""
+        with self._changed:
+            self._readers.append(reader)
+
+    def is_read(self) -> bool:
+        """Whether somebody still reads live memory; owners may spare themselves the rest."""
+        return any(reader.is_reading for reader in self._readers)
+
+    def coming(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Say which memory will be overwritten next, in order. Returns at once."""
+        self._ask(tensors, lambda reader, memory: reader.hurry(memory))
+
+    def before_overwrite(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Return when nobody will read the memory of `tensors` any more.
+
+        Called by an owner right before it changes them. A reader has a limit of its own for how
+        long that may take, and gives up what it was reading for.
+        """
+        self._ask(tensors, lambda reader, memory: reader.release(memory))
+
+    def _ask(
+        self, tensors: Iterable[torch.Tensor], ask: Callable[[LiveReader, Memory], None]
+    ) -> None:
+        readers = [reader for reader in self._readers if reader.is_reading]
+        memory = memory_of(tensors) if readers else None
+        for reader in readers:
+            if memory is not None and len(memory):
+                ask(reader, memory)
+
+    # -- where the newest copies are ----------------------------------------------------------
 
     def register(
         self,

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import chain, zip_longest
 from time import perf_counter
 
 from torch import Tensor
@@ -109,7 +110,10 @@ class Executor:
         update.trace.is_typical = all(self._is_typical(i, works[i]) for i in plan.device_order)
         flow = self._flow(plan, update.trace)
         try:
+            self._announce(on_device, on_host, flow)
             if on_device:
+                # What its lanes flush is overwritten at moments that nobody here sees.
+                self._ask({*on_device, *self._place.residents})
                 update.queue(on_device, slots)
             self._host_updates(update, on_host, flow)
         except BaseException:  # lost storage, or Ctrl-C, after which many a script saves
@@ -145,6 +149,22 @@ class Executor:
         # Back and forth: what is updated last is in memory, and comes first the next time.
         return Flow(tier, order[:: 1 if self._version % 2 else -1], plan.carried)
 
+    def _announce(
+        self, on_device: Iterable[int], on_host: Sequence[int], flow: Flow | None
+    ) -> None:
+        """Tell who still reads state in which order it will be overwritten."""
+        if not self._authority.is_read():
+            return
+        stored = [] if flow is None else [self._index_of[number] for number in flow.order]
+        turns = chain.from_iterable(zip_longest(stored, on_host))
+        order = [*on_device, *(index for index in turns if index is not None)]
+        self._authority.coming(t for index in order for t in self.subgroups[index].overwritten())
+
+    def _ask(self, indices: Iterable[int]) -> None:
+        """Wait until nobody reads what an update of these overwrites."""
+        tensors = (t for index in indices for t in self.subgroups[index].overwritten())
+        self._authority.before_overwrite(tensors)
+
     def _host_updates(self, update: OneUpdate, on_host: Sequence[int], flow: Flow | None) -> None:
         """Update stored subgroups as they arrive, and others in the time between."""
         rest = deque(on_host)
@@ -154,9 +174,11 @@ class Executor:
                 found = flow.take(wait=not rest)
             if flow is not None and found is not None:
                 number, state = found
+                self._ask([self._index_of[number]])  # its file is what the tensors map
                 update.on_host(self._index_of[number], state)
                 flow.done(number)
             elif rest:
+                self._ask([rest[0]])
                 update.on_host(rest.popleft())
         if flow is not None:
             flow.finish()

@@ -157,8 +157,11 @@ class OffloadPlugin(Plugin):
                 pace=Pace(config.emulated.device_params_per_s, config.emulated.host_params_per_s),
             )  # fmt: skip
 
-        self._updater = adapter.connect(build)
+        self._updater = updater = adapter.connect(build)
         self._adapter = adapter
+        if session.host == "deepspeed":
+            # Under Megatron-core the host copies masters and weights by itself, both ways.
+            session.state.promise(self.name, updater.overwritten)
         if session.rank == 0:
             logger.info(
                 "offload: %d masters, %d parameters on this rank, device %s",
@@ -241,6 +244,8 @@ class OffloadPlugin(Plugin):
     def _release(self) -> None:
         self._ended = self.summary()
         self._updater = None  # lets go of the device's memory
+        if self._session is not None:
+            self._session.state.withdraw(self.name)
         adapter, self._adapter = self._adapter, None
         device, self._device = self._device, None
         try:

@@ -55,6 +55,12 @@ class Subgroup:
         """Return what an update changes: master, first moment, second moment."""
         return self.master, self.exp_avg, self.exp_avg_sq
 
+    def overwritten(self) -> Iterator[Tensor]:
+        """Yield all that an update overwrites, wherever it is."""
+        yield from self.state()
+        if self.weights is not None:
+            yield self.weights
+
     def part_of(self, flat: Tensor) -> Tensor:
         """Return this subgroup's part of another flat tensor of the same layout."""
         return flat.narrow(0, self.begin, self.numel)

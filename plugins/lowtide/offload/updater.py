@@ -175,6 +175,8 @@ class Updater:
         # Plans may fail, on their collective or a device; so nothing has been changed before.
         plan = self.scheduler.next_plan(executor)
         sources = [master.gradients.source(scale) for master in self.masters]
+        if self._authority.is_read():
+            self._authority.before_overwrite(map(_tail, self.overwritten()))
         steps = [
             self._advance(master, source.flat, source.scale)
             for master, source in zip(self.masters, sources, strict=True)
@@ -187,6 +189,20 @@ class Updater:
         trace = executor.run(plan, works)
         self.scheduler.observe(trace)
         self.steps += 1
+
+    def overwritten(self) -> list[Tensor]:
+        """Return what `update` overwrites, and asks the authority before; flat tensors.
+
+        Nothing before the first update, which still moves things.
+        """
+        if self._executor is None:
+            return []
+        found: list[Tensor] = []
+        for master in self.masters:
+            found += self._tensors_of(master)
+            if master.weights is not None:
+                found.append(master.weights)
+        return found
 
     def drain(self, *, may_write: bool = True) -> None:
         """Bring the newest state to the host's own tensors.

@@ -16,8 +16,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowtide.checkpoint.adapters.overwriting import StockUpdates
 from lowtide.core.errors import CheckpointError, HostError
 from lowtide.core.restart import read_record
+from lowtide.core.state import StateAuthority
 
 if TYPE_CHECKING:
     from lowtide.checkpoint.plugin import CheckpointPlugin
@@ -33,10 +35,12 @@ _EARLY = ("ZenFlow", "SuperOffload")
 class DeepSpeedAdapter:
     """Puts the plugin behind one DeepSpeed engine."""
 
-    def __init__(self, plugin: CheckpointPlugin) -> None:
+    def __init__(self, plugin: CheckpointPlugin, authority: StateAuthority) -> None:
         self._plugin = plugin
+        self._authority = authority
         self._stock_factory: Callable[..., Any] | None = None
         self._engine: Callable[[], Any] = lambda: None
+        self._updates: StockUpdates | None = None
 
     def before_engine(self) -> None:
         """Let DeepSpeed build our checkpoint engine into the engine that it builds next.
@@ -72,6 +76,7 @@ class DeepSpeedAdapter:
         optimizer = type(engine.optimizer).__name__
         if any(early in optimizer for early in _EARLY):
             plugin.never_lazy(f"{optimizer} updates the state during the backward pass too")
+        self._updates = StockUpdates(engine.optimizer, self._authority)
         for name in _REWRITERS:
             stock = getattr(engine, name, None)
             if stock is not None:
@@ -137,6 +142,9 @@ class DeepSpeedAdapter:
     def close(self) -> None:
         """Undo everything."""
         self._restore()
+        updates, self._updates = self._updates, None
+        if updates is not None:
+            updates.close()
         engine = self._engine()
         if engine is not None:
             for name in _REWRITERS:

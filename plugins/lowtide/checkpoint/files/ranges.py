@@ -68,6 +68,7 @@ class Ranges:
         self.lazy: list[torch.Tensor] = []
         self.elsewhere: dict[int, DeviceBytes] = {}
         self.eager_bytes = 0
+        self.copied: list[int] = []  # records of which that is the size
         self.recorded_bytes = 0
         self.expected_bytes = 0  # about what they will be, once a batch has been given
 
@@ -185,6 +186,7 @@ class Ranges:
             copy.copy_(_bytes_of(storage)[begin : begin + size])
         self.eager_bytes += size
         self.records.append(Record(copy, copy.data_ptr(), size))
+        self.copied.append(len(self.records) - 1)
         return len(self.records) - 1
 
     def _add(self, tensor: torch.Tensor) -> Range:

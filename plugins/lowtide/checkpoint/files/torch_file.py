@@ -23,14 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowtide.checkpoint.files import opcodes
 from lowtide.checkpoint.files.archive import Archive
 from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.files.ranges import Ranges, is_plain
-from lowtide.checkpoint.writer.plan import FilePlan
+from lowtide.checkpoint.writer.plan import LITERAL, FilePlan
 from lowtide.core.device.homes import Homes
+from lowtide.core.state import Memory
 
 _PROTOCOL = b"\x80\x02"
 _MOST_KEPT_BYTES = 16 << 20  # of a pickle: much more is a script's own objects, not tensors
@@ -44,11 +46,21 @@ class TorchFile:
         plan: What the writer is told.
         lazy: Tensors whose memory the plan reads later.
         eager_bytes: Bytes that were copied at once.
+        copied: The entries of the plan that these are.
     """
 
     plan: FilePlan
     lazy: list[torch.Tensor]
     eager_bytes: int
+    copied: list[int]
+
+    def live_memory(self) -> Memory:
+        """Return the host memory that is read later, in the order of the file."""
+        plan = self.plan
+        not_live = np.array([LITERAL, *self.copied, *plan.elsewhere], np.int32)
+        is_live = ~np.isin(plan.entries, not_live)
+        begin = plan.addresses[is_live]
+        return np.stack([begin, begin + plan.lengths[is_live]], axis=1)
 
 
 class Layout:
@@ -110,7 +122,9 @@ class Layout:
             self._memo.forget_behind(len(ranges.tensors))
             plan = self._plan()
             self._memo.size_bytes = plan.size_bytes
-        return TorchFile(plan=plan, lazy=ranges.lazy, eager_bytes=ranges.eager_bytes)
+        return TorchFile(
+            plan=plan, lazy=ranges.lazy, eager_bytes=ranges.eager_bytes, copied=ranges.copied
+        )
 
     def _plan(self) -> FilePlan:
         plan = self._archive.plan()

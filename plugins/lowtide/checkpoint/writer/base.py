@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lowtide.checkpoint.writer.plan import FilePlan, FileResult
 from lowtide.core.errors import CheckpointError
 
@@ -38,6 +41,8 @@ class Progress:
         written_bytes: Accepted by the file system; durable only after the last sync.
         staged_bytes: The part of the captured bytes that went through the buffer.
         direct_bytes: The part that was written straight from live memory.
+        hurried_bytes: The part of the staged bytes that was copied because an update was about to
+            overwrite them.
         idle_s: Seconds since something moved; 0 once the job is durable or has failed.
         capture_end_s: When all was captured, on the clock of `time.monotonic`, or None.
         durable_end_s: When all was durable, or None.
@@ -48,6 +53,7 @@ class Progress:
     written_bytes: int
     staged_bytes: int
     direct_bytes: int
+    hurried_bytes: int
     idle_s: float
     capture_end_s: float | None = None
     durable_end_s: float | None = None
@@ -63,6 +69,33 @@ class Ticket(ABC):
         Returns:
             True when no thread reads that memory any more: all is captured, or the job has failed
             (see `error`). False when the time was over first.
+        """
+
+    @property
+    @abstractmethod
+    def is_lazy(self) -> bool:
+        """Whether bytes stay where they are until the disk takes them (`Writer.submit`)."""
+
+    @abstractmethod
+    def hurry(self, memory: NDArray[np.uint64]) -> None:
+        """Capture what lies in some memory before the rest; returns at once.
+
+        Args:
+            memory: uint64, shape (n, 2): begin and end of each stretch, in the order wanted. What
+                was hurried before comes before.
+        """
+
+    @abstractmethod
+    def wait_released(self, memory: NDArray[np.uint64], timeout_s: float | None = None) -> bool:
+        """Capture what lies in some memory first of all, and wait until that may change.
+
+        Args:
+            memory: As for `hurry`.
+            timeout_s: How long to wait at most; None is as long as it takes.
+
+        Returns:
+            True when no thread reads that memory any more; also when the job has failed and reads
+            none at all. False when the time was over first.
         """
 
     @abstractmethod
@@ -131,16 +164,23 @@ class Writer(ABC):
     """Copies jobs out of live memory and writes them behind the caller's back. Thread-safe."""
 
     @abstractmethod
-    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> Ticket:
+    def submit(
+        self, plans: Sequence[FilePlan], *, is_partial: bool = False, is_lazy: bool = False
+    ) -> Ticket:
         """Begin to write files; returns at once.
 
-        Jobs are captured in the order in which they come. The writer keeps the plans' owners and
-        literals until the job is captured, and lets go of them at the first call after that.
+        Jobs are captured in the order in which they come, but for what is hurried. The writer keeps
+        the plans' owners and literals until the job is captured, and lets go of them at the first
+        call after that.
 
         Args:
             plans: The files.
             is_partial: There is one, and it is only the beginning of its file. Then this job, and
                 those behind it, wait for `Ticket.extend` or `Ticket.cancel`.
+            is_lazy: The caller will tell what is about to change, by `Ticket.hurry`,
+                `wait_released` and `wait_captured`. A job that is larger than the buffer then
+                leaves what direct I/O can write from where it lies there until its turn comes, if
+                the disk is slow.
 
         Raises:
             ValueError: A plan contradicts itself.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lowtide.checkpoint.writer.base import (
     Progress,
@@ -48,13 +52,32 @@ class NativeTicket(Ticket):
 
     def wait_captured(self, timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_captured`."""
-        is_over = self._wait(self._ticket.wait_captured, "is_released", timeout_s)
+        with _typed_errors():
+            self._ticket.rush()  # a thread that may not block says it too
+        is_over = self._wait(
+            self._ticket.wait_captured, lambda: bool(self.state()["is_released"]), timeout_s
+        )
         self.state()
         return is_over
 
+    @property
+    def is_lazy(self) -> bool:
+        """See `Ticket.is_lazy`."""
+        return bool(self.state()["is_lazy"])
+
+    def hurry(self, memory: NDArray[np.uint64]) -> None:
+        """See `Ticket.hurry`."""
+        with _typed_errors():
+            self._ticket.hurry(memory)
+
+    def wait_released(self, memory: NDArray[np.uint64], timeout_s: float | None = None) -> bool:
+        """See `Ticket.wait_released`."""
+        wait = functools.partial(self._ticket.wait_released, memory)
+        return self._wait(wait, lambda: bool(wait(0.0)), timeout_s)
+
     def wait_durable(self, timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_durable`."""
-        self._wait(self._ticket.wait_durable, "is_settled", timeout_s)
+        self._wait(self._ticket.wait_durable, lambda: bool(self.state()["is_settled"]), timeout_s)
         return self.is_durable
 
     def cancel(self) -> None:
@@ -114,7 +137,12 @@ class NativeTicket(Ticket):
         if not self.state()["is_released"]:
             _abandoned.append(self._kept)
 
-    def _wait(self, native_wait: Any, is_over: str, timeout_s: float | None) -> bool:
+    def _wait(
+        self,
+        native_wait: Callable[[float], bool],
+        is_over: Callable[[], bool],
+        timeout_s: float | None,
+    ) -> bool:
         end_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         # A daemon thread may not be inside native code without the GIL when the interpreter ends
         # (see bind.cpp), so it looks from time to time instead, and does not help to capture.
@@ -125,7 +153,7 @@ class NativeTicket(Ticket):
             with _typed_errors():
                 if may_block and native_wait(min(left_s, _SLICE_S)):
                     return True
-            if not may_block and self.state()[is_over]:
+            if not may_block and is_over():
                 return True
             if left_s == 0.0:
                 return False
@@ -165,11 +193,13 @@ class NativeWriter(Writer):
             self, _close, self._writer, self._uncaptured, os.getpid(), 0.0
         )
 
-    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> NativeTicket:
+    def submit(
+        self, plans: Sequence[FilePlan], *, is_partial: bool = False, is_lazy: bool = False
+    ) -> NativeTicket:
         """See `Writer.submit`."""
         arguments = list(map(_arguments, plans))
         with _typed_errors():
-            ticket = self._writer.submit(arguments, is_partial)
+            ticket = self._writer.submit(arguments, is_partial, is_lazy)
         ticket = NativeTicket(ticket, plans, self._chunk_bytes)
         with self._lock:
             self._uncaptured.append(ticket)

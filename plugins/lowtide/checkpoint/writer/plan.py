@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lowtide.core.device import Device
 
+PAGE_BYTES = 4096  # alignment that direct I/O asks for
 LITERAL = -1  # in `FilePlan.entries`: the piece is fixed text, not part of a checksummed entry
 
 
@@ -69,10 +70,37 @@ class Source:
     def __init__(self, plan: FilePlan) -> None:
         self.plan = plan  # its literals and owners are the live memory
         self.patches = plan.patches[np.argsort(plan.patches[:, 0])]
+        self.places: list[int] = []  # of each piece: where it begins in its entry
+        self.entry_bytes: dict[int, int] = {}
+        for entry, length in zip(plan.entries.tolist(), plan.lengths.tolist(), strict=True):
+            self.places.append(self.entry_bytes.get(entry, 0))
+            self.entry_bytes[entry] = self.places[-1] + length
 
     def piece_at(self, offset: int) -> int:
         """Return the number of the piece with this byte of the file."""
         return bisect.bisect_right(self.plan.offsets, offset) - 1
+
+    def chunks_of(self, begin: int, end: int, chunk_bytes: int) -> list[int]:
+        """Return which chunks hold bytes of entries that lie in this memory, ascending."""
+        plan = self.plan
+        found: dict[int, None] = {}
+        addresses = plan.addresses
+        is_touched = (plan.entries != LITERAL) & (addresses < end)
+        for piece in np.flatnonzero(is_touched & (addresses + plan.lengths > begin)).tolist():
+            address, offset = int(addresses[piece]), int(plan.offsets[piece])
+            first = offset + max(begin - address, 0)
+            last = offset + min(end - address, int(plan.lengths[piece])) - 1
+            found |= dict.fromkeys(range(first // chunk_bytes, last // chunk_bytes + 1))
+        return list(found)
+
+    def is_in_place(self, begin: int, payload: int) -> int | None:
+        """Return the address of a chunk's memory if direct I/O can write it from there."""
+        piece, plan = self.piece_at(begin), self.plan
+        skip = begin - int(plan.offsets[piece])
+        address = int(plan.addresses[piece]) + skip
+        is_whole = plan.entries[piece] != LITERAL and int(plan.lengths[piece]) - skip >= payload
+        is_aligned = address % PAGE_BYTES == 0 and payload % PAGE_BYTES == 0
+        return address if is_whole and is_aligned else None
 
 
 @dataclass(frozen=True, kw_only=True)

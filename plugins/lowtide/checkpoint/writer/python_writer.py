@@ -1,7 +1,6 @@
 """The writer in Python: the readable reference for csrc/checkpoint, and the way without it.
 
-One thread captures, a few do the writing. Chunks of a file are captured in order, so the checksum
-of an entry is known when a patch behind it is reached. One lock guards all state; it is never held
+One thread captures, a few do the writing. One lock guards all state; it is never held
 while memory is copied or a file is touched.
 """
 
@@ -11,33 +10,33 @@ import os
 import threading
 import time
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lowtide.checkpoint.writer.base import Ticket, Writer
-from lowtide.checkpoint.writer.plan import LITERAL, FilePlan, Source
+from lowtide.checkpoint.writer.plan import FilePlan
 from lowtide.checkpoint.writer.plan_check import check_begins_with, check_plan
-from lowtide.checkpoint.writer.python_job import (
-    CANCELLED,
-    Chunk,
-    Failed,
-    Failure,
-    File,
-    Job,
-    Slabs,
-)
+from lowtide.checkpoint.writer.python_file import Chunk, Failed, File, Slabs, Stage
+from lowtide.checkpoint.writer.python_job import CANCELLED, Failure, Job
+from lowtide.checkpoint.writer.python_queue import Queue
 from lowtide.core.errors import CheckpointError
 
 _IO_THREADS = 4
+_SLOW_BYTES_PER_S = 800e6
 _GRACE_S = 2.0  # for threads to end, if nothing hangs
 
 _Task: TypeAlias = tuple[Job, File, "Chunk | None"]  # without a chunk: sync and close the file
 
 
 class PythonWriter(Writer):
-    """The arguments are those of `open_writer`; it never uses io_uring or the direct lane."""
+    """The arguments are those of `open_writer`; it never uses io_uring.
+
+    It writes from where bytes lie only for a lazy job.
+    """
 
     def __init__(
         self,
@@ -60,14 +59,16 @@ class PythonWriter(Writer):
         self._core.start(min(queue_depth, _IO_THREADS))
         self._finalizer = weakref.finalize(self, self._core.close, 0.0)
 
-    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> Ticket:
+    def submit(
+        self, plans: Sequence[FilePlan], *, is_partial: bool = False, is_lazy: bool = False
+    ) -> Ticket:
         """See `Writer.submit`."""
         self._core.check_process()
         for plan in plans:
             check_plan(plan)
         if is_partial and len(plans) != 1:
             raise ValueError(f"plans: got {len(plans)}, allowed is one where it is partial")
-        return self._core.submit(plans, is_partial=is_partial)
+        return self._core.submit(plans, is_partial=is_partial, is_lazy=is_lazy)
 
     def close(self, *, timeout_s: float) -> bool:
         """See `Writer.close`."""
@@ -90,8 +91,9 @@ class _Core:
         self._use_direct = self._is_direct = direct
         self._direct_reason = "" if direct else "switched off by the caller"
         self._bytes_per_s = bytes_per_s
+        self._seen_rate = 0.0  # of the last job that was larger than the buffer
         self._free_at = time.monotonic()  # when the rate allows the next byte
-        self._to_capture: deque[Job] = deque()
+        self._queue = Queue(slabs)  # of what is to be captured
         self._tasks: deque[_Task] = deque()
         self._active: list[Job] = []  # not settled
         self._at_work = 0  # chunks and files that will become tasks, or are being worked on
@@ -115,20 +117,31 @@ class _Core:
                 "each process, after the fork"
             )
 
-    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool) -> Job:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool, is_lazy: bool) -> Job:
         """Queue checked plans."""
         job = Job(self, plans, is_partial=is_partial)
+        coming = sum(max(plan.size_bytes, plan.expected_bytes) for plan in plans)
         with self._changed:
             if self._is_closing:
                 raise CheckpointError("checkpoint writer: the writer is closed")
+            coming += sum(each.total_bytes - each.written_bytes for each in self._active)
+            is_larger = coming > self.slabs.buffer_bytes
+            job.may_stay = is_lazy and self._use_direct and is_larger and self._is_slow()
             if not job.is_settled():
                 self._active.append(job)
-                self._to_capture.append(job)
+                self._queue.add(job)
             for file in job.files:
                 if file.chunks == 0 and not is_partial:
                     self._add_task(job, file, None)
             self._changed.notify_all()
         return job
+
+    def _is_slow(self) -> bool:
+        """Tell whether the disk is so slow that copies ahead of it only fill the buffer.
+
+        For the numbers see csrc/checkpoint/writer.cpp.
+        """
+        return any(0 < rate < _SLOW_BYTES_PER_S for rate in (self._bytes_per_s, self._seen_rate))
 
     def extend(self, job: Job, plan: FilePlan, *, is_partial: bool) -> None:
         """Take more of a job's partial file."""
@@ -170,6 +183,36 @@ class _Core:
         with self._changed:
             self._fail(job, CANCELLED)
 
+    def hurry(self, job: Job, memory: NDArray[np.uint64]) -> None:
+        """See `Ticket.hurry`."""
+        self.check_process()
+        with self._changed:
+            self._queue.hurry(self._queue.places(job, memory))
+            self._changed.notify_all()
+
+    def wait_released(self, job: Job, memory: NDArray[np.uint64], timeout_s: float | None) -> bool:
+        """See `Ticket.wait_released`."""
+        self.check_process()
+        with self._changed:
+            urgent = self._queue.places(job, memory)
+            self._queue.hurry_first(urgent)
+            self._changed.notify_all()
+
+            def is_over() -> bool:
+                return job.is_released() or all(
+                    index < file.chunks and file.stages[index] == Stage.CAPTURED
+                    for _, file, index in urgent
+                )
+
+            return self._changed.wait_for(is_over, timeout_s)
+
+    def rush(self, job: Job) -> None:
+        """Leave nothing of a job where it lies."""
+        self.check_process()
+        with self._changed:
+            job.is_rushed = True
+            self._changed.notify_all()
+
     def close(self, timeout_s: float) -> bool:
         """See `Writer.close`."""
         if os.getpid() != self._pid:
@@ -194,62 +237,27 @@ class _Core:
     def _capture_loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stopping or self._has_work())
+                self._changed.wait_for(lambda: self._is_stopping or self._queue.find())
                 if self._is_stopping:
                     return
-                job, file, chunk = self._take_chunk()
+                job, file, chunk = self._queue.take()
+                self._at_work += 1
                 source = file.source
             if source is not None:
-                self._capture(file, source, chunk)
+                file.capture(source, chunk, self._memory_of(chunk))
             del source  # it keeps the live memory
             with self._changed:
-                job.count_captured(chunk)
+                if chunk.slab is not None:
+                    job.count_captured(file, chunk)
                 self._tasks.append((job, file, chunk))
                 self._changed.notify_all()
+            del job, file, chunk
 
-    def _has_work(self) -> bool:
-        while self._to_capture:
-            job = self._to_capture[0]
-            if job.failure is not None or job.next_file == len(job.files):
-                self._to_capture.popleft()
-            elif job.files[job.next_file].taken == job.files[job.next_file].chunks:
-                if job.is_partial:
-                    return False
-                job.next_file += 1
-            else:
-                return self.slabs.has_free()
-        return False
-
-    def _take_chunk(self) -> tuple[Job, File, Chunk]:
-        job = self._to_capture[0]
-        file = job.files[job.next_file]
-        begin = file.taken * self.slabs.slab_bytes
-        payload = min(self.slabs.slab_bytes, file.size_bytes - begin)
-        file.taken += 1
-        file.in_flight += 1
-        job.reading += 1
-        self._at_work += 1
-        return job, file, Chunk(begin=begin, payload=payload, slab=self.slabs.take())
-
-    def _capture(self, file: File, source: Source, chunk: Chunk) -> None:
-        """Copy a chunk into its slab and compute the checksums of its entries and its own."""
-        slab = self.slabs.memory(chunk.slab)
-        end = chunk.begin + chunk.payload
-        offset = chunk.begin
-        while offset < end:
-            piece, plan = source.piece_at(offset), source.plan
-            length = min(int(plan.offsets[piece] + plan.lengths[piece]), end) - offset
-            address = int(plan.addresses[piece]) + offset - int(plan.offsets[piece])
-            part = slab[offset - chunk.begin : offset - chunk.begin + length]
-            part[:] = file.live_memory(address, length)
-            entry = int(plan.entries[piece])
-            if entry == LITERAL:
-                file.fill_in_patches(source, part, address)
-            else:
-                file.entry_crcs[entry] = zlib.crc32(part, file.entry_crcs.get(entry, 0))
-            offset += length
-        file.chunk_crcs.append(zlib.crc32(slab[: chunk.payload]))
-        slab[chunk.payload :] = bytes(len(slab) - chunk.payload)  # direct I/O writes whole pages
+    def _memory_of(self, chunk: Chunk) -> memoryview:
+        """Return where the bytes are that are written."""
+        if chunk.memory is not None:
+            return chunk.memory
+        return self.slabs.memory(chunk.slab or 0)
 
     # --- I/O
 
@@ -276,7 +284,7 @@ class _Core:
             if chunk is None:
                 file.finish(is_wanted=job.failure is None)
             elif job.failure is None and self._is_due(job, chunk):
-                file.write(chunk, self.slabs.memory(chunk.slab))
+                file.write(chunk, self._memory_of(chunk))
         except Failed as failed:
             return failed.operation, str(file.path), failed.code, file.size_bytes
         return None
@@ -298,8 +306,14 @@ class _Core:
         if chunk is None:
             if job.failure is None and job.count_durable():
                 self._active.remove(job)
+                if job.total_bytes > self.slabs.buffer_bytes:  # a smaller one may not have waited
+                    self._seen_rate = job.bytes_per_s()
             return
-        self.slabs.give(chunk.slab)
+        if chunk.slab is None:
+            self._queue.in_place -= 1
+            job.count_captured(file, chunk)
+        else:
+            self.slabs.give(chunk.slab)
         file.in_flight -= 1
         if job.failure is None:
             job.count_written(chunk)
