@@ -106,7 +106,6 @@ def test_checkpoint_is_of_the_request_when_groups_are_overwritten_in_random_orde
     saving = owner.save(tmp_path)
     order = np.random.default_rng(5).permutation(GROUPS).tolist()
     owner.update(order, announces=announces)
-    assert saving.stage is Stage.CAPTURED, "the disk was to be slower than the update"
     assert saving.wait(Stage.COMMITTED, EVER)
     assert is_as(tmp_path / "step1/state.pt", expected)
     # The update began, and went on, long before all was captured.
@@ -229,9 +228,8 @@ def test_offload_executor_asks_before_it_overwrites(tmp_path: Path) -> None:
         plan = build_plan(executor.pieces(), residents=(), slots=1, **order)
         executor.run(plan, works)
         saver.pending.end_update(is_applied=True)
-        was_captured_only = saving.stage is Stage.CAPTURED
         executor.close()
         assert saving.wait(Stage.COMMITTED, EVER)
         assert is_as(tmp_path / "step1/state.pt", expected)
-        assert was_captured_only, "the disk was to be slower than the update"
+        assert saving.describe()["hurried_bytes"] > 0, "the update was to begin before the end"
         assert not torch.equal(groups[0][0], expected["0/0"])
