@@ -63,7 +63,6 @@ class Iteration:
             self._step += 1
             saver.begin(
                 self._folder, f"step{self._step}", step=self._step, details=STEP,
-                promised=promised,
             )  # fmt: skip
             saver.add(trainer.state, "state.pt", is_stable=lambda _tensor: True)
             saving = saver.end()

@@ -35,9 +35,9 @@ def test_files_are_of_the_request_though_the_update_begins_before_they_are_captu
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_counts_say_what_was_written_from_where_it_lay(results: list[Any], case: str) -> None:
+def test_counts_say_which_way_the_bytes_went(results: list[Any], case: str) -> None:
     for facts in (each[case] for each in results):
-        assert facts["direct_bytes"] > 0
+        assert facts["staged_bytes"] >= facts["hurried_bytes"]
         assert facts["direct_bytes"] + facts["staged_bytes"] == facts["captured_bytes"]
         assert len(facts["update_waits_s"]) == 1
         summary = facts["summary"]

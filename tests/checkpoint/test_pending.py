@@ -53,7 +53,7 @@ class Owner:
     loose = torch.arange(1000.0)  # live memory that nobody promises for
 
     def save(self, folder: Path, tag: str = "step1") -> Saving:
-        self.saver.begin(folder, tag, step=1, details=DETAILS, promised=self.authority.promised())
+        self.saver.begin(folder, tag, step=1, details=DETAILS)
         self.saver.add(self.state(), "state.pt", is_stable=lambda _: True)
         return self.saver.end()
 
@@ -114,7 +114,6 @@ def test_checkpoint_is_of_the_request_when_groups_are_overwritten_in_random_orde
     assert owner.captured_bytes[GROUPS // 2] < total
     facts = saving.describe()
     assert 0 < facts["hurried_bytes"] < total
-    assert facts["direct_bytes"] > 0
     assert facts["direct_bytes"] + facts["staged_bytes"] == facts["bytes"]
     assert len(facts["update_waits_s"]) == 1
     assert 0.0 < facts["update_waits_s"][0] <= facts["blocked_s"]

@@ -261,8 +261,7 @@ class CheckpointPlugin(Plugin):
             session.state.ensure_host()
         self._stable.look_at(self._model, self._optimizer)
         details = {"config": session.config.as_dict(), "client_keys": client_keys}
-        promised = session.state.promised() if self._stable.is_trusted else None
-        self._the_saver().begin(folder, tag, step=session.step, details=details, promised=promised)
+        self._the_saver().begin(folder, tag, step=session.step, details=details)
 
     def _after_save(self, _moment: Moment) -> None:
         if self._adapter is not None and self._the_saver().current is not None:

@@ -40,7 +40,6 @@ from lowtide.checkpoint.submit import submit, write_file
 from lowtide.checkpoint.writer import Writer, open_writer
 from lowtide.checkpoint.writer.plan import FileResult
 from lowtide.core.errors import CheckpointError
-from lowtide.core.state import Memory
 
 logger = logging.getLogger("lowtide")
 
@@ -114,7 +113,6 @@ class Saver:
         *,
         step: int,
         details: dict[str, Any],
-        promised: Memory | None = None,
     ) -> Saving:
         """Begin a checkpoint. Collective.
 
@@ -123,7 +121,6 @@ class Saver:
             tag: Name of the checkpoint.
             step: Optimizer steps in it.
             details: ``config`` and ``client_keys`` of its record.
-            promised: Memory that changes only after `pending` was asked (`StateAuthority.promise`).
         """
         if self.current is not None:  # the save before this one ended in an exception
             self.abandon(self.current, "save_checkpoint did not return")
@@ -131,8 +128,6 @@ class Saver:
         attempt = f"{self.board.token}{self._count:08x}"
         levels = self.router.route(folder.absolute(), attempt)
         saving = Saving(levels, tag=tag, attempt=attempt, step=step, details=details)
-        if promised is not None and self.config.lazy:
-            saving.promised = promised
         self.current = saving
         self.router.costs.begin(levels[0].number)
         return saving
@@ -153,7 +148,7 @@ class Saver:
         if saving.error is not None:
             saving.eager_bytes += layout.finish().eager_bytes
             return
-        ticket, laid_out, feed = submit(self.writer, layout, self.stager, promised=saving.promised)
+        ticket, laid_out, feed = submit(self.writer, layout, self.stager)
         saving.add(name, ticket, laid_out, feed)
         saving.eager_bytes += laid_out.eager_bytes
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lowtide.checkpoint.compact.copies import CompactConfig
@@ -157,7 +156,6 @@ class Saving:
         self.step = step
         self.details = details
         self.save_latest = True
-        self.promised: Memory = np.empty((0, 2), np.uint64)  # changes only behind `release`
         self.memos: dict[str, Memo] = {}  # of its files by name, while they are laid out
         self.parts: list[_Part] = []
         self.error: CheckpointError | None = None

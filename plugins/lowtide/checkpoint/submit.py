@@ -13,15 +13,13 @@ from lowtide.checkpoint.staging import Feed, Stager
 from lowtide.checkpoint.store.commit import wait_durable
 from lowtide.checkpoint.writer import Ticket, Writer
 from lowtide.checkpoint.writer.plan import FilePlan
-from lowtide.core.state import Memory, outside
 
 
 class _Way:
     """How one file gets to the writer: directly, until a plan names bytes that are on a device."""
 
-    def __init__(self, writer: Writer, stager: Stager, *, is_lazy: bool) -> None:
+    def __init__(self, writer: Writer, stager: Stager) -> None:
         self._writer = writer
-        self._is_lazy = is_lazy
         self._stager = stager
         self.ticket: Ticket | None = None
         self.feed: Feed | None = None
@@ -30,8 +28,9 @@ class _Way:
         if self.ticket is None:
             # The place among the writer's jobs is taken now; the stager keeps the same order.
             first, is_begun = (_nothing(plan), True) if plan.elsewhere else (plan, is_partial)
-            is_lazy = self._is_lazy and not plan.elsewhere
-            self.ticket = self._writer.submit([first], is_partial=is_begun, is_lazy=is_lazy)
+            # Copied ahead as far as the buffer goes, not left in place (`is_lazy`): measured, what
+            # is in the buffer when an update begins shortens its wait on any disk.
+            self.ticket = self._writer.submit([first], is_partial=is_begun)
         elif not plan.elsewhere:
             self.ticket.extend(plan, is_partial=is_partial)
         if plan.elsewhere:
@@ -49,16 +48,13 @@ class _Way:
             self.feed.wait_over(CANCEL_S)
 
 
-def submit(
-    writer: Writer, layout: Layout, stager: Stager, *, promised: Memory
-) -> tuple[Ticket, TorchFile, Feed | None]:
+def submit(writer: Writer, layout: Layout, stager: Stager) -> tuple[Ticket, TorchFile, Feed | None]:
     """Lay a file out; its tensors are on their way meanwhile.
 
     Args:
         writer: Writes it.
         layout: What it is.
         stager: Brings what is on a GPU.
-        promised: Memory that does not change before somebody is asked; it may stay where it is.
 
     Returns:
         The writer's ticket, the file, and, if some of it is on a device, what brings that.
@@ -67,7 +63,7 @@ def submit(
         pickle.PicklingError, TypeError: The state holds something that cannot be pickled. No
             memory is read any more, then.
     """
-    way = _Way(writer, stager, is_lazy=len(promised) > 0)
+    way = _Way(writer, stager)
     try:
         for plan in layout.beginnings():
             way.tell(plan, is_partial=True)
@@ -76,8 +72,6 @@ def submit(
     except BaseException:
         way.cancel()
         raise
-    if ticket.is_lazy:  # what will not be asked for must be copied in any case, so at once
-        ticket.hurry(outside(laid_out.live_memory(), promised))
     return ticket, laid_out, way.feed
 
 
