@@ -180,7 +180,7 @@ class Writer(ABC):
             is_lazy: The caller will tell what is about to change, by `Ticket.hurry`,
                 `wait_released` and `wait_captured`. A job that is larger than the buffer then
                 leaves what direct I/O can write from where it lies there until its turn comes, if
-                the disk is slow.
+                the disk is slow. Checkpoints do not ask for it: updates wait longer then.
 
         Raises:
             ValueError: A plan contradicts itself.
