@@ -80,7 +80,6 @@ class Ticket {
         return writer_.get()->wait_released(job_, memory, timeout_s);
     }
     void hurry(const std::vector<Stretch> &memory) { writer_.get()->hurry(job_, memory); }
-    void rush() { writer_.get()->rush(*job_); }
     bool wait_durable(double timeout_s) { return writer_.get()->wait_settled(*job_, timeout_s); }
     void extend(FileSpec spec, bool is_partial) {
         const std::shared_ptr<NativeWriter> &writer = writer_.get();
@@ -107,7 +106,7 @@ class Writer {
         }
     }
 
-    std::unique_ptr<Ticket> submit(std::vector<FileSpec> specs, bool is_partial, bool is_lazy) {
+    std::unique_ptr<Ticket> submit(std::vector<FileSpec> specs, bool is_partial) {
         const std::shared_ptr<NativeWriter> &writer = handle_.get();
         for (FileSpec &spec : specs) {
             spec.prepare();
@@ -116,8 +115,7 @@ class Writer {
             throw py::value_error("plans: got " + std::to_string(specs.size()) +
                                   ", allowed is one where it is partial");
         }
-        return std::make_unique<Ticket>(writer,
-                                        writer->submit(std::move(specs), is_partial, is_lazy));
+        return std::make_unique<Ticket>(writer, writer->submit(std::move(specs), is_partial));
     }
 
     bool close(double deadline_s) { return handle_.get()->close(deadline_s); }
@@ -186,14 +184,14 @@ FileSpec spec_of(const py::tuple &plan) {
     return spec;
 }
 
-std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &plans, bool is_partial,
-                               bool is_lazy) {
+std::unique_ptr<Ticket> submit(Writer &writer, const std::vector<py::tuple> &plans,
+                               bool is_partial) {
     std::vector<FileSpec> specs;
     specs.reserve(plans.size());
     for (const py::tuple &plan : plans) {
         specs.push_back(spec_of(plan));
     }
-    return writer.submit(std::move(specs), is_partial, is_lazy);
+    return writer.submit(std::move(specs), is_partial);
 }
 
 std::vector<Stretch> memory_of(const py::handle &value) {
@@ -237,7 +235,6 @@ py::dict state_dict(Ticket &ticket) {
     result["staged_bytes"] = state.staged_bytes;
     result["direct_bytes"] = state.direct_bytes;
     result["hurried_bytes"] = state.hurried_bytes;
-    result["is_lazy"] = state.is_lazy;
     result["is_captured"] = state.is_captured;
     result["captured_chunks"] = state.captured_chunks;
     result["is_released"] = state.is_released;
@@ -303,7 +300,6 @@ void bind_checkpoint(py::module_ &module) {
             "hurry",
             [](Ticket &ticket, const py::handle &memory) { ticket.hurry(memory_of(memory)); },
             py::arg("memory"), "Capture what lies in this memory before everything else.")
-        .def("rush", &Ticket::rush, "Say that all of the live memory is about to change.")
         .def("wait_durable", &Ticket::wait_durable, py::arg("timeout_s") = -1.0, Unlocked(),
              "Wait until the job is durable or has failed; False if the time is over first.")
         .def(
@@ -322,7 +318,6 @@ void bind_checkpoint(py::module_ &module) {
              py::arg("io") = "auto", py::arg("direct") = true, py::arg("queue_depth") = 8,
              py::arg("bytes_per_s") = 0.0)
         .def("submit", &submit, py::arg("plans"), py::arg("is_partial") = false,
-             py::arg("is_lazy") = false,
              "Begin to write files, each (path, size, offsets, lengths, addresses, entries, "
              "literals, patches); the caller keeps their memory until they are captured. Of a "
              "partial one, which is alone, the rest comes with extend().")

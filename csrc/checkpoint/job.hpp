@@ -112,16 +112,13 @@ struct Job {
     std::uint64_t staged_bytes = 0;
     std::uint64_t direct_bytes = 0;
     std::uint64_t hurried_bytes = 0; // of the staged ones: because an update was about to come
-    bool is_lazy = false; // what can be written from where it lies stays there until its turn comes
-    bool is_rushed = false;  // all of it is wanted before an update
-    bool is_partial = false; // as its file is
-    std::size_t reading = 0; // chunks whose live memory is being read
+    bool is_partial = false;         // as its file is
+    std::size_t reading = 0;         // chunks whose live memory is being read
     std::optional<Failure> failure;
     std::atomic<bool> is_dropped{false}; // set together with `failure`; read without the lock
     std::optional<Clock::time_point> captured_at;
     std::optional<Clock::time_point> durable_at;
-    const Clock::time_point begin_at = Clock::now();
-    Clock::time_point progress_at = begin_at;
+    Clock::time_point progress_at = Clock::now();
 
     // Nobody reads the live memory any more.
     bool is_released() const { return reading == 0 && (captured_at || failure); }
@@ -134,7 +131,7 @@ struct JobState {
     std::uint64_t total_bytes, captured_bytes, written_bytes, staged_bytes, direct_bytes,
         hurried_bytes;
     std::size_t captured_chunks; // of the first file
-    bool is_lazy, is_captured, is_released, is_durable;
+    bool is_captured, is_released, is_durable;
     std::optional<Failure> failure;
     std::optional<double> capture_end_s, durable_end_s;
     double idle_s;

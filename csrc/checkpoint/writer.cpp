@@ -131,14 +131,12 @@ void Writer::spawn(std::function<void()> work) {
     worker.has_ended = false;
 }
 
-std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs, bool is_partial, bool is_lazy) {
+std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs, bool is_partial) {
     auto job = std::make_shared<Job>();
     job->is_partial = is_partial;
-    std::uint64_t coming = 0;
     for (FileSpec &spec : specs) {
         auto file = std::make_unique<File>();
         file->is_partial = is_partial;
-        coming += std::max(spec.size, spec.expected);
         set_spec(*job, *file, std::make_shared<const FileSpec>(std::move(spec)));
         job->files.push_back(std::move(file));
     }
@@ -146,10 +144,6 @@ std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs, bool is_partial
     if (is_closing_) {
         throw std::runtime_error("the writer is closed");
     }
-    for (const auto &each : active_) {
-        coming += each->total_bytes - each->written_bytes;
-    }
-    job->is_lazy = is_lazy && options_.use_direct && coming > options_.buffer_bytes && is_slow();
     active_.push_back(job);
     to_capture_.push_back(job);
     if (job->total_bytes == 0 && !is_partial) {
@@ -161,19 +155,6 @@ std::shared_ptr<Job> Writer::submit(std::vector<FileSpec> specs, bool is_partial
     }
     capture_changed_.notify_all();
     return job;
-}
-
-// Whether the disk is so slow that copies ahead of it only fill the ring. A job that fits is better
-// copied at once, off the update's way. So is one that a fast disk can take almost as it is copied:
-// a ring full of slabs keeps such a disk busy whatever the scheduler does to the capturing thread,
-// and reading for the checksum alone costs as much as copying along (measured on 2 cores, 1 GiB,
-// buffer of 256 MiB, several runs: durable after 0.55 to 0.81 s, and 0.77 to 1.04 s from where it
-// lay).
-bool Writer::is_slow() const {
-    constexpr double slow_bytes_per_s = 800e6;
-    const double allowed = options_.bytes_per_s;
-    return (allowed > 0 && allowed < slow_bytes_per_s) ||
-           (seen_bytes_per_s_ > 0 && seen_bytes_per_s_ < slow_bytes_per_s);
 }
 
 void Writer::set_spec(Job &job, File &file, std::shared_ptr<const FileSpec> spec) const {
@@ -232,14 +213,7 @@ bool Writer::wait_released(const std::shared_ptr<Job> &job, const std::vector<St
     });
 }
 
-void Writer::rush(Job &job) {
-    const Lock lock(mutex_);
-    job.is_rushed = true;
-    capture_changed_.notify_all();
-}
-
 bool Writer::wait_captured(const std::shared_ptr<Job> &job, double timeout_s) {
-    rush(*job);
     Lock lock(mutex_);
     return wait_until(lock, timeout_s, [&job] { return job->is_released(); });
 }
@@ -280,7 +254,6 @@ JobState Writer::state(const Job &job) {
     state.direct_bytes = job.direct_bytes;
     state.hurried_bytes = job.hurried_bytes;
     state.captured_chunks = job.files.empty() ? 0 : job.files.front()->captured_chunks;
-    state.is_lazy = job.is_lazy;
     state.is_captured = job.captured_at.has_value();
     state.is_released = job.is_released();
     state.is_durable = job.durable_at.has_value();

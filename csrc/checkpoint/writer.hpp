@@ -51,11 +51,8 @@ class Writer : public std::enable_shared_from_this<Writer> {
     ~Writer() = default;
 
     // Takes prepared specs. If `is_partial`, there is one, the file's beginning; the job waits for
-    // the rest, for extend(). If `is_lazy`, the caller will say by hurry() or wait_released() what
-    // is about to change, and the writer may leave the bytes of a job that is larger than the ring
-    // where they are until the disk takes them. Throws std::runtime_error after close().
-    std::shared_ptr<Job> submit(std::vector<FileSpec> specs, bool is_partial = false,
-                                bool is_lazy = false);
+    // the rest, for extend(). Throws std::runtime_error after close().
+    std::shared_ptr<Job> submit(std::vector<FileSpec> specs, bool is_partial = false);
 
     // Takes more of such a file, or all of it. Throws std::invalid_argument where its beginning is
     // not what was submitted.
@@ -69,9 +66,6 @@ class Writer : public std::enable_shared_from_this<Writer> {
     // helping meanwhile. Returns false when the time is over first.
     bool wait_released(const std::shared_ptr<Job> &job, const std::vector<Stretch> &memory,
                        double timeout_s);
-
-    // Says that all of the job's memory is about to change.
-    void rush(Job &job);
 
     // Waits until the job's live memory is not read any more, helping meanwhile. Returns false
     // when the time is over first. A negative time-out waits for ever.
@@ -96,7 +90,6 @@ class Writer : public std::enable_shared_from_this<Writer> {
 
     explicit Writer(const WriterOptions &options);
     void start();
-    bool is_slow() const;
     void set_spec(Job &job, File &file, std::shared_ptr<const FileSpec> spec) const;
     void spawn(std::function<void()> work);
 
@@ -168,7 +161,6 @@ class Writer : public std::enable_shared_from_this<Writer> {
     std::size_t direct_in_flight_ = 0;
     std::size_t capturing_ = 0; // chunks in capture_chunk, in whichever thread
     std::size_t touched_slabs_ = 0;
-    double seen_bytes_per_s_ = 0; // of the last job that was larger than the ring
     bool is_direct_;
     std::string direct_reason_;
     bool is_closing_ = false;  // no new jobs

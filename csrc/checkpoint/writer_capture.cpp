@@ -164,12 +164,8 @@ std::unique_ptr<Chunk> Writer::make_chunk(const std::shared_ptr<Job> &job, File 
     const auto payload = static_cast<std::size_t>(
         std::min<std::uint64_t>(options_.chunk_bytes, file.spec->size - begin));
     const unsigned char *data = nullptr;
-    int slab = SlabRing::none;
-    const bool may_be_direct = file.state != File::State::open || file.is_direct;
-    if (job->is_lazy && !job->is_rushed && !is_urgent && may_be_direct &&
-        direct_source(*file.spec, begin, payload) != nullptr) {
-        data = source_in_place(file, begin, payload); // else its turn comes later
-    } else if (slab = ring_.take(); slab != SlabRing::none) {
+    const int slab = ring_.take();
+    if (slab != SlabRing::none) {
         data = ring_.slab(slab).data();
     } else {
         data = source_in_place(file, begin, payload);
@@ -184,7 +180,7 @@ std::unique_ptr<Chunk> Writer::make_chunk(const std::shared_ptr<Job> &job, File 
     chunk->index = index;
     chunk->payload = payload;
     chunk->slab = slab;
-    chunk->is_hurried = is_urgent || (job->is_lazy && job->is_rushed);
+    chunk->is_hurried = is_urgent;
     chunk->data = data;
     chunk->offset = begin;
     chunk->is_dropped = &job->is_dropped;

@@ -283,10 +283,6 @@ void Writer::finish_file(Lock &lock, const std::shared_ptr<Job> &job, File &file
     job->progress_at = Clock::now();
     if (++job->durable_files == job->files.size()) {
         job->durable_at = job->progress_at;
-        if (job->total_bytes > options_.buffer_bytes) { // a smaller one may have waited for nothing
-            const std::chrono::duration<double> took = job->progress_at - job->begin_at;
-            seen_bytes_per_s_ = static_cast<double>(job->total_bytes) / took.count();
-        }
         active_.erase(std::find(active_.begin(), active_.end(), job));
         settled_.notify_all();
     }

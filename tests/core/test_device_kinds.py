@@ -178,6 +178,7 @@ def test_lanes_of_a_device_work_at_the_same_time(device: Device) -> None:
     for lane in lanes:
         lane.run(meet.wait, WAIT_S)  # breaks, and fails its lane, unless all three are there
     device.synchronize()
+    assert not meet.broken
 
 
 def test_an_event_is_not_done_before_its_work(device: Device) -> None:

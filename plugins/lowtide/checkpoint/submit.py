@@ -28,8 +28,6 @@ class _Way:
         if self.ticket is None:
             # The place among the writer's jobs is taken now; the stager keeps the same order.
             first, is_begun = (_nothing(plan), True) if plan.elsewhere else (plan, is_partial)
-            # Copied ahead as far as the buffer goes, not left in place (`is_lazy`): measured, what
-            # is in the buffer when an update begins shortens its wait on any disk.
             self.ticket = self._writer.submit([first], is_partial=is_begun)
         elif not plan.elsewhere:
             self.ticket.extend(plan, is_partial=is_partial)

@@ -159,7 +159,7 @@ class Updater:
         found, failure = outcome_of(action)
         try:
             is_well = self.scheduler.all_agree(failure is None)
-        except Exception:
+        except Exception:  # the others may be gone; this rank's own failure says more
             if failure is None:
                 raise
         if failure is not None:

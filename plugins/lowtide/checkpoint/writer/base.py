@@ -71,11 +71,6 @@ class Ticket(ABC):
             (see `error`). False when the time was over first.
         """
 
-    @property
-    @abstractmethod
-    def is_lazy(self) -> bool:
-        """Whether bytes stay where they are until the disk takes them (`Writer.submit`)."""
-
     @abstractmethod
     def hurry(self, memory: NDArray[np.uint64]) -> None:
         """Capture what lies in some memory before the rest; returns at once.
@@ -164,9 +159,7 @@ class Writer(ABC):
     """Copies jobs out of live memory and writes them behind the caller's back. Thread-safe."""
 
     @abstractmethod
-    def submit(
-        self, plans: Sequence[FilePlan], *, is_partial: bool = False, is_lazy: bool = False
-    ) -> Ticket:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> Ticket:
         """Begin to write files; returns at once.
 
         Jobs are captured in the order in which they come, but for what is hurried. The writer keeps
@@ -177,10 +170,6 @@ class Writer(ABC):
             plans: The files.
             is_partial: There is one, and it is only the beginning of its file. Then this job, and
                 those behind it, wait for `Ticket.extend` or `Ticket.cancel`.
-            is_lazy: The caller will tell what is about to change, by `Ticket.hurry`,
-                `wait_released` and `wait_captured`. A job that is larger than the buffer then
-                leaves what direct I/O can write from where it lies there until its turn comes, if
-                the disk is slow. Checkpoints do not ask for it: updates wait longer then.
 
         Raises:
             ValueError: A plan contradicts itself.

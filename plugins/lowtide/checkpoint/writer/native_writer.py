@@ -52,18 +52,11 @@ class NativeTicket(Ticket):
 
     def wait_captured(self, timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_captured`."""
-        with _typed_errors():
-            self._ticket.rush()  # a thread that may not block says it too
         is_over = self._wait(
             self._ticket.wait_captured, lambda: bool(self.state()["is_released"]), timeout_s
         )
         self.state()
         return is_over
-
-    @property
-    def is_lazy(self) -> bool:
-        """See `Ticket.is_lazy`."""
-        return bool(self.state()["is_lazy"])
 
     def hurry(self, memory: NDArray[np.uint64]) -> None:
         """See `Ticket.hurry`."""
@@ -193,13 +186,11 @@ class NativeWriter(Writer):
             self, _close, self._writer, self._uncaptured, os.getpid(), 0.0
         )
 
-    def submit(
-        self, plans: Sequence[FilePlan], *, is_partial: bool = False, is_lazy: bool = False
-    ) -> NativeTicket:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> NativeTicket:
         """See `Writer.submit`."""
         arguments = list(map(_arguments, plans))
         with _typed_errors():
-            ticket = self._writer.submit(arguments, is_partial, is_lazy)
+            ticket = self._writer.submit(arguments, is_partial)
         ticket = NativeTicket(ticket, plans, self._chunk_bytes)
         with self._lock:
             self._uncaptured.append(ticket)

@@ -93,15 +93,6 @@ class Source:
             found |= dict.fromkeys(range(first // chunk_bytes, last // chunk_bytes + 1))
         return list(found)
 
-    def is_in_place(self, begin: int, payload: int) -> int | None:
-        """Return the address of a chunk's memory if direct I/O can write it from there."""
-        piece, plan = self.piece_at(begin), self.plan
-        skip = begin - int(plan.offsets[piece])
-        address = int(plan.addresses[piece]) + skip
-        is_whole = plan.entries[piece] != LITERAL and int(plan.lengths[piece]) - skip >= payload
-        is_aligned = address % PAGE_BYTES == 0 and payload % PAGE_BYTES == 0
-        return address if is_whole and is_aligned else None
-
 
 @dataclass(frozen=True, kw_only=True)
 class FileResult:

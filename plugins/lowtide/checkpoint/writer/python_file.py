@@ -93,9 +93,7 @@ class Chunk:
     index: int
     begin: int
     payload: int
-    slab: int | None  # None: it is written from where it lies, which is `memory`
-    memory: memoryview | None = None
-    source: Source | None = None  # keeps `memory` alive
+    slab: int
     is_hurried: bool = False  # captured because its memory is about to be overwritten
 
 
@@ -184,7 +182,7 @@ class File:
         return unknown
 
     def capture(self, source: Source, chunk: Chunk, memory: memoryview) -> None:
-        """Copy a chunk to `memory`, unless it lies there; compute checksums of what is in it."""
+        """Copy a chunk to `memory`; compute checksums of what is in it."""
         end = chunk.begin + chunk.payload
         offset = chunk.begin
         unknown: list[Patch] = []
@@ -194,8 +192,7 @@ class File:
             skip = offset - int(plan.offsets[piece])
             address, entry = int(plan.addresses[piece]) + skip, int(plan.entries[piece])
             part = memory[offset - chunk.begin : offset - chunk.begin + length]
-            if chunk.slab is not None:
-                part[:] = self.live_memory(address, length)
+            part[:] = self.live_memory(address, length)
             if entry == LITERAL:
                 unknown += self.fill_in_patches(source, part, address, offset - chunk.begin)
             else:

@@ -42,9 +42,6 @@ class Core(Protocol):
     def wait_released(self, job: Job, memory: NDArray[np.uint64], timeout_s: float | None) -> bool:
         """Capture what lies in this memory first of all, and wait until nobody reads it."""
 
-    def rush(self, job: Job) -> None:
-        """Leave nothing of a job where it lies."""
-
 
 class Job(Ticket):
     """A job of the writer in Python."""
@@ -52,14 +49,13 @@ class Job(Ticket):
     def __init__(self, core: Core, plans: Sequence[FilePlan], *, is_partial: bool = False) -> None:
         self._core = core
         self.is_partial = is_partial
-        self.may_stay = self.is_rushed = False
-        self.direct_bytes = self.hurried_bytes = 0
+        self.hurried_bytes = 0
         self.files = [File(plan, core.slabs.slab_bytes, is_partial=is_partial) for plan in plans]
         self.total_bytes = sum(plan.size_bytes for plan in plans)
         self.captured_bytes = self.written_bytes = self.durable_files = 0
         self.reading = self.next_file = 0
         self.failure: Failure | None = None
-        self._begin_at = self._progress_at = time.monotonic()
+        self._progress_at = time.monotonic()
         self._captured_at = None if self.total_bytes or is_partial else self._progress_at
         self._durable_at = None if self.files else self._progress_at
         self.release_if_possible()
@@ -85,9 +81,7 @@ class Job(Ticket):
         self.reading -= 1
         if self.failure is None:
             file.note_captured(chunk)
-            is_direct = chunk.slab is None
-            self.direct_bytes += chunk.payload if is_direct else 0
-            self.hurried_bytes += chunk.payload if chunk.is_hurried and not is_direct else 0
+            self.hurried_bytes += chunk.payload if chunk.is_hurried else 0
             self.captured_bytes += chunk.payload
             self._note_progress()
         self.release_if_possible()
@@ -121,25 +115,15 @@ class Job(Ticket):
         self._durable_at = self._progress_at
         return True
 
-    def bytes_per_s(self) -> float:
-        """Return how fast a durable job was written."""
-        return self.total_bytes / max(self._progress_at - self._begin_at, 1e-9)
-
     # --- for the caller
 
     def wait_captured(self, timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_captured`; the caller does not help, two threads of Python do not."""
-        self._core.rush(self)
         return self._core.wait(self.is_released, timeout_s)
 
     def wait_released(self, memory: NDArray[np.uint64], timeout_s: float | None = None) -> bool:
         """See `Ticket.wait_released`."""
         return self._core.wait_released(self, memory, timeout_s)
-
-    @property
-    def is_lazy(self) -> bool:
-        """See `Ticket.is_lazy`."""
-        return self.may_stay
 
     def hurry(self, memory: NDArray[np.uint64]) -> None:
         """See `Ticket.hurry`."""
@@ -165,8 +149,8 @@ class Job(Ticket):
             total_bytes=self.total_bytes,
             captured_bytes=self.captured_bytes,
             written_bytes=self.written_bytes,
-            staged_bytes=self.captured_bytes - self.direct_bytes,
-            direct_bytes=self.direct_bytes,
+            staged_bytes=self.captured_bytes,
+            direct_bytes=0,
             hurried_bytes=self.hurried_bytes,
             idle_s=0.0 if self.is_settled() else time.monotonic() - self._progress_at,
             capture_end_s=self._captured_at,

@@ -14,18 +14,15 @@ from lowtide.checkpoint.writer.python_job import Job
 
 Place: TypeAlias = tuple[Job, File, int]  # a chunk by its number
 
-_MOST_IN_PLACE = 2  # chunks that are being written from where they lie
-
 
 class Queue:
     """Chunks to be captured. Guarded by the writer's lock."""
 
     def __init__(self, slabs: Slabs) -> None:
-        self.in_place = 0  # chunks that are being written from where they lie
         self._slabs = slabs
         self._jobs: deque[Job] = deque()
         self._urgent: deque[Place] = deque()  # to be captured before them
-        self._found: tuple[Job, File, Chunk] | None = None
+        self._found: tuple[Place, bool] | None = None
 
     def add(self, job: Job) -> None:
         """Take a job, behind the others."""
@@ -70,31 +67,24 @@ class Queue:
         return False
 
     def _can_take(self, job: Job, file: File, index: int, *, is_urgent: bool) -> bool:
-        begin = index * self._slabs.slab_bytes
-        payload = min(self._slabs.slab_bytes, file.size_bytes - begin)
-        chunk = Chunk(index=index, begin=begin, payload=payload, slab=None, source=file.source)
-        chunk.is_hurried = is_urgent or (job.is_lazy and job.is_rushed)
-        may_be_direct = file.is_direct or file.direct_reason is None
-        address = None
-        if job.is_lazy and may_be_direct and chunk.source is not None:
-            address = chunk.source.is_in_place(begin, payload)
-        is_full = not self._slabs.has_free()
-        if address is not None and (is_full or not chunk.is_hurried):
-            chunk.memory = File.live_memory(address, payload)
-            is_full = self.in_place >= _MOST_IN_PLACE
-        self._found = None if is_full else (job, file, chunk)
-        return not is_full
+        has_slab = self._slabs.has_free()
+        self._found = ((job, file, index), is_urgent) if has_slab else None
+        return has_slab
 
     def take(self) -> tuple[Job, File, Chunk]:
-        """Take what was found, with a slab for it if it needs one."""
+        """Take what was found, with a slab for it."""
         if self._found is None:
             raise AssertionError("unreachable: a chunk was found")
-        (job, file, chunk), self._found = self._found, None
-        if chunk.memory is None:
-            chunk.slab, chunk.source = self._slabs.take(), None
-        else:
-            self.in_place += 1
-        file.stages[chunk.index] = Stage.TAKEN
+        ((job, file, index), is_urgent), self._found = self._found, None
+        begin = index * self._slabs.slab_bytes
+        chunk = Chunk(
+            index=index,
+            begin=begin,
+            payload=min(self._slabs.slab_bytes, file.size_bytes - begin),
+            slab=self._slabs.take(),
+            is_hurried=is_urgent,
+        )
+        file.stages[index] = Stage.TAKEN
         file.in_flight += 1
         job.reading += 1
         return job, file, chunk

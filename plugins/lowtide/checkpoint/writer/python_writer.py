@@ -26,17 +26,13 @@ from lowtide.checkpoint.writer.python_queue import Queue
 from lowtide.core.errors import CheckpointError
 
 _IO_THREADS = 4
-_SLOW_BYTES_PER_S = 800e6
 _GRACE_S = 2.0  # for threads to end, if nothing hangs
 
 _Task: TypeAlias = tuple[Job, File, "Chunk | None"]  # without a chunk: sync and close the file
 
 
 class PythonWriter(Writer):
-    """The arguments are those of `open_writer`; it never uses io_uring.
-
-    It writes from where bytes lie only for a lazy job.
-    """
+    """The arguments are those of `open_writer`; it uses no io_uring and copies every byte."""
 
     def __init__(
         self,
@@ -59,16 +55,14 @@ class PythonWriter(Writer):
         self._core.start(min(queue_depth, _IO_THREADS))
         self._finalizer = weakref.finalize(self, self._core.close, 0.0)
 
-    def submit(
-        self, plans: Sequence[FilePlan], *, is_partial: bool = False, is_lazy: bool = False
-    ) -> Ticket:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool = False) -> Ticket:
         """See `Writer.submit`."""
         self._core.check_process()
         for plan in plans:
             check_plan(plan)
         if is_partial and len(plans) != 1:
             raise ValueError(f"plans: got {len(plans)}, allowed is one where it is partial")
-        return self._core.submit(plans, is_partial=is_partial, is_lazy=is_lazy)
+        return self._core.submit(plans, is_partial=is_partial)
 
     def close(self, *, timeout_s: float) -> bool:
         """See `Writer.close`."""
@@ -91,7 +85,6 @@ class _Core:
         self._use_direct = self._is_direct = direct
         self._direct_reason = "" if direct else "switched off by the caller"
         self._bytes_per_s = bytes_per_s
-        self._seen_rate = 0.0  # of the last job that was larger than the buffer
         self._free_at = time.monotonic()  # when the rate allows the next byte
         self._queue = Queue(slabs)  # of what is to be captured
         self._tasks: deque[_Task] = deque()
@@ -117,16 +110,12 @@ class _Core:
                 "each process, after the fork"
             )
 
-    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool, is_lazy: bool) -> Job:
+    def submit(self, plans: Sequence[FilePlan], *, is_partial: bool) -> Job:
         """Queue checked plans."""
         job = Job(self, plans, is_partial=is_partial)
-        coming = sum(max(plan.size_bytes, plan.expected_bytes) for plan in plans)
         with self._changed:
             if self._is_closing:
                 raise CheckpointError("checkpoint writer: the writer is closed")
-            coming += sum(each.total_bytes - each.written_bytes for each in self._active)
-            is_larger = coming > self.slabs.buffer_bytes
-            job.may_stay = is_lazy and self._use_direct and is_larger and self._is_slow()
             if not job.is_settled():
                 self._active.append(job)
                 self._queue.add(job)
@@ -135,13 +124,6 @@ class _Core:
                     self._add_task(job, file, None)
             self._changed.notify_all()
         return job
-
-    def _is_slow(self) -> bool:
-        """Tell whether the disk is so slow that copies ahead of it only fill the buffer.
-
-        For the numbers see csrc/checkpoint/writer.cpp.
-        """
-        return any(0 < rate < _SLOW_BYTES_PER_S for rate in (self._bytes_per_s, self._seen_rate))
 
     def extend(self, job: Job, plan: FilePlan, *, is_partial: bool) -> None:
         """Take more of a job's partial file."""
@@ -206,13 +188,6 @@ class _Core:
 
             return self._changed.wait_for(is_over, timeout_s)
 
-    def rush(self, job: Job) -> None:
-        """Leave nothing of a job where it lies."""
-        self.check_process()
-        with self._changed:
-            job.is_rushed = True
-            self._changed.notify_all()
-
     def close(self, timeout_s: float) -> bool:
         """See `Writer.close`."""
         if os.getpid() != self._pid:
@@ -244,20 +219,13 @@ class _Core:
                 self._at_work += 1
                 source = file.source
             if source is not None:
-                file.capture(source, chunk, self._memory_of(chunk))
+                file.capture(source, chunk, self.slabs.memory(chunk.slab))
             del source  # it keeps the live memory
             with self._changed:
-                if chunk.slab is not None:
-                    job.count_captured(file, chunk)
+                job.count_captured(file, chunk)
                 self._tasks.append((job, file, chunk))
                 self._changed.notify_all()
             del job, file, chunk
-
-    def _memory_of(self, chunk: Chunk) -> memoryview:
-        """Return where the bytes are that are written."""
-        if chunk.memory is not None:
-            return chunk.memory
-        return self.slabs.memory(chunk.slab or 0)
 
     # --- I/O
 
@@ -284,7 +252,7 @@ class _Core:
             if chunk is None:
                 file.finish(is_wanted=job.failure is None)
             elif job.failure is None and self._is_due(job, chunk):
-                file.write(chunk, self._memory_of(chunk))
+                file.write(chunk, self.slabs.memory(chunk.slab))
         except Failed as failed:
             return failed.operation, str(file.path), failed.code, file.size_bytes
         return None
@@ -306,14 +274,8 @@ class _Core:
         if chunk is None:
             if job.failure is None and job.count_durable():
                 self._active.remove(job)
-                if job.total_bytes > self.slabs.buffer_bytes:  # a smaller one may not have waited
-                    self._seen_rate = job.bytes_per_s()
             return
-        if chunk.slab is None:
-            self._queue.in_place -= 1
-            job.count_captured(file, chunk)
-        else:
-            self.slabs.give(chunk.slab)
+        self.slabs.give(chunk.slab)
         file.in_flight -= 1
         if job.failure is None:
             job.count_written(chunk)

@@ -1,4 +1,4 @@
-"""Jobs whose bytes stay where they are: written from there, or captured when they are asked for."""
+"""Jobs larger than the buffer, of which pieces are asked for before they are overwritten."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.checkpoint.writer_cases import (
 
 CHUNK = 4 * PAGE
 SLABS = 3
-FASTEST = 700e6  # at more a job is copied as fast as possible
+FASTEST = 0.0  # as fast as it goes
 SLOW = 4e6  # bytes per second: most of a job is still in place when it is overwritten
 
 
@@ -56,7 +56,7 @@ def memory_of(*arrays: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.array(places, np.uint64).reshape(-1, 2)
 
 
-def open_lazy(way: Way, bytes_per_s: float = SLOW, slabs: int = SLABS) -> Writer:
+def open_slow(way: Way, bytes_per_s: float = SLOW, slabs: int = SLABS) -> Writer:
     return way.open(slabs=slabs, chunk_bytes=CHUNK, bytes_per_s=bytes_per_s)
 
 
@@ -69,11 +69,10 @@ def overwrite(ticket: Ticket, array: NDArray[np.uint8]) -> None:
 def test_file_is_as_at_the_request_when_pieces_are_overwritten_in_any_order(
     way: Way, tmp_path: Path, seed: int
 ) -> None:
-    writer = open_lazy(way)
+    writer = open_slow(way)
     random = np.random.default_rng(seed)
     draft = draft_of(tmp_path / "file", seed)
-    ticket = writer.submit([draft.plan()], is_lazy=True)
-    assert ticket.is_lazy
+    ticket = writer.submit([draft.plan()])
     order = [draft.arrays[i] for i in random.permutation(len(draft.arrays)).tolist()]
     if seed % 2:
         ticket.hurry(memory_of(*order))
@@ -90,9 +89,9 @@ def test_file_is_as_at_the_request_when_pieces_are_overwritten_in_any_order(
 
 def test_overwriting_without_asking_is_seen_in_the_file(way: Way, tmp_path: Path) -> None:
     # What the test above would show if nobody waited.
-    writer = open_lazy(way, bytes_per_s=1e6)
+    writer = open_slow(way, bytes_per_s=1e6)
     draft = Draft(tmp_path / "file").entry(0, aligned_array(40 * CHUNK, 0))
-    ticket = writer.submit([draft.plan()], is_lazy=True)
+    ticket = writer.submit([draft.plan()])
     draft.arrays[0][20 * CHUNK :] = 0
     assert ticket.wait_released(memory_of(draft.arrays[0]), EVER_S)
     ticket.cancel()
@@ -102,38 +101,10 @@ def test_overwriting_without_asking_is_seen_in_the_file(way: Way, tmp_path: Path
     assert written[20 * CHUNK : 40 * CHUNK] != draft.expected[20 * CHUNK : 40 * CHUNK]
 
 
-def test_bytes_that_lie_right_are_not_copied_if_nobody_needs_them(way: Way, tmp_path: Path) -> None:
-    writer = open_lazy(way, bytes_per_s=FASTEST)
-    draft = Draft(tmp_path / "file").literal(b"h" * 100).entry(0, aligned_array(60 * CHUNK, 100))
-    ticket = writer.submit([draft.patch(0).plan()], is_lazy=True)
-    assert ticket.wait_durable(EVER_S)
-    if not writer.facts()["is_direct"]:
-        pytest.skip("no direct I/O here")
-    draft.check(finish(ticket)[0], CHUNK)
-    progress = ticket.progress()
-    assert progress.direct_bytes == 59 * CHUNK
-    assert progress.hurried_bytes == 0
-    assert writer.close(timeout_s=EVER_S)
-
-
-@pytest.mark.parametrize("other", ["fits", "not lazy", "buffered", "fast"])
-def test_what_fits_or_cannot_stay_is_copied_at_once(way: Way, tmp_path: Path, other: str) -> None:
-    direct = other != "buffered"
-    slabs = 64 if other == "fits" else SLABS
-    rate = 0.0 if other == "fast" else SLOW
-    writer = way.open(slabs=slabs, chunk_bytes=CHUNK, bytes_per_s=rate, direct=direct)
-    draft = Draft(tmp_path / "file").entry(0, aligned_array(20 * CHUNK, 0))
-    ticket = writer.submit([draft.plan()], is_lazy=other != "not lazy")
-    assert not ticket.is_lazy
-    overwrite(ticket, draft.arrays[0])
-    draft.check(finish(ticket)[0], CHUNK)
-    assert writer.close(timeout_s=EVER_S)
-
-
 def test_what_is_asked_for_comes_before_what_is_hurried(way: Way, tmp_path: Path) -> None:
-    writer = open_lazy(way, bytes_per_s=1e6)
+    writer = open_slow(way, bytes_per_s=1e6)
     draft = Draft(tmp_path / "file").entry(0, aligned_array(60 * CHUNK, 0))
-    ticket = writer.submit([draft.plan()], is_lazy=True)
+    ticket = writer.submit([draft.plan()])
     parts = [draft.arrays[0][i * 10 * CHUNK :][: 10 * CHUNK] for i in range(6)]
     ticket.hurry(memory_of(*parts[:5]))
     overwrite(ticket, parts[5])
@@ -150,11 +121,11 @@ def test_early_ends_of_entries_do_not_keep_the_buffer_from_their_beginnings(
 ) -> None:
     # Each last chunk has the checksum of an entry that has hardly begun; there are many more of
     # them than slabs, and no chunk lies as direct I/O needs it.
-    writer = open_lazy(way, bytes_per_s=FASTEST)
+    writer = open_slow(way, bytes_per_s=FASTEST)
     draft = Draft(tmp_path / "file")
     for number in range(8 * SLABS):
         draft.entry(number, aligned_array(2 * CHUNK, 64, seed=number)).patch(number)
-    ticket = writer.submit([draft.plan()], is_lazy=True)
+    ticket = writer.submit([draft.plan()])
     ends = [array[-8:] for array in reversed(draft.arrays)]
     for end in ends:
         overwrite(ticket, end)
@@ -166,11 +137,11 @@ def test_early_ends_of_entries_do_not_keep_the_buffer_from_their_beginnings(
 
 def test_many_files_asked_for_from_the_last_one_on(way: Way, tmp_path: Path) -> None:
     # More than are open at once, and far more than slabs; none can be closed early on.
-    writer = open_lazy(way, bytes_per_s=FASTEST)
+    writer = open_slow(way, bytes_per_s=FASTEST)
     drafts = [
         Draft(tmp_path / f"{i}").entry(0, aligned_array(2 * CHUNK, 64, i)) for i in range(120)
     ]
-    ticket = writer.submit([draft.plan() for draft in drafts], is_lazy=True)
+    ticket = writer.submit([draft.plan() for draft in drafts])
     ticket.hurry(memory_of(*(draft.arrays[0][CHUNK:] for draft in reversed(drafts))))
     deadline_s = time.monotonic() + EVER_S
     while ticket.progress().captured_bytes < 66 * CHUNK and time.monotonic() < deadline_s:
@@ -182,10 +153,10 @@ def test_many_files_asked_for_from_the_last_one_on(way: Way, tmp_path: Path) -> 
     assert writer.close(timeout_s=EVER_S)
 
 
-def test_files_told_in_parts_may_be_lazy_too(way: Way, tmp_path: Path) -> None:
-    writer = open_lazy(way)
+def test_files_told_in_parts_may_be_asked_for_too(way: Way, tmp_path: Path) -> None:
+    writer = open_slow(way)
     draft = Draft(tmp_path / "file").entry(0, aligned_array(20 * CHUNK + 5, 0, seed=1))
-    ticket = writer.submit([draft.plan()], is_partial=True, is_lazy=True)
+    ticket = writer.submit([draft.plan()], is_partial=True)
     draft.patch(0).entry(1, aligned_array(20 * CHUNK, len(draft.expected) % PAGE, seed=2))
     ticket.extend(draft.patch(1).plan())
     for array in reversed(draft.arrays):
@@ -197,9 +168,9 @@ def test_files_told_in_parts_may_be_lazy_too(way: Way, tmp_path: Path) -> None:
 def test_waiting_ends_when_the_time_is_over_and_when_the_job_is_cancelled(
     way: Way, tmp_path: Path
 ) -> None:
-    writer = open_lazy(way, bytes_per_s=1e4)
+    writer = open_slow(way, bytes_per_s=1e4)
     draft = Draft(tmp_path / "file").entry(0, aligned_array(60 * CHUNK, 0))
-    ticket = writer.submit([draft.plan()], is_lazy=True)
+    ticket = writer.submit([draft.plan()])
     memory = memory_of(draft.arrays[0])
     assert not ticket.wait_released(memory, 0.1)
     threading.Timer(0.2, ticket.cancel).start()
@@ -213,9 +184,9 @@ def test_waiting_ends_when_the_time_is_over_and_when_the_job_is_cancelled(
 
 
 def test_waiting_ends_when_the_disk_fails(way: Way, tmp_path: Path) -> None:
-    writer = open_lazy(way)
+    writer = open_slow(way)
     draft = Draft(tmp_path / "missing" / "file").entry(0, aligned_array(60 * CHUNK, 0))
-    ticket = writer.submit([draft.plan()], is_lazy=True)
+    ticket = writer.submit([draft.plan()])
     assert ticket.wait_released(memory_of(draft.arrays[0]), EVER_S)
     assert "No such file" in str(ticket.error)
     assert writer.close(timeout_s=EVER_S)
@@ -223,9 +194,9 @@ def test_waiting_ends_when_the_disk_fails(way: Way, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_waiting_for_all_is_still_possible(way: Way, tmp_path: Path) -> None:
-    writer = open_lazy(way)
+    writer = open_slow(way)
     draft = draft_of(tmp_path / "file", 11)
-    ticket = writer.submit([draft.plan()], is_lazy=True)
+    ticket = writer.submit([draft.plan()])
     overwrite(ticket, draft.arrays[3])
     assert ticket.wait_captured(EVER_S)
     for array in draft.arrays:
@@ -235,9 +206,9 @@ def test_waiting_for_all_is_still_possible(way: Way, tmp_path: Path) -> None:
 
 
 def test_a_thread_that_may_not_block_waits_too(way: Way, tmp_path: Path) -> None:
-    writer = open_lazy(way)
+    writer = open_slow(way)
     draft = Draft(tmp_path / "file").entry(0, aligned_array(20 * CHUNK, 0))
-    ticket = writer.submit([draft.plan()], is_lazy=True)
+    ticket = writer.submit([draft.plan()])
     thread = threading.Thread(target=overwrite, args=(ticket, draft.arrays[0]), daemon=True)
     thread.start()
     thread.join(EVER_S)
