@@ -155,12 +155,12 @@ void write_in_parts(Writer &writer, const std::string &folder, int number) {
 // Overwrites the memory piece by piece, from the end on, while the rest is still being written.
 void write_lazily(Writer &writer, const std::string &folder, int number) {
     for (int round = 0; round < 12; ++round) {
-        const std::string path = folder + "/lazy" + std::to_string(number);
+        const std::string path = folder + "/asked" + std::to_string(number);
         Source source(300'000 + 4096u * round, static_cast<unsigned>(round));
         const std::string expected = source.expected();
         std::vector<FileSpec> specs;
         specs.push_back(source.spec(path));
-        const auto job = writer.submit(std::move(specs), false, true);
+        const auto job = writer.submit(std::move(specs));
         const std::uint64_t begin = reinterpret_cast<std::uintptr_t>(source.entry.get());
         if (round % 2 == 0) {
             writer.hurry(job, {{begin, begin + source.bytes}});
