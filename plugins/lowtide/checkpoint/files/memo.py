@@ -48,6 +48,7 @@ _ATTRIBUTES = operator.attrgetter("__dict__")
 _HOOKS = operator.attrgetter("_backward_hooks")
 _CDATA = operator.attrgetter("_cdata")
 _Columns = tuple[list[torch.UntypedStorage], list[Any]]
+NO_MEMORY = (RuntimeError, NotImplementedError, AttributeError)  # what sparse or nested ones raise
 
 
 def look_at(tensors: Sequence[torch.Tensor]) -> _Columns | None:
@@ -65,7 +66,7 @@ def look_at(tensors: Sequence[torch.Tensor]) -> _Columns | None:
             map(torch.UntypedStorage.nbytes, storages),
         )
         return storages, list(zip(*columns, strict=True))
-    except (RuntimeError, NotImplementedError, AttributeError):  # sparse, nested, without memory
+    except NO_MEMORY:
         return None
 
 
@@ -130,10 +131,13 @@ class Memo:
         """Forget what was noted of so many tensors from `begin` on."""
         self.facts[begin : begin + count] = [None] * count
 
-    def note(self, position: int, facts: Any, number: int, opcodes: bytes) -> None:
-        """Note a tensor that has a storage for itself."""
-        self.facts[position], self.numbers[position] = facts, number
-        self.opcodes[position] = opcodes
+    def note(
+        self, begin: int, facts: list[Any], numbers: Sequence[int], opcodes: list[bytes]
+    ) -> None:
+        """Note tensors from `begin` on that have storages for themselves."""
+        end = begin + len(facts)
+        self.facts[begin:end], self.numbers[begin:end] = facts, numbers
+        self.opcodes[begin:end] = opcodes
 
     def fits(self, begin: int, facts: list[Any], number: int) -> bool:
         """Tell whether tensors from `begin` on were the same, in records from `number` on."""

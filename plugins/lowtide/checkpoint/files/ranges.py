@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lowtide.checkpoint.files import opcodes
 from lowtide.checkpoint.files.archive import HEADER_BYTES, PAGE_BYTES, Record
-from lowtide.checkpoint.files.memo import Memo, has_own_storage, look_at
+from lowtide.checkpoint.files.memo import NO_MEMORY, Memo, Metadata, has_own_storage, look_at
 from lowtide.checkpoint.writer.plan import DeviceBytes
 from lowtide.core.device import Device
 from lowtide.core.device.homes import Homes
@@ -22,7 +26,7 @@ BATCH_GROWTH = 2  # less than laying out is faster than disks are, so that none 
 BLOCK = 256  # tensors that are looked at together
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
 
-_BYTES, _CDATA = operator.attrgetter("nbytes"), operator.attrgetter("_cdata")
+_BYTES = operator.attrgetter("nbytes")
 _ADDRESS, _SIZE = map(operator.itemgetter, (8, 9))  # of `Facts`
 
 
@@ -57,8 +61,8 @@ class Ranges:
         self._has_given = homes is not None and homes.has_given
         self._memo = memo
         self._ranges: dict[tuple[int, torch.dtype], list[Range]] = {}
-        # Of tensors that were taken over as they were: tensor, storage, number of its record.
-        self._same: dict[tuple[int, torch.dtype], tuple[torch.Tensor, Any, int]] = {}
+        # Of tensors that were taken together with others: tensor, storage, number of its record.
+        self._own: dict[tuple[int, torch.dtype], tuple[torch.Tensor, Any, int]] = {}
         self._alive: list[Any] = []  # ids must stay taken while they are keys
         self.tensors: list[torch.Tensor] = []  # that were found
         self.opcodes: list[bytes] = []  # that push them; empty if that is not known yet
@@ -104,7 +108,7 @@ class Ranges:
             for tensor in tensors:
                 self._add_any(tensor)
             self._memo.forget(begin, len(tensors))
-        elif not self._take_same(begin, tensors, *seen):
+        elif not self._take_all(begin, tensors, *seen):
             self._memo.forget(begin, len(tensors))  # what is not noted again is not so any more
             rows = zip(tensors, *seen, strict=True)
             for position, (tensor, storage, facts) in enumerate(rows, begin):
@@ -113,24 +117,27 @@ class Ranges:
                 else:
                     self._add_any(tensor)
 
-    def _take_same(
+    def _take_all(
         self, begin: int, tensors: list[torch.Tensor], storages: list[Any], facts: list[Any]
     ) -> bool:
-        """Take tensors of which all is as it was in the file before; tell whether it is."""
-        number, end = len(self.records), begin + len(tensors)
+        """Take tensors that all have storages for themselves, at once; tell whether they do."""
+        number, end, memo = len(self.records), begin + len(tensors), self._memo
         keys = list(map(_key, facts))
+        is_same = memo.fits(begin, facts, number)  # as they were in the file before
         if (
-            not self._memo.fits(begin, facts, number)
+            not (is_same or all(map(has_own_storage, facts)))
             or self._has_given
             or not all(map(self._is_stable, tensors))
             or len(set(keys)) < len(keys)  # what shares memory must come into one record
             or not self._ranges.keys().isdisjoint(keys)
-            or not self._same.keys().isdisjoint(keys)
+            or not self._own.keys().isdisjoint(keys)
         ):
             return False
         numbers = range(number, number + len(tensors))
-        self._same.update(zip(keys, zip(tensors, storages, numbers, strict=True), strict=True))
-        self.opcodes[begin:end] = self._memo.opcodes[begin:end]
+        if not is_same:
+            memo.note(begin, facts, numbers, _pushing(facts, numbers))
+        self._own.update(zip(keys, zip(tensors, storages, numbers, strict=True), strict=True))
+        self.opcodes[begin:end] = memo.opcodes[begin:end]
         self.lazy += tensors
         sizes = list(map(_SIZE, facts))
         self.records += map(Record, storages, map(_ADDRESS, facts), sizes)
@@ -138,18 +145,14 @@ class Ranges:
         return True
 
     def _add_own(self, position: int, tensor: torch.Tensor, storage: Any, facts: Any) -> None:
-        """Add a tensor that is all that is seen of its storage: by far the most frequent."""
-        kind, (dtype, shape, grad, _, _, size), stride, offset = facts[:4]
-        kept = Range(storage, 0, size, [tensor])
+        """Add a tensor that has a storage for itself, among others that have not."""
+        kept = Range(storage, 0, _SIZE(facts), [tensor])
         self._ranges[_key(facts)] = [kept]
         self._record(kept)
-        head, tail = opcodes.around_number(
-            *(dtype, kept.location, size // dtype.itemsize, offset, shape, stride, grad),
-            kind is torch.nn.Parameter,
-        )
-        pushing = self.opcodes[position] = opcodes.numbered(head, kept.number, tail)
+        pushing = _pushing([facts], [kept.number])
+        self.opcodes[position] = pushing[0]
         if kept.is_lazy and kept.number not in self.elsewhere:
-            self._memo.note(position, facts, kept.number, pushing)
+            self._memo.note(position, [facts], [kept.number], pushing)
 
     def _add_any(self, tensor: torch.Tensor) -> None:
         if not is_plain(tensor):
@@ -159,8 +162,8 @@ class Ranges:
 
     def _ranges_of(self, key: tuple[int, torch.dtype]) -> list[Range]:
         """Return the ranges that there are of a storage as one dtype."""
-        if key in self._same:
-            tensor, storage, number = self._same.pop(key)
+        if key in self._own:
+            tensor, storage, number = self._own.pop(key)
             kept = Range(storage, 0, storage.nbytes(), [tensor], number, is_lazy=True)
             self._ranges[key] = [kept]
         return self._ranges.get(key, [])
@@ -285,6 +288,24 @@ def _key(facts: Any) -> tuple[int, torch.dtype]:
     return facts[7], facts[1][0]
 
 
+def _pushing(facts: list[Any], numbers: Sequence[int]) -> list[bytes]:
+    """Return the opcodes that push tensors which have storages of the host for themselves."""
+    kinds, metadata, strides, offsets = itertools.islice(zip(*facts, strict=True), 4)
+    heads, tails = zip(*map(_around, kinds, metadata, strides, offsets), strict=True)
+    return list(map(opcodes.numbered, heads, numbers, tails))
+
+
+@functools.lru_cache(8192)
+def _around(
+    kind: type, metadata: Metadata, stride: tuple[int, ...], offset: int
+) -> tuple[bytes, bytes]:
+    dtype, shape, grad, _, _, size = metadata
+    return opcodes.around_number(
+        *(dtype, "cpu", size // dtype.itemsize, offset, shape, stride, grad),
+        kind is torch.nn.Parameter,
+    )
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Tell whether dtype, storage, offset, size and stride are all there is to a tensor."""
     kind = type(tensor)
@@ -322,18 +343,25 @@ def _tensors(state: Any) -> dict[int, torch.Tensor]:
 
 
 def _total_bytes(tensors: list[torch.Tensor]) -> int:
-    """Return what tensors and their headers may take in the file."""
+    """Return what tensors and their headers may take in the file: memory of several counts once."""
     try:
-        storages = list(map(torch.Tensor.untyped_storage, tensors))
-        keys = list(map(_CDATA, storages))
-        most = dict(zip(keys, map(torch.UntypedStorage.nbytes, storages), strict=True))
-        seen = dict.fromkeys(most, 0)
-        for key, size in zip(keys, map(_BYTES, tensors), strict=True):
-            seen[key] += size
-    except (RuntimeError, NotImplementedError):  # a kind of tensor that does not know
+        begins = _numbers(map(torch.Tensor.data_ptr, tensors), len(tensors))
+        ends = begins + _numbers(map(_BYTES, tensors), len(tensors))
+        is_dense = list(map(torch.Tensor.is_contiguous, tensors))
+    except NO_MEMORY:
         return 0
-    # Views may overlap, and expanded ones have less memory than they say.
-    return sum(map(min, seen.values(), most.values())) + HEADER_BYTES * len(tensors)
+    if not all(is_dense):  # an expanded one has less memory than it says
+        for i in np.flatnonzero(np.logical_not(is_dense)):
+            begin, end = _extent(tensors[i])
+            ends[i] = begins[i] + (end - begin)
+    order = np.argsort(begins)
+    begins, ends = begins[order], np.maximum.accumulate(ends[order])
+    begins[1:] = np.maximum(begins[1:], ends[:-1])
+    return int((ends - begins).sum()) + HEADER_BYTES * len(tensors)
+
+
+def _numbers(values: Iterable[int], count: int) -> NDArray[np.int64]:
+    return np.fromiter(values, np.int64, count)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
