@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from checkpoint_in_place import in_place
+from checkpoint_asking import asking
 from checkpoint_restore import restore
 from checkpoint_sizes import many_tensors, memory
 from checkpoint_training import every_iteration, idle, training
@@ -37,7 +37,7 @@ SECTIONS: list[tuple[str, Callable[[argparse.Namespace, Path], None]]] = [
     ("training", training),
     ("idle", idle),
     ("every_iteration", every_iteration),
-    ("in_place", in_place),
+    ("asking", asking),
     ("many_tensors", many_tensors),
     ("memory", memory),
     ("restore", restore),

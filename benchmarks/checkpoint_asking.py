@@ -90,7 +90,7 @@ class Iteration:
         return found
 
 
-def in_place(options: argparse.Namespace, folder: Path) -> None:
+def asking(options: argparse.Namespace, folder: Path) -> None:
     """Both ways, for iterations of several lengths and disks of several rates."""
     total_bytes = round(options.gib * 1024) * MIB
     print(f"Updates of {total_bytes / MIB:.0f} MiB in sub-groups; medians, seconds:")
