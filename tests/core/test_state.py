@@ -359,10 +359,14 @@ def test_what_is_not_all_inside_is_outside() -> None:
 class Reader:
     def __init__(self, is_reading: bool = True) -> None:
         self.is_reading = is_reading
+        self.free = np.zeros((1, 2), np.uint64)
         self.asked: list[tuple[str, list[list[int]]]] = []
 
     def hurry(self, memory: Memory) -> None:
         self.asked.append(("hurry", memory.tolist()))
+
+    def is_released(self, memory: Memory) -> bool:
+        return bool((memory == self.free).all(1).any())
 
     def release(self, memory: Memory) -> None:
         self.asked.append(("release", memory.tolist()))
@@ -382,6 +386,22 @@ def test_readers_are_asked_in_order_and_only_while_they_read() -> None:
     state.before_overwrite([torch.empty(0)])
     assert reader.asked == [("hurry", places), ("release", places[1:])]
     assert idle.asked == []
+
+
+def test_memory_may_be_overwritten_once_no_reader_needs_it() -> None:
+    state, readers, tensor = StateAuthority(), [Reader(), Reader()], torch.zeros(4)
+    assert state.may_overwrite([tensor])
+    for reader in readers:
+        state.add_reader(reader)
+    assert state.may_overwrite([torch.empty(0)])
+    for reader in readers:
+        assert not state.may_overwrite([tensor])
+        reader.free = memory_of([tensor])
+    assert state.may_overwrite([tensor])
+    readers[0].free = memory_of([])
+    readers[0].is_reading = False
+    assert state.may_overwrite([tensor])
+    assert not any(reader.asked for reader in readers), "to look is not to ask"
 
 
 def test_promises_are_looked_up_each_time_and_can_be_taken_back() -> None:

@@ -425,13 +425,13 @@ def test_whoever_saves_after_an_update_was_broken_off_finds_what_the_device_did(
 ) -> None:
     slow = open_device("emulated", memory_bytes=1 << 20, host_to_device_bytes_per_s=1e5)
     bench, wanted = Bench(slow), expected(1)
-    host = Executor._host_updates
+    whole = Executor._updates
 
     def stops(self: Executor, *args: Any) -> None:
-        host(self, *args)
+        whole(self, *args)
         raise error("stop")
 
-    monkeypatch.setattr(Executor, "_host_updates", stops)
+    monkeypatch.setattr(Executor, "_updates", stops)
     with pytest.raises(error, match="stop"):
         bench.run(bench.plan(residents=(1, 3)))
     assert bench.authority.where("subgroup/1").location is Location.DEVICE

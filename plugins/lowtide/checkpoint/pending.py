@@ -73,6 +73,10 @@ class Pending:
         for saving in self._savings:
             saving.hurry(memory)
 
+    def is_released(self, memory: Memory) -> bool:
+        """See `LiveReader.is_released`."""
+        return all(saving.is_released(memory) for saving in self._savings)
+
     def release(self, memory: Memory) -> None:
         """See `LiveReader.release`; a checkpoint that is too slow is given up."""
         self._ask_all(lambda saving: saving.release(memory))

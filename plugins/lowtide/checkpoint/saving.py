@@ -266,6 +266,12 @@ class Saving:
                 break
         self._end_wait()
 
+    def is_released(self, memory: Memory) -> bool:
+        """Tell whether this memory, which was promised, is not needed any more."""
+        return self.error is not None or all(
+            part.feed is not None or part.ticket.wait_released(memory, 0.0) for part in self.parts
+        )
+
     def release(self, memory: Memory) -> None:
         """Wait until this memory is not needed any more; the checkpoint may fail of it."""
         for part in self.parts:

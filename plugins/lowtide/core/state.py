@@ -53,6 +53,9 @@ class LiveReader(Protocol):
     def hurry(self, memory: Memory) -> None:
         """Read this before the rest, in this order; returns at once."""
 
+    def is_released(self, memory: Memory) -> bool:
+        """Tell whether nobody will read this any more, so that `release` returns at once."""
+
     def release(self, memory: Memory) -> None:
         """Read this now; returns when nobody will read it any more, in every case."""
 
@@ -168,6 +171,20 @@ class StateAuthority:
     def coming(self, tensors: Iterable[torch.Tensor]) -> None:
         """Say which memory will be overwritten next, in order. Returns at once."""
         self._ask(tensors, lambda reader, memory: reader.hurry(memory))
+
+    def may_overwrite(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Tell whether `before_overwrite` would return at once: an owner may do other work first.
+
+        Does not take the place of that call.
+        """
+        is_free = True
+
+        def look(reader: LiveReader, memory: Memory) -> None:
+            nonlocal is_free
+            is_free = is_free and reader.is_released(memory)
+
+        self._ask(tensors, look)
+        return is_free
 
     def before_overwrite(self, tensors: Iterable[torch.Tensor]) -> None:
         """Return when nobody will read the memory of `tensors` any more.

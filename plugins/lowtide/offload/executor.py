@@ -7,7 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import chain, zip_longest
+from operator import itemgetter
 from time import perf_counter
 
 from torch import Tensor
@@ -103,7 +103,9 @@ class Executor:
             slots, on_device, is_degraded = [], [], True
             self._send_home(self._place.residents)
         on_host = [*plan.host_order, *(i for i in plan.device_order if i not in set(on_device))]
-        update = OneUpdate(self._place, works, self._pace, may_upload=self.failure is None)
+        update = OneUpdate(
+            self._place, works, self._pace, self._ask, slots, may_upload=self.failure is None
+        )
         self.trace = update.trace
         update.trace.begin_s = begin_s
         update.trace.is_degraded = is_degraded
@@ -111,11 +113,7 @@ class Executor:
         flow = self._flow(plan, update.trace)
         try:
             self._announce(on_device, on_host, flow)
-            if on_device:
-                # What its lanes flush is overwritten at moments that nobody here sees.
-                self._ask({*on_device, *self._place.residents})
-                update.queue(on_device, slots)
-            self._host_updates(update, on_host, flow)
+            self._updates(update, on_device, on_host, flow)
         except BaseException:  # lost storage, or Ctrl-C, after which many a script saves
             # Nothing may be under way when the caller gives up, and who saves what there is must
             # learn where that is.
@@ -156,18 +154,46 @@ class Executor:
         if not self._authority.is_read():
             return
         stored = [] if flow is None else [self._index_of[number] for number in flow.order]
-        turns = chain.from_iterable(zip_longest(stored, on_host))
-        order = [*on_device, *(index for index in turns if index is not None)]
-        self._authority.coming(t for index in order for t in self.subgroups[index].overwritten())
+        there = [self._overwritten_by_device(index) for index in on_device]
+        lanes = [there, self._overwritten(stored), self._overwritten(on_host)]
+        # All of them end at about the same time.
+        turns = [(i / len(lane), group) for lane in lanes for i, group in enumerate(lane)]
+        turns.sort(key=itemgetter(0))
+        self._authority.coming(t for _, group in turns for t in group)
+
+    def _overwritten(self, indices: Iterable[int]) -> list[Iterable[Tensor]]:
+        return [self.subgroups[index].overwritten() for index in indices]
 
     def _ask(self, indices: Iterable[int]) -> None:
         """Wait until nobody reads what an update of these overwrites."""
-        tensors = (t for index in indices for t in self.subgroups[index].overwritten())
-        self._authority.before_overwrite(tensors)
+        self._authority.before_overwrite(t for group in self._overwritten(indices) for t in group)
 
-    def _host_updates(self, update: OneUpdate, on_host: Sequence[int], flow: Flow | None) -> None:
-        """Update stored subgroups as they arrive, and others in the time between."""
-        rest = deque(on_host)
+    def _overwritten_by_device(self, index: int) -> Iterable[Tensor]:
+        """Return what an update on the device overwrites on the host: of residents no state."""
+        subgroup = self.subgroups[index]
+        if index not in self._place.residents:
+            return subgroup.overwritten()
+        return [] if subgroup.weights is None else [subgroup.weights]
+
+    def _queue(self, update: OneUpdate, waiting: deque[int], *, may_wait: bool) -> None:
+        """Queue updates on the device, in order, as far as nobody reads what they overwrite."""
+        while waiting:
+            tensors = list(self._overwritten_by_device(waiting[0]))
+            if not may_wait and not self._authority.may_overwrite(tensors):
+                return
+            self._authority.before_overwrite(tensors)
+            update.queue(waiting.popleft())
+
+    def _updates(
+        self,
+        update: OneUpdate,
+        on_device: Sequence[int],
+        on_host: Sequence[int],
+        flow: Flow | None,
+    ) -> None:
+        """Update stored subgroups as they arrive, and others of the host in the time between."""
+        rest, waiting = deque(on_host), deque(on_device)
+        self._queue(update, waiting, may_wait=False)
         while rest or (flow is not None and not flow.is_over):
             found = None
             if flow is not None and not flow.is_over:
@@ -180,6 +206,8 @@ class Executor:
             elif rest:
                 self._ask([rest[0]])
                 update.on_host(rest.popleft())
+            self._queue(update, waiting, may_wait=False)
+        self._queue(update, waiting, may_wait=True)
         if flow is not None:
             flow.finish()
 
@@ -200,6 +228,7 @@ class Executor:
                 key = self.subgroups[self._index_of[number]].key
                 self._authority.publish(key, Location.HOST, self._version)
         away = residents if indices is None else [i for i in indices if i in residents]
+        self._ask(i for i in away if residents[i].is_newest)  # their host copies may be read yet
         for index in self._place.bring_home(away):
             self._authority.publish(self.subgroups[index].key, Location.HOST, self._version)
 

@@ -1,7 +1,8 @@
 """One update of all subgroups: copies and updates on a device's lanes, beside those on the host.
 
-Everything for the device is queued before the first update on the host begins; events between the
-lanes do the rest, and the calling thread is free for the host's share:
+What the device does is queued before the first update on the host begins, as far as no checkpoint
+still reads what it overwrites; events between the lanes do the rest, and the calling thread is free
+for the host's share:
 
     prefetch   state and gradient of a subgroup to its slot, once the slot is free
     device     update in the slot; writes the rounded parameters where the model reads them
@@ -17,11 +18,10 @@ its update is complete; so whatever did not come back is updated on the host, fr
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -86,18 +86,30 @@ class OneUpdate:
         place: Device, subgroups, residents.
         works: One per subgroup.
         pace: Slows updates down.
+        ask: Waits until nobody reads the state of these subgroups any more.
+        slots: What staged subgroups go through.
         may_upload: False: the device has failed, rounded parameters get there by plain copies.
     """
 
     def __init__(
-        self, place: Place, works: Sequence[Work], pace: Pace, *, may_upload: bool
+        self,
+        place: Place,
+        works: Sequence[Work],
+        pace: Pace,
+        ask: Callable[[Iterable[int]], None],
+        slots: Sequence[Slot],
+        *,
+        may_upload: bool,
     ) -> None:
         self.trace = StepTrace()
         self._place = place
         self._works = works
         self._pace = pace
+        self._ask = ask
+        self._slots = itertools.cycle(slots)
         self._may_upload = may_upload
-        self._order: list[int] = []
+        self._order: list[int] = []  # of what the device was to update
+        self._failure: DeviceError | None = None  # then the rest of it is for the host
         self._staged: dict[int, _Staged] = {}
         self._resident: dict[int, DeviceEvent] = {}
         self._begun: set[int] = set()  # updates on the device that may have changed something
@@ -107,21 +119,24 @@ class OneUpdate:
 
     # -- device -----------------------------------------------------------------------------
 
-    def queue(self, order: list[int], slots: list[Slot]) -> None:
-        """Queue all that the device does, in this order; residents must have been made."""
-        self._order = order
-        ready = self._place.device.record_event("gradients")
-        with contextlib.suppress(DeviceError):  # a lane failed already; `finish` will see it
-            for name in _LANES:
-                self._lane(name).wait(ready)
-            turns = itertools.cycle(slots)
-            for index in order:
-                kept = self._place.kept_gradient(index, self._works[index].is_accumulated)
-                slot = None if kept is not None else next(turns)
-                if index in self._place.residents:
-                    self._queue_resident(index, slot, kept)
-                elif slot is not None:
-                    self._queue_staged(index, slot)
+    def queue(self, index: int) -> None:
+        """Queue all that the device does for one subgroup; residents must have been made."""
+        ready = None if self._order else self._place.device.record_event("gradients")
+        self._order.append(index)
+        if self._failure is not None:
+            return  # no slot is used again: it may hold the only copy
+        try:
+            if ready is not None:
+                for name in _LANES:
+                    self._lane(name).wait(ready)
+            kept = self._place.kept_gradient(index, self._works[index].is_accumulated)
+            slot = None if kept is not None else next(self._slots)
+            if index in self._place.residents:
+                self._queue_resident(index, slot, kept)
+            elif slot is not None:
+                self._queue_staged(index, slot)
+        except DeviceError as error:  # `finish` makes it good
+            self._failure = error
 
     def _queue_staged(self, index: int, slot: Slot) -> None:
         subgroup, source = self._place.subgroups[index], self._works[index].gradient
@@ -241,7 +256,7 @@ class OneUpdate:
         if not self._order and not self._has_uploaded:
             return None
         lanes = [self._lane(name) for name in _LANES]
-        failure: DeviceError | None = None
+        failure = self._failure
         for lane in lanes:
             try:
                 lane.synchronize()
@@ -264,6 +279,7 @@ class OneUpdate:
 
     def _make_good(self, failure: DeviceError) -> None:
         place = self._place
+        self._ask(place.residents)
         for index, updated in self._resident.items():
             resident = place.residents[index]
             if _is_well(updated):
