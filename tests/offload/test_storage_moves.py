@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import itertools
 import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from lowtide.offload.config import OffloadConfig, StorageConfig
 from lowtide.offload.one_update import OneUpdate
 from lowtide.offload.rates import PathRates
 from lowtide.offload.scheduler import Scheduler, corrected_paths
-from lowtide.offload.storage import files
+from lowtide.offload.storage import files, mapping
 from lowtide.offload.storage.mapping import Range
 from lowtide.offload.storage.placement import Placement, divide, random_moves, spread
 from lowtide.offload.trace import StepTrace
@@ -341,7 +344,13 @@ def test_space_that_was_left_is_given_back_or_taken_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, can_give_back: bool
 ) -> None:
     if not can_give_back:
-        monkeypatch.setattr(files, "give_back", lambda *_arguments: None)
+
+        def unsupported(*_arguments: int) -> int:
+            ctypes.set_errno(errno.EOPNOTSUPP)
+            return -1
+
+        # A file system that neither reserves nor takes back; maps have their library already.
+        monkeypatch.setattr(mapping, "_library", lambda: SimpleNamespace(fallocate=unsupported))
     bench.run()
     settled(bench)
     for turn in range(8):
