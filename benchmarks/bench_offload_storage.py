@@ -53,6 +53,7 @@ BUFFERS = 12  # of stock NVMe, one tensor of a sub-group each; with fewer its pi
 PIECES = 40  # so that buffers are a small part of the state
 FAST, SLOW = 0.6e9, 0.15e9
 BEFORE, AFTER = 8, 20  # updates before and after the paths change places
+SWAP_BUFFERS = 7  # with the usual five, the fast path waits for a slow one's piece
 
 
 def parse() -> argparse.Namespace:
@@ -240,7 +241,10 @@ def run_swapped(options: argparse.Namespace, *, adapt: bool) -> tuple[list[str],
     rates = {"one": FAST, "two": SLOW}
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
     with throttled(rates):
-        engine = build(options.params, storage(options, list(map(str, folders)), adapt=adapt))
+        engine = build(
+            options.params,
+            storage(options, list(map(str, folders)), adapt=adapt, buffers=SWAP_BUFFERS),
+        )
         step_s = [iterate(engine, x)[0] for _ in range(BEFORE)]
         first = [each["share"] for each in engine.lowtide.offload.summary()["storage"]]
         rates |= {"one": SLOW, "two": FAST}

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lowtide.core.errors import StorageError
+from lowtide.offload import scheduler as scheduler_module
 from lowtide.offload.config import OffloadConfig, StorageConfig
 from lowtide.offload.one_update import OneUpdate
 from lowtide.offload.rates import PathRates
@@ -284,6 +285,16 @@ def test_pieces_leave_a_slow_path_and_come_back_with_the_bits_of_memory(
     bench.assert_equal()
     assert addresses(bench) == places
     assert_apart(bench)
+
+
+def test_nothing_moves_where_the_host_is_what_takes_long(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "measure_host", lambda _executor: 1e4)  # 5 s
+    scheduler, before = scheduler_of(bench), held(bench)
+    steps(bench, scheduler, 12, [2e5, 1e6])  # 1.3 s on the first path, where 0.5 s would do
+    assert held(bench) == before
+    bench.assert_equal()
 
 
 def addresses(bench: Bench) -> list[int]:

@@ -16,8 +16,8 @@ direction, goes half way only, and so on: the division is closed in from both si
 
 Rates that vary by 10 % move nothing: the worst that two paths can look like then is a gain of 10 %.
 
-Source: dividing by the observed bandwidth is MLP-Offload's (SC 2025, arXiv 2509.02480); when to do
-it, and that moves ride on writes, is our own.
+Source: dividing by the observed bandwidth is MLP-Offload's (SC 2025, arXiv 2509.02480). When it is
+done, and that moves ride on writes, is our own.
 """
 
 from __future__ import annotations
