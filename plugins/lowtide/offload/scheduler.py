@@ -170,10 +170,6 @@ class Scheduler:
             buffers=executor.buffers,
         )  # fmt: skip
 
-    def all_agree(self, is_well: bool) -> bool:
-        """Return whether all ranks are well. Collective."""
-        return self._agree([float(is_well)])[0] > 0.0
-
     def observe(self, trace: StepTrace) -> None:
         """Correct the rates by what an update took; at most once per plan and few steps."""
         plan, rates = self.plan, self._known_rates()
