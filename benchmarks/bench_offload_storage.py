@@ -1,6 +1,7 @@
-"""Optimizer state in files against DeepSpeed's own NVMe offload, in turn, in one process.
+"""Optimizer state in files against DeepSpeed's own NVMe offload, and on paths that change.
 
-ZeRO-3 engines with bfloat16 and clipping step in turn on the same data:
+1. Against DeepSpeed's NVMe offload: ZeRO-3 engines with bfloat16 and clipping step in turn, in one
+process, on the same data:
 
 - stock, with everything in memory: what storage costs at all
 - stock NVMe: ``offload_optimizer: {"device": "nvme"}`` with ``pipeline_read`` and
@@ -15,12 +16,19 @@ process moved to and from block devices meanwhile (``/proc/self/io``; a tmpfs is
 lower bound (the slowest of reads, writes and host at the rates that the planner believes in), and
 whether the 16-bit weights are stock's bit for bit. Medians over the rounds, after two to warm up.
 
+2. Two folders of the first path, throttled to `FAST` and `SLOW` bytes per second and direction,
+which change places half way: seconds of ``engine.step`` before, right after, and at the end, where
+pieces follow the rates (``"adapt"``) and where they do not, each in a run of its own; the least
+that moving the bytes of one update takes at these rates; and the shares of the paths.
+
     python benchmarks/bench_offload_storage.py [--path DIR]... [--params 60e6] [--memory 0.35]
+        [--only rivals|swap]
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import statistics
@@ -28,7 +36,8 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +46,14 @@ from bench_offload import config_of
 from rich.console import Console
 from rich.table import Table
 
+from lowtide.offload.storage.files import ScratchFile
+
 warnings.simplefilter("ignore")
 BUFFERS = 12  # of stock NVMe, one tensor of a sub-group each; with fewer its pipeline fails
 PIECES = 40  # so that buffers are a small part of the state
+FAST, SLOW = 0.6e9, 0.15e9
+BEFORE, AFTER = 8, 20  # updates before and after the paths change places
+SWAP_BUFFERS = 7  # with the usual five, the fast path waits for a slow one's piece
 
 
 def parse() -> argparse.Namespace:
@@ -48,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--params", type=float, default=60e6)
     parser.add_argument("--memory", type=float, default=0.35, help="share of state kept in memory")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=list(SECTIONS), default=None)
     return parser.parse_args()
 
 
@@ -185,8 +200,8 @@ def compare(options: argparse.Namespace, console: Console) -> None:
             for path in engine.lowtide.offload.summary()["storage"]:
                 kind = "direct" if path["is_direct"] else "through the page cache"
                 console.print(
-                    f"{name}: {path['stored_bytes'] / 1e6:.0f} MB on one path, {kind}, measured "
-                    f"at the start: reads {path['read_bytes_per_s'] / 1e9:.2f} GB/s, writes "
+                    f"{name}: {path['stored_bytes'] / 1e6:.0f} MB on one path, {kind}, last "
+                    f"measured: reads {path['read_bytes_per_s'] / 1e9:.2f} GB/s, writes "
                     f"{path['write_bytes_per_s'] / 1e9:.2f} GB/s"
                 )
     last = list(engines)[-1]
@@ -195,8 +210,85 @@ def compare(options: argparse.Namespace, console: Console) -> None:
         engine.destroy()
 
 
+@contextmanager
+def throttled(rates: dict[str, float]) -> Iterator[None]:
+    """Let each read and write take as long as the rate of its folder's name says, at least."""
+    real = {name: getattr(ScratchFile, name) for name in ("read", "write")}
+
+    def slowed(name: str) -> Callable[..., int]:
+        def transfer(self: ScratchFile, data: torch.Tensor, *arguments: Any) -> int:
+            end_s = time.perf_counter() + data.nbytes / rates.get(self.folder.name, math.inf)
+            crc = int(real[name](self, data, *arguments))
+            time.sleep(max(0.0, end_s - time.perf_counter()))
+            return crc
+
+        return transfer
+
+    try:
+        for name in real:
+            setattr(ScratchFile, name, slowed(name))
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(ScratchFile, name, function)
+
+
+def run_swapped(options: argparse.Namespace, *, adapt: bool) -> tuple[list[str], list[float]]:
+    """Return a row of the table, and the seconds of each update."""
+    folders = [Path(options.path[0]) / name for name in ("one", "two")]
+    for each in folders:
+        each.mkdir(exist_ok=True)
+    rates = {"one": FAST, "two": SLOW}
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with throttled(rates):
+        engine = build(
+            options.params,
+            storage(options, list(map(str, folders)), adapt=adapt, buffers=SWAP_BUFFERS),
+        )
+        step_s = [iterate(engine, x)[0] for _ in range(BEFORE)]
+        first = [each["share"] for each in engine.lowtide.offload.summary()["storage"]]
+        rates |= {"one": SLOW, "two": FAST}
+        step_s += [iterate(engine, x)[0] for _ in range(AFTER)]
+    summary, plan = engine.lowtide.offload.summary(), engine.lowtide.offload.plan()
+    nbytes = sum(each["stored_bytes"] for each in summary["storage"])
+    bound_s = nbytes * (1 - plan.carried / len(plan.stored_order)) / (FAST + SLOW)
+    last = [each["share"] for each in summary["storage"]]
+    before_s, end_s = (statistics.median(e) for e in (step_s[BEFORE - 5 : BEFORE], step_s[-5:]))
+    engine.destroy()
+    shares = ["/".join(f"{each:.2f}" for each in found) for found in (first, last)]
+    return [
+        "follows the rates" if adapt else "stays",
+        *(f"{each:.3f}" for each in (before_s, step_s[BEFORE], end_s, bound_s)),
+        f"{end_s / bound_s:.2f}", *shares,
+        f"{summary['storage_moves']['bytes'] / 1e6:.0f}",
+    ], step_s  # fmt: skip
+
+
+def swap(options: argparse.Namespace, console: Console) -> None:
+    table = Table(
+        title=f"Paths of {FAST / 1e9:g} and {SLOW / 1e9:g} GB/s per direction that change places "
+        f"after {BEFORE} of {BEFORE + AFTER} updates"
+    )
+    columns = ["", "step s before", "right after", "at the end", "bound s", "x bound"]
+    for column in [*columns, "shares before", "at the end", "moved MB"]:
+        table.add_column(column, justify="right")
+    found = {}
+    for adapt in (False, True):
+        row, found[row[0]] = run_swapped(options, adapt=adapt)
+        table.add_row(*row)
+    console.print(table)
+    for name, step_s in found.items():
+        console.print(f"{name}, every step s: {' '.join(f'{each:.2f}' for each in step_s)}")
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
+    "rivals": compare,
+    "swap": swap,
+}
+
+
 def main() -> None:
-    """Print one table."""
+    """Print the tables."""
     options, console = parse(), Console(width=160)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -205,7 +297,9 @@ def main() -> None:
     os.environ["MASTER_PORT"] = str(port)
     with tempfile.TemporaryDirectory(prefix="storage-", dir=".") as folder:
         options.path = options.path or [folder]
-        compare(options, console)
+        for name, section in SECTIONS.items():
+            if options.only in (None, name):
+                section(options, console)
     torch.distributed.destroy_process_group()
 
 

@@ -27,6 +27,9 @@ from torch import Tensor
 from lowtide.core.errors import LowtideError
 from lowtide.core.state import Location
 from lowtide.hosts import megatron
+from lowtide.offload.adapters.megatron import Hybrid
+from lowtide.offload.one_update import OneUpdate
+from lowtide.offload.storage.files import ScratchFile
 from tests.helpers.pretend_gpu import pretend_gpu
 from tests.helpers.ranks import leave_result
 from tests.hosts.megatron_worker import example
@@ -35,6 +38,7 @@ STEPS = 30
 VOCABULARY, HIDDEN = 257, 20  # no multiples of 16: most parameters have a tail
 DEVICE = {"device": "emulated", "device_memory_bytes": 1 << 22, "subgroup_params": 1024}
 RANDOM = {**DEVICE, "plan": "random:7"}
+STORED = "fp16 with skipped steps"  # the case that is run with state in files too
 FAST = {**DEVICE, "emulated": {"host_params_per_s": 1e6}}  # state stays on the device
 
 
@@ -196,18 +200,29 @@ def digest(tensors: Any) -> str:
     return hasher.hexdigest()[:16]
 
 
-def case_facts(case: Case) -> dict[str, Any]:
+def stored(folder: Path) -> dict[str, Any]:
+    """Return a block that keeps a part of the state in files; random plans move pieces, too."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(exist_ok=True)
+    rates = {"read_bytes_per_s": 1e9, "write_bytes_per_s": 1e9}  # measuring takes a second
+    paths = [{"path": str(folder / name), **rates} for name in ("a", "b")]
+    # Of the 10,000 parameters of a rank; three buffers of 1024 among them.
+    return {**RANDOM, "storage": {"paths": paths, "host_memory_bytes": 12 * 7000, "buffers": 3}}
+
+
+def case_facts(case: Case, blocks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Stock against planned: losses, norms and weights of every step, all state at the end."""
     stock = Run(case)
     stock.train(STEPS)
     facts: dict[str, Any] = {"stock": stock.end()}
     numels = [leaf.numel() for o in stock.hybrid.cpu_optimizers for leaf in leaves(o)]
     facts["tails"] = sum(numel % 16 > 0 for numel in numels)
-    for name, block in {"random": RANDOM, "auto": DEVICE}.items():
+    for name, block in blocks.items():
         run = Run(case, block)
         run.train(STEPS)
         facts[f"{name} away"] = [max(run.residents), run.residents[-1]]
         facts[f"{name} lanes"] = sorted(run.lanes)
+        facts[f"{name} summary"] = run.plugin.summary()
         facts[f"{name} updates"] = run.plugin.summary()["updates"]
         facts[name] = run.end()
     return facts
@@ -219,7 +234,8 @@ def leaves(optimizer: Any) -> list[Tensor]:
 
 def resume_facts(folder: Path) -> dict[str, Any]:
     """Saved by one and continued by the other; loaded into a run that goes on."""
-    case, blocks = CASES["bf16"], {"stock": None, "planned": RANDOM}
+    case = CASES["bf16"]
+    blocks = {"stock": None, "planned": RANDOM, "stored": stored(folder)}
     facts: dict[str, Any] = {}
     paths: dict[str, Path] = {}
     for name, block in blocks.items():
@@ -230,10 +246,12 @@ def resume_facts(folder: Path) -> dict[str, Any]:
         run.train(3)
         run.load(paths[name], 10).train(6)
         if block:
-            facts["planned updates after loading"] = run.plugin.summary()["updates"] - 13
+            facts[f"{name} updates after loading"] = run.plugin.summary()["updates"] - 13
         facts[f"{name}, loaded into itself"] = run.end()
     for writer, path in paths.items():
         for reader, block in blocks.items():
+            if {writer, reader} == {"planned", "stored"}:
+                continue
             run = Run(case, block).load(path, 10)
             run.train(6)
             facts[f"{writer} to {reader}"] = run.end()
@@ -280,6 +298,27 @@ def reader_facts() -> dict[str, Any]:
         each.train(2)
     facts["goes on"] = [stock.end(), run.end()]
     return facts
+
+
+def failing_alone(folder: Path) -> list[str]:
+    """The last rank cannot be planned, has no file, no memory: what all ranks say."""
+    said = []
+
+    def failing(*_arguments: Any) -> None:
+        raise RuntimeError("not enough memory")
+
+    for owner, name in ((Hybrid, "__init__"), (ScratchFile, "_check"), (OneUpdate, "on_host")):
+        real, run = getattr(owner, name), Run(CASES["bf16"])
+        try:
+            if dist.get_rank() == dist.get_world_size() - 1:
+                setattr(owner, name, failing)
+            config = {"lowtide": {"offload": stored(folder)}}
+            run.loop = megatron.attach(run.chunk, run.optimizer, config=config)
+            run.train(1)
+        except (LowtideError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        setattr(owner, name, real)
+    return said
 
 
 def trace(run: Run) -> list[Any]:
@@ -350,8 +389,14 @@ def main() -> None:
     facts: dict[str, Any] = {}
     with pretend_gpu(example.without_gpu):
         parallel_state.initialize_model_parallel(1, 1)
-        facts["cases"] = {name: case_facts(case) for name, case in CASES.items()}
-        facts["resume"] = resume_facts(Path(sys.argv[1]))
+        folder = Path(sys.argv[1])
+        for name, case in CASES.items():
+            blocks = {"random": RANDOM, "auto": DEVICE}
+            if name == STORED:
+                blocks["stored"] = stored(folder)
+            facts[name] = case_facts(case, blocks)
+        facts = {"cases": facts, "resume": resume_facts(folder)}
+        facts["failing alone"] = failing_alone(folder)
         facts["readers"] = reader_facts()
         facts["refusals"] = refusal_facts()
     leave_result(facts)

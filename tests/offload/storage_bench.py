@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,7 @@ class Bench:
             self.powers.advance(self.step, *BETAS), lr=0.01, betas=BETAS, eps=1e-8,
             weight_decay=0.1,
         )  # fmt: skip
-        flats = self.gradients[self.step - 1]
+        flats = self.gradients[(self.step - 1) % len(self.gradients)]
         for executor in (self.reference, self.executor):
             buffers = executor.buffers
             works = [Work(e.part_of(flats[e.flat]), 0.5, step) for e in executor.subgroups]
@@ -137,6 +138,32 @@ class Bench:
         self.tier.close()
 
 
+class Witness:
+    """A reader of live memory that looks, whenever it is asked, whether it is asked in time."""
+
+    is_reading = True
+
+    def __init__(self, bench: Bench) -> None:
+        self.before = {e.key: [t.clone() for t in e.state()] for e in bench.executor.subgroups}
+        self.left = {e.key: e for e in bench.executor.subgroups}
+        self.told: list[int] = []
+        self.asked: list[int] = []
+
+    def hurry(self, memory: Any) -> None:
+        self.told += memory[:, 0].tolist()
+
+    def is_released(self, memory: Any) -> bool:
+        return True
+
+    def release(self, memory: Any) -> None:
+        for key, each in self.left.items():
+            assert all(map(torch.equal, each.state(), self.before[key])), f"{key} is overwritten"
+        self.asked += memory[:, 0].tolist()
+        for each in list(self.left.values()):
+            if each.master.data_ptr() in memory[:, 0]:
+                del self.left[each.key]
+
+
 def fail_at(
     monkeypatch: pytest.MonkeyPatch, name: str, turn: int, *, folders: str, how: Callable[..., Any]
 ) -> None:
@@ -153,3 +180,8 @@ def fail_at(
 
 def refuse(*_arguments: Any) -> int:
     raise OSError(5, "Input/output error")
+
+
+def no_space(*_arguments: Any) -> None:
+    """Say what a full file system says."""
+    raise OSError(errno.ENOSPC, "No space left on device")

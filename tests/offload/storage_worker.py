@@ -85,6 +85,7 @@ def facts_of(engine: Any) -> dict[str, Any]:
         "plan": [len(plugin.plan().stored_order), len(plugin.plan().host_order)],
         "chart": plugin.chart(),
         "summary": plugin.summary()["storage"],
+        "moves": plugin.summary()["storage_moves"]["pieces"],
     }
 
 

@@ -74,6 +74,12 @@ def test_every_path_is_read_and_written(ranks: list[Any]) -> None:
         assert "device" in set().union(*lanes, facts["3"]["auto facts"]["lanes"])
 
 
+def test_pieces_change_paths_in_random_plans(ranks: list[Any]) -> None:
+    for way, facts in stored(ranks):
+        if way in ("random", "lazy"):
+            assert facts[f"{way} facts"]["moves"] > 0, way
+
+
 def test_files_have_no_names(ranks: list[Any]) -> None:
     assert [facts[str(s)]["left over"] for facts in ranks for s in STAGES] == [[]] * 4
 

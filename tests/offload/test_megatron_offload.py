@@ -5,6 +5,7 @@ One start of 2 ranks; Megatron believes that the CPU is a GPU (`tests.helpers.pr
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -46,6 +47,25 @@ def test_losses_norms_weights_and_state_are_those_of_stock(
         assert case["tails"] > 0  # elements that are left to torch's kernel
 
 
+def test_state_in_files_gives_the_bits_of_stock(ranks: list[dict[str, Any]]) -> None:
+    for facts in ranks:
+        case = facts["cases"]["fp16 with skipped steps"]
+        assert case["stored"] == case["stock"]
+        assert {"read0", "read1", "write0", "write1", "device"} <= set(case["stored lanes"])
+        summary = case["stored summary"]
+        assert summary["host_memory_bytes"] <= 12 * 7000
+        assert sum(each["stored_bytes"] for each in summary["storage"]) > 12 * 5000
+        assert summary["storage_moves"]["pieces"] > 0
+
+
+def test_whatever_fails_on_one_rank_ends_all(ranks: list[dict[str, Any]]) -> None:
+    first, last = (facts["failing alone"] for facts in ranks)
+    assert [each.split(": ")[-1] for each in last] == ["not enough memory"] * 3
+    assert first[0].startswith("ConfigError: lowtide.offload.storage: a rank has no optimizer")
+    assert first[1].startswith("StorageError: offload.storage: another rank cannot store its")
+    assert first[2].startswith("StorageError: offload.storage: another rank has failed in its")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_updates_are_planned_and_run_on_host_and_device(
     ranks: list[dict[str, Any]], name: str
@@ -59,8 +79,15 @@ def test_updates_are_planned_and_run_on_host_and_device(
         assert case["random away"][0] > 0, "some state stays on the device between steps"
 
 
-@pytest.mark.parametrize("reader", ["stock", "planned"])
-@pytest.mark.parametrize("writer", ["stock", "planned"])
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        *itertools.product(["stock", "planned"], repeat=2),
+        ("stock", "stored"),
+        ("stored", "stock"),
+        ("stored", "stored"),
+    ],
+)
 def test_saved_by_one_and_continued_by_the_other(
     ranks: list[dict[str, Any]], writer: str, reader: str
 ) -> None:
@@ -70,13 +97,13 @@ def test_saved_by_one_and_continued_by_the_other(
         assert facts["resume"][f"{writer} to {reader}"] == facts["resume"]["stock to stock"]
 
 
-@pytest.mark.parametrize("name", ["stock", "planned"])
+@pytest.mark.parametrize("name", ["stock", "planned", "stored"])
 def test_loading_into_a_run_that_goes_on(ranks: list[dict[str, Any]], name: str) -> None:
     for facts in ranks:
         found = facts["resume"][f"{name}, loaded into itself"]
         assert found == facts["resume"]["stock to stock"]
-        assert facts["resume"]["planned away after saving"] == 0
-        assert facts["resume"]["planned updates after loading"] == 6
+        assert facts["resume"][f"{name} away after saving"] == 0
+        assert facts["resume"].get(f"{name} updates after loading", 6) == 6
 
 
 @pytest.mark.parametrize("way", ["state", "state_dict", "update_fp32_param_by_new_param"])

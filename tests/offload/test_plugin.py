@@ -9,9 +9,8 @@ import pytest
 
 from lowtide.core.config import resolve
 from lowtide.core.errors import ConfigError, StorageError
-from lowtide.core.lifecycle import Event, Session
+from lowtide.core.lifecycle import Session
 from lowtide.core.schema import key_table
-from lowtide.offload import plugin as plugin_module
 from lowtide.offload.config import OffloadConfig
 from lowtide.offload.plugin import OffloadPlugin
 
@@ -47,21 +46,6 @@ def test_storage_is_for_all_stages(stage: int) -> None:
     assert config.storage is not None
     assert [each.path for each in config.storage.folders] == ["/a"]
     assert config.storage.buffer_count == 3
-
-
-def test_storage_is_refused_behind_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Adapter:
-        @staticmethod
-        def connect(build: Any) -> None:
-            build(type("Hybrid", (), {"allows_storage": False})(), None)
-
-        @staticmethod
-        def close() -> None: ...
-
-    monkeypatch.setitem(plugin_module._ADAPTERS, "megatron", lambda _moment: Adapter)
-    session = Session.open(stored(), host="megatron")
-    with pytest.raises(ConfigError, match=r'storage: the host is "megatron", .* DeepSpeed, ZeRO 1'):
-        session.fire(Event.OPTIMIZER_BUILT, optimizer=None)
 
 
 def test_a_rank_whose_neighbour_cannot_store_gives_up_too(tmp_path: Path) -> None:

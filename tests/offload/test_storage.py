@@ -29,7 +29,14 @@ from lowtide.offload.storage.opening import open_tier
 from lowtide.offload.subgroup import ALIGNMENT
 from lowtide.offload.trace import StepTrace
 from tests.helpers.memory import resident_bytes
-from tests.offload.storage_bench import MEMORY_BYTES, NUMELS, Bench, fail_at, refuse
+from tests.offload.storage_bench import (
+    MEMORY_BYTES,
+    NUMELS,
+    Bench,
+    Witness,
+    fail_at,
+    refuse,
+)
 
 
 @pytest.fixture
@@ -208,32 +215,6 @@ def test_state_that_was_changed_between_updates_is_what_counts(bench: Bench) -> 
 # -- faults ------------------------------------------------------------------------------------
 
 
-class Witness:
-    """A reader of live memory that looks, whenever it is asked, whether it is asked in time."""
-
-    is_reading = True
-
-    def __init__(self, bench: Bench) -> None:
-        self.before = {e.key: [t.clone() for t in e.state()] for e in bench.executor.subgroups}
-        self.left = {e.key: e for e in bench.executor.subgroups}
-        self.told: list[int] = []
-        self.asked: list[int] = []
-
-    def hurry(self, memory: Any) -> None:
-        self.told += memory[:, 0].tolist()
-
-    def is_released(self, memory: Any) -> bool:
-        return True
-
-    def release(self, memory: Any) -> None:
-        for key, each in self.left.items():
-            assert all(map(torch.equal, each.state(), self.before[key])), f"{key} is overwritten"
-        self.asked += memory[:, 0].tolist()
-        for each in list(self.left.values()):
-            if each.master.data_ptr() in memory[:, 0]:
-                del self.left[each.key]
-
-
 def test_files_are_overwritten_only_after_their_readers_were_asked(bench: Bench) -> None:
     witness = Witness(bench)
     bench.authority.add_reader(witness)
@@ -342,8 +323,11 @@ def test_predictions_settle_at_what_is_measured(bench: Bench) -> None:
     assert len(first.stored_order) == len(bench.tier.pieces)
     trace = StepTrace(begin_s=0.0, end_s=20.0)
     trace.add("a", 1, 0.0, 6.0)
+    carried, order = first.carried, first.stored_order
+    moved = {"read": order[carried:], "write": order[: len(order) - carried]}
     for lane, end_s in (("read0", 9.0), ("write0", 3.0), ("read1", 2.0), ("write1", 7.0)):
-        trace.add_transfer("a", lane, 1, 0.0, end_s)
+        mine = [p for p in (pieces[i] for i in moved[lane[:-1]]) if p.path == int(lane[-1])]
+        trace.add_transfer("a", lane, sum(p.state_bytes for p in mine), 0.0, end_s)
     for _ in range(40):
         scheduler.observe(trace)
         plan = scheduler.next_plan(bench.executor)

@@ -27,7 +27,7 @@ from lowtide.offload.storage.mapping import PAGE_BYTES, allocate
 from lowtide.offload.storage.opening import open_tier
 from lowtide.offload.storage.tier import Tier
 from tests.helpers.memory import cached_bytes
-from tests.offload.storage_bench import NUMELS, Bench, fail_at, refuse
+from tests.offload.storage_bench import NUMELS, Bench, fail_at, no_space, refuse
 
 
 @pytest.fixture
@@ -40,10 +40,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def open_at(folder: Path, **settings: Any) -> Tier | None:
     config = StorageConfig(paths=[str(folder)], host_memory_bytes=12.0 * 9_000, **settings)
     return open_tier(config, NUMELS, subgroup_params=2048, rank=0, meet=lambda: None)
-
-
-def no_space(*_arguments: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # -- in an update ------------------------------------------------------------------------------

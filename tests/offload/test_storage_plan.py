@@ -19,7 +19,7 @@ from lowtide.offload.outlook import cut, store
 from lowtide.offload.plan import host_only_plan, make_plan, predict, random_plan
 from lowtide.offload.rates import PathRates, Rates
 from lowtide.offload.schedule import Piece, Plan, build_plan, check_plan
-from lowtide.offload.scheduler import corrected
+from lowtide.offload.scheduler import corrected_paths
 from lowtide.offload.simulate import Simulation, simulate, simulate_reference
 from lowtide.offload.storage.layout import assign
 from tests.helpers.offload import MILLION, between, random_pieces, random_rates
@@ -184,10 +184,12 @@ def test_paths_without_rates_are_refused() -> None:
 
 
 def test_measured_times_correct_the_rates_of_paths() -> None:
-    better = corrected(ROUND, {"read0": 4.0, "write0": 1.0}, {"read0": 1.0, "write0": 4.0})
-    assert better.paths[0].read_bytes_per_s == pytest.approx(8e6)
-    assert better.paths[0].write_bytes_per_s == pytest.approx(1.5e6)
-    assert better.host_params_per_s == ROUND.host_params_per_s
+    # Four times as fast as the rate of 4 MB/s, a quarter of 3 MB/s; half of that is believed.
+    paths = (*ROUND.paths, PathRates(read_bytes_per_s=1.0, write_bytes_per_s=2.0))
+    better = corrected_paths(paths, {"read0": (32_000_000, 2.0), "write0": (3_000_000, 4.0)})
+    assert better[0].read_bytes_per_s == pytest.approx(8e6)
+    assert better[0].write_bytes_per_s == pytest.approx(1.5e6)
+    assert better[1] == paths[1]
 
 
 def test_pieces_are_stored_as_a_run_would_divide_them() -> None:

@@ -97,6 +97,10 @@ class StorageConfig(BaseModel):
     direct_io: bool = True
     """Leave the page cache out where the file system can do that."""
 
+    adapt: bool = True
+    """Let state move to another path where that turns out faster than the one it is on. False:
+    paths keep what the rates at the start give them, as long as they take writes."""
+
     @model_validator(mode="after")
     def _check(self) -> StorageConfig:
         if not all(each.path for each in self.folders):

@@ -271,6 +271,11 @@ class Executor:
         return weights.element_size() if weights is not None and is_far else 0
 
     @property
+    def tier(self) -> Tier | None:
+        """Where stored subgroups are."""
+        return self._tier
+
+    @property
     def buffers(self) -> int:
         """Staging buffers for stored subgroups, at least 1."""
         return 1 if self._tier is None else max(1, self._tier.layout.buffers)

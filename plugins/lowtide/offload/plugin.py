@@ -27,19 +27,19 @@ _BEFORE_OTHERS = -1000  # a checkpoint plugin may load in its own way
 _AFTER_OTHERS = 100  # the last that touches the optimizer
 
 
-def _in_deepspeed(moment: Moment) -> Any:
+def _in_deepspeed(moment: Moment, _is_joint: bool) -> Any:
     from lowtide.offload.adapters.deepspeed import DeepSpeedAdapter
 
     return DeepSpeedAdapter(moment.data["engine"])
 
 
-def _in_megatron(moment: Moment) -> Any:
+def _in_megatron(moment: Moment, is_joint: bool) -> Any:
     from lowtide.offload.adapters.megatron import open_adapter
 
-    return open_adapter(moment.optimizer)
+    return open_adapter(moment.optimizer, is_joint=is_joint)
 
 
-_ADAPTERS: dict[str, Callable[[Moment], Any]] = {
+_ADAPTERS: dict[str, Callable[[Moment, bool], Any]] = {
     "deepspeed": _in_deepspeed,
     "megatron": _in_megatron,
 }
@@ -130,19 +130,16 @@ class OffloadPlugin(Plugin):
         session, config = self._session, self.config
         if session is None:
             return
-        adapter = _ADAPTERS[session.host](moment)
+        adapter = _ADAPTERS[session.host](moment, config.storage is not None)
         if adapter is None:
             logger.info("offload: this rank has no optimizer state")
             return
         device = self._device = self._open(session)
 
         def build(holder: Any, rule: Rule) -> Updater:
-            if config.storage is not None and not holder.allows_storage:
-                raise ConfigError(
-                    f'lowtide.offload.storage: the host is "{session.host}", and files are built '
-                    f"for the flat masters of DeepSpeed, ZeRO 1 to 3; remove the key"
-                )
             masters, agree = holder.masters(), adapter.agree()
+            together = None if config.storage is None else adapter.together()
+            numels = [each.leaf.numel() for each in masters]
             return Updater(
                 masters, rule,
                 device=device,
@@ -151,8 +148,8 @@ class OffloadPlugin(Plugin):
                     allows_residents=holder.allows_residents, may_update=self._may_update(device),
                 ),
                 authority=session.state,
-                tier=self._open_storage([m.leaf.numel() for m in masters], agree, session.rank),
-                is_joint=config.storage is not None,
+                tier=self._open_storage(numels, together, session.rank),
+                together=together,
                 subgroup_params=config.subgroup_params,
                 pace=Pace(config.emulated.device_params_per_s, config.emulated.host_params_per_s),
             )  # fmt: skip
@@ -169,10 +166,10 @@ class OffloadPlugin(Plugin):
                 sum(each.leaf.numel() for each in self._updater.masters), device.name,
             )  # fmt: skip
 
-    def _open_storage(self, numels: list[int], agree: Agree, rank: int) -> Tier | None:
+    def _open_storage(self, numels: list[int], agree: Agree | None, rank: int) -> Tier | None:
         """Open the storage tier, if there is one. Collective: ranks fail together."""
         config = self.config
-        if config.storage is None:
+        if config.storage is None or agree is None:
             return None
         storage = config.storage
         found, failure = outcome_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowtide.core.device import Device
@@ -16,6 +16,7 @@ from lowtide.offload.plan import host_only_plan, make_plan, predict, random_plan
 from lowtide.offload.probe import measure, measure_host
 from lowtide.offload.rates import PathRates, Rates
 from lowtide.offload.schedule import Piece, Plan
+from lowtide.offload.storage.placement import LEAST_GAIN, Homes, Placement, random_moves
 from lowtide.offload.trace import StepTrace
 
 logger = logging.getLogger("lowtide")
@@ -61,6 +62,11 @@ class Scheduler:
         self._known_memory = 0.0  # of this rank when it was planned
         self._budget = 0.0
         self._lasting = 0.0
+        self._placement = (
+            Placement(config.replan_every_n_steps)
+            if config.storage is not None and config.storage.adapt
+            else None
+        )
         self._share = 1.0  # of the memory that seems free: less where it turned out to be split up
         self._is_host_only = True
         self._buffers = 1
@@ -93,6 +99,7 @@ class Scheduler:
             self._make_plan()
         if self.plan is None:
             raise AssertionError("unreachable: every branch makes a plan or keeps one")
+        self._place(executor, pieces)
         return self.plan
 
     def _is_wrong(self) -> bool:
@@ -112,24 +119,56 @@ class Scheduler:
                 paths=executor.path_rates(),
             )  # fmt: skip
         self.plans += 1
-        self._host_pieces = [
-            dataclasses.replace(p, is_movable=False, low_precision_bytes=0) for p in pieces
-        ]
+        self._host_pieces = _for_the_host(pieces)
         return make_plan(
             self._host_pieces, self._host_rates, memory_bytes=0, buffers=executor.buffers
         )
 
+    def _place(self, executor: Executor, pieces: list[Piece]) -> None:
+        """Say which stored pieces change paths in the coming update. This rank's own affair."""
+        tier, rates = executor.tier, self._known_rates()
+        if self._placement is None or tier is None or rates is None:
+            return
+        tier.rates = list(rates.paths)
+
+        def update_s(homes: Homes) -> float:
+            numbers = [each.stored for each in executor.subgroups]
+            moved = [
+                p if n is None or homes[n] is None else dataclasses.replace(p, path=homes[n])
+                for p, n in zip(pieces, numbers, strict=True)
+            ]
+            return self._best_s(moved, rates)
+
+        homes = tier.homes()
+        goals = self._placement.goals(
+            homes, [each.nbytes for each in tier.pieces], rates.paths, tier.takes(),
+            lambda changed: update_s(changed) <= (1 - LEAST_GAIN) * update_s(homes),
+        )  # fmt: skip
+        if goals:
+            logger.info(
+                "offload: %d of %d stored pieces go to other paths, by what was measured",
+                len(goals), len(homes),
+            )  # fmt: skip
+            tier.move(goals)
+
+    def _best_s(self, pieces: list[Piece], rates: Rates) -> float:
+        """Return how long the best plan for some pieces would take."""
+        if self._is_host_only:
+            host = _for_the_host(pieces)
+            plan = make_plan(host, rates, memory_bytes=0, buffers=self._buffers)
+        else:
+            plan = self._planned(self._keep_residents, pieces)
+        return plan.makespan_s or 0.0
+
     def _random(self, executor: Executor, pieces: list[Piece], *, can: bool) -> Plan:
         seed = (self._config.random_seed or 0) * 1_000_003 + self._step
+        if self._placement is not None and (tier := executor.tier) is not None:
+            tier.move(random_moves(tier.homes(), len(tier.files), seed))
         return random_plan(
             pieces, seed, memory_bytes=self._memory(executor) if can else 0.0,
             max_slots=self._config.max_slots, keep_residents=self._keep_residents,
             buffers=executor.buffers,
         )  # fmt: skip
-
-    def all_agree(self, is_well: bool) -> bool:
-        """Return whether all ranks are well. Collective."""
-        return self._agree([float(is_well)])[0] > 0.0
 
     def observe(self, trace: StepTrace) -> None:
         """Correct the rates by what an update took; at most once per plan and few steps."""
@@ -140,6 +179,7 @@ class Scheduler:
             return
         if not trace.is_typical:  # other work than was predicted says nothing about the rates
             return
+        rates = self._observe_paths(rates, trace)
         if abs(trace.makespan_s - plan.makespan_s) > MISFIT * plan.makespan_s:
             self._misfits += 1
         due = (
@@ -153,6 +193,19 @@ class Scheduler:
                 self.plan = predict(self._host_pieces, plan, better, memory_bytes=0)
             else:
                 self.rates = better
+
+    def _observe_paths(self, rates: Rates, trace: StepTrace) -> Rates:
+        """Correct the paths' rates; after every update, as it takes no look at a GPU's clocks."""
+        if not rates.paths:
+            return rates
+        better = rates.replace(paths=corrected_paths(rates.paths, trace.transfers()))
+        if self._is_host_only:
+            self._host_rates = better
+        else:
+            self.rates = better
+        if self._placement is not None:
+            self._placement.observe(trace.makespan_s)
+        return better
 
     def _known_rates(self) -> Rates | None:
         return self._host_rates if self._is_host_only else self.rates
@@ -201,7 +254,7 @@ class Scheduler:
     def _make_plan(self) -> None:
         """Plan with the rates and the memory that all ranks agreed on."""
         self.plans += 1
-        self.plan = self._planned(self._keep_residents)
+        self.plan = self._planned(self._keep_residents, self._pieces)
         lasting = self._lasting
         if self.plan.resident_bytes > lasting:  # there is less room in forward than in the update
             kept: list[int] = []
@@ -209,13 +262,13 @@ class Scheduler:
                 lasting -= self._pieces[index].resident_bytes
                 if lasting >= 0:
                     kept.append(index)
-            self.plan = self._planned(kept)
+            self.plan = self._planned(kept, self._pieces)
 
-    def _planned(self, keep_residents: bool | list[int]) -> Plan:
+    def _planned(self, keep_residents: bool | list[int], pieces: list[Piece]) -> Plan:
         if self.rates is None:  # nothing to update on this rank
-            return host_only_plan(self._pieces, buffers=self._buffers)
+            return host_only_plan(pieces, buffers=self._buffers)
         return make_plan(
-            self._pieces, self.rates, memory_bytes=self._budget, fraction=self._config.fraction,
+            pieces, self.rates, memory_bytes=self._budget, fraction=self._config.fraction,
             keep_residents=keep_residents, max_slots=self._config.max_slots,
             buffers=self._buffers,
         )  # fmt: skip
@@ -274,6 +327,8 @@ def corrected(rates: Rates, predicted_s: dict[str, float], measured_s: dict[str,
         predicted_s: Predicted busy seconds of each lane; they contain what lanes do to each other,
             so their ratio to the measured ones is the error of the rate alone.
         measured_s: Measured busy seconds.
+
+    Those of storage paths are left to `corrected_paths`.
     """
     changes: dict[str, Any] = {}
     for name, lanes in _OF_LANES.items():
@@ -281,15 +336,37 @@ def corrected(rates: Rates, predicted_s: dict[str, float], measured_s: dict[str,
         measured = sum(measured_s.get(lane, 0.0) for lane in lanes)
         if predicted > 0.0 and measured > 0.0:
             changes[name] = getattr(rates, name) * (predicted / measured) ** SMOOTHING
-    paths = []
-    for j, path in enumerate(rates.paths):
-        found = dataclasses.asdict(path)
+    return rates.replace(**changes)
+
+
+def corrected_paths(
+    paths: Sequence[PathRates], moved: Mapping[str, tuple[int, float]]
+) -> tuple[PathRates, ...]:
+    """Return the paths' rates moved towards what was measured.
+
+    By the bytes that were moved, and not by those that were planned: pieces that change paths, or
+    that a reader has sent out of their buffers, are read and written elsewhere than planned. (What
+    they lose by sharing the host's memory is part of the rates: storage is far slower than that.)
+
+    Args:
+        paths: What the plan was made from.
+        moved: `StepTrace.transfers`.
+    """
+    found = []
+    for j, path in enumerate(paths):
+        rates = dataclasses.asdict(path)
         for kind in ("read", "write"):
-            predicted, measured = (b.get(f"{kind}{j}", 0.0) for b in (predicted_s, measured_s))
-            if predicted > 0.0 and measured > 0.0:
-                found[f"{kind}_bytes_per_s"] *= (predicted / measured) ** SMOOTHING
-        paths.append(PathRates(**found))
-    return rates.replace(**changes, paths=tuple(paths))
+            nbytes, busy_s = moved.get(f"{kind}{j}", (0, 0.0))
+            if nbytes and busy_s > 0.0:
+                known = rates[f"{kind}_bytes_per_s"]
+                rates[f"{kind}_bytes_per_s"] = known * (nbytes / busy_s / known) ** SMOOTHING
+        found.append(PathRates(**rates))
+    return tuple(found)
+
+
+def _for_the_host(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return pieces that a plan leaves to the host, all of them."""
+    return [dataclasses.replace(p, is_movable=False, low_precision_bytes=0) for p in pieces]
 
 
 def _numbers(rates: Rates) -> list[float]:

@@ -11,6 +11,7 @@ from lowtide.core.device import DeviceEvent
 
 LANES = ("host", "prefetch", "device", "flush", "upload")
 _OF_DEVICES = LANES[1:]  # they draw themselves in telemetry
+STORAGE_LANES = ("read", "write")  # with the number of the path behind
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ class StepTrace:
             for key, lane, nbytes, params, times in self._entries
             if lane not in _OF_DEVICES
         ]
+
+    def transfers(self) -> dict[str, tuple[int, float]]:
+        """Return what each lane of storage has moved: bytes, and seconds in which it worked."""
+        found: dict[str, tuple[int, float]] = {}
+        for _, lane, nbytes, _, times in self._entries:
+            if lane.startswith(STORAGE_LANES):
+                (begin_s, end_s), (known, busy_s) = times(), found.get(lane, (0, 0.0))
+                found[lane] = known + nbytes, busy_s + end_s - begin_s
+        return found
 
     def operations(self) -> list[Operation]:
         """Return all operations, by their begin. Only after the update has ended."""

@@ -17,7 +17,7 @@ from lowtide.offload.adam import AdamStep
 from lowtide.offload.executor import Executor
 from lowtide.offload.gradients import Keeper, Source
 from lowtide.offload.one_update import Pace, Work
-from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.scheduler import Agree, Scheduler
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import ALIGNMENT, Subgroup, cuts
 from lowtide.offload.trace import StepTrace
@@ -96,7 +96,8 @@ class Updater:
         subgroup_params: Larger masters are cut into pieces of about this size.
         pace: Slows an emulated device down.
         tier: Where state that does not fit in memory lives. Masters are moved there at once.
-        is_joint: Whether the ranks fail together; storage on any of them asks for that.
+        together: Finds the smallest numbers over all ranks, so that they fail together; None: each
+            fails alone. Storage asks for it.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Updater:
         subgroup_params: int,
         pace: Pace | None = None,
         tier: Tier | None = None,
-        is_joint: bool = False,
+        together: Agree | None = None,
     ) -> None:
         self.masters = list(masters)
         self.scheduler = scheduler
@@ -120,7 +121,7 @@ class Updater:
         self._subgroup_params = subgroup_params
         self._pace = pace
         self.tier = tier
-        self._is_joint = is_joint
+        self._join = together
         self._unmoved: set[int] = set()  # stored masters whose moments are still zeros
         self._arena: dict[tuple[int, str], Tensor] = {}
         self._executor: Executor | None = None
@@ -147,18 +148,19 @@ class Updater:
             StorageError: state was lost in storage, here or on another rank. Collective where
                 there is storage, so that no rank waits for one that has given up.
         """
-        if not self._is_joint:
+        if self._join is None:
             self._update(self._ready_executor(), scale)
             return
         # Twice, because planning is collective too: nobody may be in another collective call.
-        executor = self._together(self._ready_executor)
-        self._together(lambda: self._update(executor, scale))
+        executor = self._together(self._join, self._ready_executor)
+        self._together(self._join, lambda: self._update(executor, scale))
 
-    def _together(self, action: Callable[[], _T]) -> _T:
+    @staticmethod
+    def _together(join: Agree, action: Callable[[], _T]) -> _T:
         """Do something on all ranks, or raise on all ranks. Collective."""
         found, failure = outcome_of(action)
         try:
-            is_well = self.scheduler.all_agree(failure is None)
+            is_well = join([float(failure is None)])[0] > 0.0
         except Exception:  # the others may be gone; this rank's own failure says more
             if failure is None:
                 raise

@@ -11,7 +11,6 @@ from lowtide.offload.updater import Updater
 class Holder:
     """One ZeRO optimizer under planned updates."""
 
-    allows_storage = True
     updater: Updater | None = None
 
     def connected(self) -> None:

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lowtide.core.errors import ConfigError, HostError
 from lowtide.offload.adapters.torch_adamw import TorchAdamW
 from lowtide.offload.gradients import LeafGradients
 from lowtide.offload.scheduler import Agree
-from lowtide.offload.updater import Master, Updater
+from lowtide.offload.updater import Master, Updater, outcome_of
 
 HOLDER = "_lowtide_offload"
 # Entry points, beside ``state``, that read or write masters on the host.
@@ -39,13 +40,44 @@ ATTRIBUTES = (
 )
 
 
-def open_adapter(optimizer: Any) -> MegatronAdapter | None:
+def open_adapter(optimizer: Any, *, is_joint: bool = False) -> MegatronAdapter | None:
     """Return the adapter of what `get_megatron_optimizer` returned; None: nothing on this rank.
+
+    Args:
+        optimizer: Of this rank.
+        is_joint: Whether all ranks fail together from now on; then this is collective, and no rank
+            may be without an adapter.
 
     Raises:
         ConfigError: there is no offloaded optimizer in it, or one that cannot be updated by plan.
+            Where `is_joint`, on any rank.
         HostError: this version of Megatron-core is not one that Lowtide knows.
     """
+    if not is_joint or not dist.is_initialized():
+        return _open(optimizer)
+    # Numbers of the host, which NCCL does not take.
+    group = dist.new_group(backend="gloo")
+    adapter, failure = outcome_of(lambda: _open(optimizer))
+    are_all = _smallest(group, [float(adapter is not None)])[0] > 0.0
+    if failure is not None:
+        raise failure
+    if adapter is None or not are_all:
+        raise ConfigError(
+            "lowtide.offload.storage: a rank has no optimizer state in host memory, or cannot plan "
+            "its update, and then its log says why; all ranks need some, as those with storage "
+            "wait for each other: correct that, or remove lowtide.offload.storage"
+        )
+    adapter.group = group
+    return adapter
+
+
+def _smallest(group: Any, numbers: list[float]) -> list[float]:
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
+    return [float(each) for each in tensor.tolist()]
+
+
+def _open(optimizer: Any) -> MegatronAdapter | None:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     for part in parts:
         _refuse_settings(part)
@@ -71,6 +103,7 @@ class MegatronAdapter:
                 f"Megatron-core is not one that Lowtide knows, install megatron-core 0.16.1"
             )
         self.holder = Hybrid(hybrid)
+        self.group: Any = None  # of ranks that fail together
         self._hybrid = hybrid
         self._base = type(hybrid)
 
@@ -92,22 +125,30 @@ class MegatronAdapter:
         """
         return list
 
+    def together(self) -> Agree:
+        """Return what finds the smallest numbers over all ranks, where they fail together.
+
+        Megatron steps on all ranks or on none: it looks for infinities on all of them.
+        """
+        return self.agree() if self.group is None else functools.partial(_smallest, self.group)
+
     def close(self) -> None:
         """Give the optimizer its class back, with all its state on the host."""
         if HOLDER not in self._hybrid.__dict__:
             return
-        if self.holder.updater is not None:
-            self.holder.updater.close()
-        self.holder.give_back()
-        self._hybrid.__class__ = self._base
-        delattr(self._hybrid, HOLDER)
+        try:
+            if self.holder.updater is not None:
+                self.holder.updater.end()
+        finally:
+            self.holder.give_back()
+            self._hybrid.__class__ = self._base
+            delattr(self._hybrid, HOLDER)
 
 
 class Hybrid:
     """What the methods of one `HybridDeviceOptimizer` need."""
 
     allows_residents = True
-    allows_storage = False
 
     def __init__(self, hybrid: Any) -> None:
         self._hybrid = hybrid

@@ -17,7 +17,13 @@ from torch import Tensor
 from lowtide.core.errors import ConfigError, StorageError
 from lowtide.core.native import crc32, crc32_combine
 from lowtide.offload.storage.lanes import Crew
-from lowtide.offload.storage.mapping import PAGE_BYTES, PAGE_ELEMENTS, Range, allocate
+from lowtide.offload.storage.mapping import (
+    PAGE_BYTES,
+    PAGE_ELEMENTS,
+    Range,
+    allocate,
+    give_back,
+)
 
 CHUNK_BYTES = 4 << 20
 STRETCH_BYTES = 64 << 20  # written through the page cache before that is waited for
@@ -54,6 +60,7 @@ class ScratchFile:
     def __init__(self, folder: str | Path, *, direct: bool = True) -> None:
         self.folder = Path(folder)
         self.size_bytes = 0
+        self._left: list[tuple[int, int]] = []  # (offset, bytes) that hold nothing any more
         self._direct = -1
         # One each: the parts of a read would keep those of a write waiting.
         self._readers, self._writers = (
@@ -91,12 +98,15 @@ class ScratchFile:
         self._finalizer()
 
     def reserve(self, nbytes: int) -> int:
-        """Return the offset of new space; its bytes are zero and certain to be there.
+        """Return the offset of space that is certain to be there. By one thread at a time.
+
+        What is behind everything that was ever reserved comes as zeros.
 
         Raises:
             StorageError: there is not that much left.
         """
-        offset = self.size_bytes
+        known = next((each for each in self._left if each[1] >= nbytes), None)
+        offset = self.size_bytes if known is None else known[0]
         try:
             allocate(self.descriptor, offset, nbytes)
         except OSError as error:
@@ -106,8 +116,22 @@ class ScratchFile:
                 f"state, {free.f_bavail * free.f_frsize} are free ({error.strerror}); free some, "
                 f"add another path, or raise lowtide.offload.storage.host_memory_bytes"
             ) from error
-        self.size_bytes += nbytes
+        if known is None:
+            self.size_bytes += nbytes
+            return offset
+        self._left.remove(known)
+        if known[1] > nbytes:
+            self._left.append((offset + nbytes, known[1] - nbytes))
         return offset
+
+    def vacate(self, offset: int, nbytes: int) -> None:
+        """Give up space that nobody maps any more; as `reserve`, by one thread at a time.
+
+        The file system gets it back, or, where it cannot take it, the next `reserve` does.
+        """
+        self._drop(offset, nbytes)
+        give_back(self.descriptor, offset, nbytes)
+        self._left.append((offset, nbytes))
 
     def write(self, source: Tensor, offset: int, progress: Callable[[], None]) -> int:
         """Write all bytes of `source` and return their CRC-32.

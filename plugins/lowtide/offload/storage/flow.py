@@ -2,7 +2,8 @@
 
     read      pieces to buffers, in order, as long as a buffer is free
     host      takes them in the same order, as they arrive
-    write     back to their files, which frees the buffers; the last ones stay where they are
+    write     to their files, which frees the buffers; the last ones stay where they are. A piece
+              that is to move is written to another path
 
 The next update goes through them the other way round, so what stayed in buffers comes first there
 and is neither written nor read in between.
@@ -83,7 +84,7 @@ class Flow:
                 return  # it lives in memory
             tier.dirty.add(number)
         if number not in self._stays:
-            tier.write(number, lambda: self._written(number))
+            tier.write(number, lambda: self._written(number), may_move=True)
 
     def _written(self, number: int) -> None:
         self._tier.release(number)

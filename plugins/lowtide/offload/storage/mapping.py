@@ -26,6 +26,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
 _MADV_DONTNEED = 4
+_KEEP_SIZE_AND_PUNCH_HOLE = 0x1 | 0x2
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -59,7 +60,12 @@ def allocate(descriptor: int, offset: int, nbytes: int) -> None:
         number = 0 if nbytes <= free.f_bavail * free.f_frsize else errno.ENOSPC
     if number:
         raise OSError(number, os.strerror(number))
-    os.ftruncate(descriptor, offset + nbytes)
+    os.ftruncate(descriptor, max(offset + nbytes, os.fstat(descriptor).st_size))
+
+
+def give_back(descriptor: int, offset: int, nbytes: int) -> None:
+    """Return space of a file to the file system, where that can be; the file keeps its length."""
+    _library().fallocate(descriptor, _KEEP_SIZE_AND_PUNCH_HOLE, offset, nbytes)
 
 
 class Range:

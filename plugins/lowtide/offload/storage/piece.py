@@ -23,12 +23,17 @@ class Piece:
         path: Number of the path; None: it had to stay in memory.
         offset: Where in that path's file.
         crc: CRC-32 of what is there; None: somebody else may have written there.
+        goal: Path that it is written to the next time it is updated; None: `path`.
+        is_torn: Whether its tensors may show another place than that, or several; only while a
+            lane has it.
     """
 
     extent: Extent
     path: int | None
     offset: int = 0
     crc: int | None = None
+    goal: int | None = None
+    is_torn: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -38,11 +38,16 @@ class Tier(Transfers):
         return found
 
     def facts(self) -> dict[str, object]:
-        """Return the host memory in use, and what each path holds and its rates, for reports."""
+        """Return, for reports, the host memory in use, what each path holds, rates and moves.
+
+        Rates are the last ones measured.
+        """
+        total = sum(self.stored_bytes()) or 1
         paths = [
             {
                 "folder": str(file.folder),
                 "stored_bytes": nbytes,
+                "share": nbytes / total,
                 "is_direct": file.is_direct,
                 "is_left_out": j in self._left_out,
                 **dataclasses.asdict(rate),
@@ -51,7 +56,35 @@ class Tier(Transfers):
                 zip(self.files, self.rates, self.stored_bytes(), strict=True)
             )
         ]
-        return {"host_memory_bytes": self.in_memory_bytes(), "storage": paths}
+        moves = {"pieces": self.moved_pieces, "bytes": self.moved_bytes}
+        return {
+            "host_memory_bytes": self.in_memory_bytes(),
+            "storage": paths,
+            "storage_moves": moves,
+        }
+
+    # -- from path to path --------------------------------------------------------------------
+
+    def homes(self) -> list[int | None]:
+        """Return the path of each piece; None: it is in memory."""
+        return [each.path for each in self.pieces]
+
+    def takes(self) -> list[bool]:
+        """Return which paths take more pieces."""
+        closed = self._left_out | self._full
+        return [j not in closed for j in range(len(self.files))]
+
+    def move(self, goals: Mapping[int, int]) -> None:
+        """Let pieces be written to other paths when they are next updated.
+
+        Where that fails they stay where they are.
+
+        Args:
+            goals: Path of each piece that is to move.
+        """
+        with self.changed:
+            for number, path in goals.items():
+                self.pieces[number].goal = path
 
     # -- from and to memory -------------------------------------------------------------------
 
@@ -126,12 +159,14 @@ class Tier(Transfers):
         try:
             if self.failure is None:
                 self.drain(may_write=True)
+                with self.changed:
+                    self.wait(lambda: not self._vacating)
             else:
                 logger.error("offload: closed after a failure: %s", self.failure)
         finally:
             for lane in self._lanes.values():
                 lane.close()
-            if self.failure is None:  # a lane that hangs still uses them
+            if self.failure is None and not self._vacating:  # a lane that hangs still uses them
                 for each in self.files:
                     each.close()
                 self.free.clear()

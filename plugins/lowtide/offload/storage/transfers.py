@@ -29,7 +29,7 @@ class Transfers:
     Args:
         files: One per path.
         layout: What is stored.
-        rates: Of each path; they decide how many pieces it gets.
+        rates: Of each path; they decide how many pieces it gets at first.
         numels: Elements of each master.
         stall_s: A transfer that gets no further for so long is given up.
         first: Which path comes first; ranks of one node differ.
@@ -58,6 +58,9 @@ class Transfers:
         self.noted: Noted = ignored
         self._stall_s = stall_s
         self._left_out: set[int] = set()  # paths that refused a write
+        self._full: set[int] = set()  # paths that had no room when they were last asked
+        self._vacating = 0  # places that pieces have left, and that are about to be given up
+        self.moved_pieces = self.moved_bytes = 0  # from path to path, so far
         self._draining = threading.RLock()  # readers may be in several threads
         self._is_overfull = False  # a piece had to stay in memory
         self._lanes = {
@@ -177,23 +180,36 @@ class Transfers:
             problem = f"its CRC-32 is {crc:08x}, and {piece.crc:08x} was written"
         return problem
 
-    def write(self, number: int, then: Callable[[], None]) -> None:
-        """Write a held piece to its path, or to another one; `then` is called with the lock."""
+    def write(self, number: int, then: Callable[[], None], *, may_move: bool = False) -> None:
+        """Write a held piece to its path, or to another one; `then` is called with the lock.
+
+        Args:
+            number: The piece.
+            then: Called when it is there.
+            may_move: Whether it goes to its goal, should it have one: nobody reads it by its map.
+        """
         with self.changed:
             self.moving.add(number)
-        self._send(number, then, set())
+            piece, goal = self.pieces[number], None
+            if may_move:
+                piece.goal, goal = None, piece.goal
+        self._send(number, then, set(), goal)
 
-    def _send(self, number: int, then: Callable[[], None], refused: set[int]) -> None:
-        """Queue a write: to the piece's own path, else the fastest other one, else to memory.
+    def _send(
+        self, number: int, then: Callable[[], None], refused: set[int], goal: int | None = None
+    ) -> None:
+        """Queue a write: to a goal, else home, else to the fastest other path, else to memory.
 
         Args:
             number: A held piece.
             then: As for `write`.
             refused: Paths that have not taken it.
+            goal: The path that should have it; None: its own.
         """
         home, refused = self.pieces[number].path, refused | self._left_out
         paths = sorted(
-            {*range(len(self.files))} - refused, key=lambda j: (j != home, self.rates[j].turn_s, j)
+            {*range(len(self.files))} - refused,
+            key=lambda j: (j != goal, j != home, self.rates[j].turn_s, j),
         )
         if not paths:
             self._keep(number, then)
@@ -211,22 +227,44 @@ class Transfers:
     ) -> None:
         piece, begin_s, file = self.pieces[number], perf_counter(), self.files[path]
         data, is_at_home = self.held[number].memory[: piece.nbytes], path == piece.path
+        left = None if is_at_home or piece.path is None else (piece.path, piece.offset)
         try:
             offset = piece.offset if is_at_home else file.reserve(piece.nbytes)
         except StorageError:  # full, which is no reason to give up what it holds
+            with self.changed:
+                self._full.add(path)
             self._send(number, then, refused | {path})
             return
         try:
             if is_at_home and not file.is_direct:
                 self._let_go(piece)
             piece.crc = file.write(data, offset, progress)
-            if not is_at_home:
+            if not is_at_home or piece.is_torn:
                 self._settle(number, path, offset)
         except (OSError, StorageError) as error:
             self._leave_out(path, error)
             self._send(number, then, refused | {path})
             return
+        if left is not None:
+            self._vacate(*left, piece.nbytes)
         self._written(number, f"write{path}", begin_s, then)
+
+    def _vacate(self, path: int, offset: int, nbytes: int) -> None:
+        """Give up the place that a piece has left; nothing maps it any more."""
+        with self.changed:
+            self.moved_pieces, self.moved_bytes = self.moved_pieces + 1, self.moved_bytes + nbytes
+            if path in self._left_out:  # not to be touched again
+                return
+            self._vacating += 1
+
+        def action(_progress: Callable[[], None]) -> None:
+            self.files[path].vacate(offset, nbytes)
+            with self.changed:
+                self._full.discard(path)
+                self._vacating -= 1
+                self.changed.notify_all()
+
+        self._lanes["write", path].submit(action)  # its own: it may hang
 
     def _written(self, number: int, lane: str, begin_s: float, then: Callable[[], None]) -> None:
         with self.changed:
@@ -263,7 +301,7 @@ class Transfers:
         newest = self.held[number].state(extent.numel)
         for old, new in zip(self.mapped(number), newest, strict=True):
             old.copy_(new)
-        piece.path = None
+        piece.path, piece.is_torn = None, False
         self._written(number, "memory", begin_s, then)
 
     def _let_go(self, piece: Piece) -> None:
@@ -272,12 +310,17 @@ class Transfers:
             each.let_go(piece.extent.begin, piece.extent.numel)
 
     def _settle(self, number: int, path: int, offset: int) -> None:
+        """Let a piece's tensors show a place, which is its own from then on.
+
+        Raises:
+            StorageError: they cannot, or not all of them; whoever writes the piece next repairs it.
+        """
         piece = self.pieces[number]
-        extent = piece.extent
+        extent, piece.is_torn = piece.extent, True
         for turn, each in enumerate(self.ranges[extent.flat]):
             begin = offset + 4 * turn * extent.numel
             each.show_file(extent.begin, extent.numel, self.files[path].descriptor, begin)
-        piece.path, piece.offset = path, offset
+        piece.path, piece.offset, piece.is_torn = path, offset, False
 
 
 def _reserve(file: ScratchFile, sizes: Sequence[int], progress: Callable[[], None]) -> list[int]:
