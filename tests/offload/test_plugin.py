@@ -45,7 +45,7 @@ def test_storage_is_for_all_stages(stage: int) -> None:
     assert isinstance(config, OffloadConfig)
     assert config.storage is not None
     assert [each.path for each in config.storage.folders] == ["/a"]
-    assert config.storage.buffer_count == 3
+    assert config.storage.buffers == "auto"
 
 
 def test_a_rank_whose_neighbour_cannot_store_gives_up_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from lowtide.core.errors import ConfigError, StorageError
 from lowtide.core.state import Location
-from lowtide.offload.config import OffloadConfig, StorageConfig
+from lowtide.offload.config import OffloadConfig, StorageConfig, StoragePath
 from lowtide.offload.plan import build_plan, random_plan
 from lowtide.offload.rates import PathRates
 from lowtide.offload.schedule import check_plan
@@ -355,4 +355,18 @@ def test_nothing_is_stored_where_memory_is_enough(tmp_path: Path) -> None:
     assert tier.layout.buffers == 3
     assert tier.rates[0].read_bytes_per_s > 0
     assert os.listdir(tmp_path) == []
+    tier.close()
+
+
+@pytest.mark.parametrize(("wanted", "least"), [("auto", 6), (5, 5)])
+def test_buffers_are_chosen_by_the_rates(tmp_path: Path, wanted: Any, least: int) -> None:
+    paths = [
+        StoragePath(path=str(tmp_path), read_bytes_per_s=rate, write_bytes_per_s=rate)
+        for rate in (4e8, 1e8)
+    ]
+    config = StorageConfig(paths=paths, host_memory_bytes=12.0 * 20 * 1024, buffers=wanted)
+    tier = open_tier(config, [1024 * 60], subgroup_params=1024, rank=0, meet=lambda: None)
+    assert tier is not None
+    assert least <= tier.layout.buffers < least + (4 if wanted == "auto" else 1)
+    assert tier.in_memory_bytes() <= config.host_memory_bytes
     tier.close()

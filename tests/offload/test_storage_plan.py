@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lowtide.cli import app
 from lowtide.core.errors import ConfigError
 from lowtide.core.native import status
-from lowtide.offload.outlook import cut, store
+from lowtide.offload.outlook import choose_buffers, cut, store
 from lowtide.offload.plan import host_only_plan, make_plan, predict, random_plan
 from lowtide.offload.rates import PathRates, Rates
 from lowtide.offload.schedule import Piece, Plan, build_plan, check_plan
@@ -202,6 +202,43 @@ def test_pieces_are_stored_as_a_run_would_divide_them() -> None:
     assert 12 * (sum(p.numel for p in kept) + 5 * 4 * MILLION) <= 12 * 40 * MILLION
     count = len(pieces) - len(kept)
     assert sum(p.path == 1 for p in pieces) == pytest.approx(count / 4, abs=1)
+
+
+def predicted_s(pieces: list[Piece], paths: list[PathRates], memory: float, buffers: int) -> float:
+    stored = store(pieces, paths, memory_bytes=memory, buffers=buffers)
+    rates = ROUND.replace(host_params_per_s=1e12, paths=tuple(paths))
+    return make_plan(stored, rates, memory_bytes=0, buffers=buffers).makespan_s or 0.0
+
+
+@pytest.mark.parametrize(
+    ("speeds", "is_more"),
+    [((1,), False), ((1, 1), False), ((4, 1), True), ((4, 4, 1), True), ((4, 2, 1), True)],
+)
+def test_fast_paths_get_buffers_to_run_ahead_of_slow_ones(
+    speeds: tuple[int, ...], is_more: bool
+) -> None:
+    paths = [PathRates(read_bytes_per_s=s * 1e8, write_bytes_per_s=s * 1e8) for s in speeds]
+    pieces, memory = cut(600 * MILLION, 10 * MILLION), 20 * 120.0 * MILLION
+    buffers, fewest = choose_buffers(pieces, paths, memory_bytes=memory), 2 * len(speeds) + 1
+    assert (buffers > fewest) == is_more
+    gain = 1 - predicted_s(pieces, paths, memory, buffers) / predicted_s(
+        pieces, paths, memory, fewest
+    )
+    assert gain > 0.15 if is_more else gain == 0.0
+    for more in range(fewest, min(fewest + 9, 20)):  # none is much better
+        assert predicted_s(pieces, paths, memory, more) > 0.97 * predicted_s(
+            pieces, paths, memory, buffers
+        )
+
+
+def test_buffers_are_no_more_than_memory_holds() -> None:
+    fast, slow = (PathRates(read_bytes_per_s=r, write_bytes_per_s=r) for r in (8e8, 1e8))
+    pieces = cut(600 * MILLION, 10 * MILLION)
+    for held in (5, 6, 7):
+        memory = (held + 0.5) * 120 * MILLION
+        assert 5 <= choose_buffers(pieces, [fast, slow], memory_bytes=memory) <= held
+    with pytest.raises(ConfigError, match="5 staging buffers"):
+        choose_buffers(pieces, [fast, slow], memory_bytes=4.5 * 120 * MILLION)
 
 
 def test_the_command_shows_storage_lanes() -> None:

@@ -6,6 +6,7 @@ Everything here is simulated from rates, so it is as good as they are.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,13 +16,21 @@ from lowtide.offload.plan import host_only_plan, make_plan, stride_plan
 from lowtide.offload.rates import PathRates, Rates
 from lowtide.offload.schedule import Piece, Plan
 from lowtide.offload.simulate import Options, Simulation, simulate
-from lowtide.offload.storage.layout import assign, lay_out
+from lowtide.offload.storage.layout import assign, fewest_buffers, lay_out
 
 STOCK_DOWNCAST = 2.5
 """How much faster than Adam the unfused downcast of stock's loop is taken to be, with its pageable
 copy: about the middle of what the fit to the published curves gives (benchmarks)."""
 
 _MOST_PIECES = 100_000
+_MOST_MORE_BUFFERS = 8
+_WORTH_A_BUFFER = 0.02  # of the update
+_ONLY_STORAGE = Rates(  # everything else is so fast that it does not count
+    host_to_device_bytes_per_s=1e15,
+    device_to_host_bytes_per_s=1e15,
+    host_params_per_s=1e15,
+    device_params_per_s=1e15,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +116,39 @@ def store(
         )
         for each in layout.extents
     ]  # fmt: skip
+
+
+def choose_buffers(
+    pieces: Sequence[Piece], paths: Sequence[PathRates], *, memory_bytes: float
+) -> int:
+    """Return how many staging buffers let storage take the least time: `fewest_buffers` or more.
+
+    While a slow path reads one piece, a fast one reads several, which wait for their turn behind
+    it. A buffer more also keeps a piece from one update to the next, and leaves less memory to
+    state that is not stored at all. What that comes to, a simulation says.
+
+    Args:
+        pieces: As for `store`, as are the others.
+        paths: Where they go.
+        memory_bytes: Host memory for state and staging buffers.
+
+    Raises:
+        ConfigError: The memory does not hold the fewest buffers.
+    """
+    rates = _ONLY_STORAGE.replace(paths=tuple(paths))
+    fewest = fewest_buffers(len(paths))
+    best, best_s = fewest, math.inf
+    for count in range(fewest, fewest + _MOST_MORE_BUFFERS + 1):
+        try:
+            stored = store(pieces, paths, memory_bytes=memory_bytes, buffers=count)
+        except ConfigError:
+            if count == fewest:
+                raise
+            break
+        plan = make_plan(stored, rates, memory_bytes=0, buffers=count)
+        if plan.makespan_s is not None and plan.makespan_s < (1 - _WORTH_A_BUFFER) * best_s:
+            best, best_s = count, plan.makespan_s
+    return best
 
 
 def look_ahead(

@@ -123,8 +123,7 @@ def offload(
         numel, _whole("--subgroup-size", subgroup_size),
         gradient_upload_bytes=gradient_bytes, keeps_gradient=True,
     )  # fmt: skip
-    buffers = 2 * len(paths) + 1
-    pieces = _stored(pieces, paths, host_memory_gb, buffers)
+    pieces, buffers = _stored(pieces, paths, host_memory_gb)
     outlook = look_ahead(
         pieces,
         rates,
@@ -159,12 +158,13 @@ def _path(text: str) -> PathRates:
 
 
 def _stored(
-    pieces: list[Piece], paths: tuple[PathRates, ...], host_memory_gb: float | None, buffers: int
-) -> list[Piece]:
-    from lowtide.offload.outlook import store
+    pieces: list[Piece], paths: tuple[PathRates, ...], host_memory_gb: float | None
+) -> tuple[list[Piece], int]:
+    """Return the pieces, some of them stored, and the number of staging buffers."""
+    from lowtide.offload.outlook import choose_buffers, store
 
     if not paths and host_memory_gb is None:
-        return pieces
+        return pieces, 1
     if not paths:
         raise ConfigError("--host-memory-gb: limits what stays in memory; name a --storage too")
     if host_memory_gb is None or not host_memory_gb > 0:
@@ -172,7 +172,9 @@ def _stored(
             f"--host-memory-gb: got {host_memory_gb}, and --storage takes what does not fit there; "
             "allowed is a number above 0"
         )
-    return store(pieces, paths, memory_bytes=host_memory_gb * 1e9, buffers=buffers)
+    memory_bytes = host_memory_gb * 1e9
+    buffers = choose_buffers(pieces, paths, memory_bytes=memory_bytes)
+    return store(pieces, paths, memory_bytes=memory_bytes, buffers=buffers), buffers
 
 
 def _as_dict(outlook: Outlook) -> dict[str, Any]:

@@ -105,6 +105,11 @@ def lay_out(
     return Layout(tuple(extents), buffers, buffer_bytes, kept)
 
 
+def fewest_buffers(paths: int) -> int:
+    """Return enough buffers for all lanes: one being read and one written per path, one updated."""
+    return 2 * paths + 1
+
+
 def _pages(numel: int, piece: int) -> list[tuple[int, int]]:
     """Return (begin, count) of nearly equal pieces of whole pages."""
     pages = numel // PAGE_ELEMENTS

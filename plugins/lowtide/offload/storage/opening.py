@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowtide.offload.config import StorageConfig, StoragePath
+from lowtide.offload.outlook import choose_buffers, cut
 from lowtide.offload.storage.files import ScratchFile
 from lowtide.offload.storage.lanes import run_watched
-from lowtide.offload.storage.layout import lay_out
+from lowtide.offload.storage.layout import Layout, fewest_buffers, lay_out
 from lowtide.offload.storage.probe import measure_paths
 from lowtide.offload.storage.tier import Tier
 from lowtide.offload.subgroup import ALIGNMENT
 
 logger = logging.getLogger("lowtide")
+
+_MOST_TO_SIMULATE = 10_000  # pieces; of more, one buffer is next to nothing
 
 
 def open_tier(
@@ -41,10 +44,15 @@ def open_tier(
         StorageError: a path has too little room, or does not read back what was written.
     """
     meet()
-    layout = lay_out(
-        numels, memory_bytes=config.host_memory_bytes, piece=subgroup_params,
-        buffers=config.buffer_count, vector=ALIGNMENT,
-    )  # fmt: skip
+    wanted = None if isinstance(config.buffers, str) else config.buffers
+
+    def laid_out(buffers: int) -> Layout:
+        return lay_out(
+            numels, memory_bytes=config.host_memory_bytes, piece=subgroup_params,
+            buffers=buffers, vector=ALIGNMENT,
+        )  # fmt: skip
+
+    layout = laid_out(wanted or fewest_buffers(len(config.paths)))
     files: list[ScratchFile] = []
     tier = None
     try:
@@ -54,6 +62,10 @@ def open_tier(
         rates = measure_paths(
             files, [each.given for each in config.folders], stall_s=config.stall_s
         )
+        if wanted is None and 0 < len(layout.stored) <= _MOST_TO_SIMULATE:
+            pieces = cut(sum(numels), subgroup_params)
+            memory_bytes = config.host_memory_bytes
+            layout = laid_out(choose_buffers(pieces, rates, memory_bytes=memory_bytes))
         if layout.stored:
             tier = Tier(files, layout, rates, numels, stall_s=config.stall_s, first=rank)
     finally:
