@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lowtide.core.config import resolve
 from lowtide.core.errors import ConfigError, StorageError
@@ -13,7 +15,10 @@ from lowtide.core.lifecycle import Event, Session
 from lowtide.core.schema import key_table
 from lowtide.offload import plugin as plugin_module
 from lowtide.offload.config import OffloadConfig
+from lowtide.offload.executor import Executor
 from lowtide.offload.plugin import OffloadPlugin
+from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.subgroup import Subgroup
 
 GOOD: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
@@ -137,6 +142,21 @@ def test_random_plans_have_a_seed() -> None:
     config = resolve({"offload": {"plan": "random:12"}}, host_config=GOOD).plugins["offload"]
     assert isinstance(config, OffloadConfig)
     assert config.random_seed == 12
+
+
+def test_a_device_none_of_whose_memory_may_be_used_is_there_all_the_same() -> None:
+    block = {"offload": {"device": "emulated", "device_memory_bytes": 0}}
+    session = Session.open(block, host="megatron")
+    plugin = session.plugins["offload"]
+    assert isinstance(plugin, OffloadPlugin)
+    with contextlib.closing(plugin._open(session)) as device:
+        assert device.kind == "emulated"
+        pieces = [Subgroup("subgroup/0", 0, 0, 0, *torch.zeros(3, 64), weights=None)]
+        executor = Executor(device, pieces, session.state)
+        scheduler = Scheduler(plugin.config, device, lambda numbers: numbers)
+        assert scheduler.next_plan(executor).is_host_only
+        executor.close()
+    session.close()
 
 
 def test_only_behind_hosts_that_keep_the_optimizer_in_host_memory() -> None:
