@@ -81,7 +81,7 @@ def test_a_rank_whose_neighbour_cannot_store_gives_up_too(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"paths": []}, r"storage\.paths"),
+        ({"paths": []}, r"storage\.paths: got \[\], allowed is 1 or more"),
         ({"paths": [{"path": "/a", "read_bytes_per_s": 0}]}, '"read_bytes_per_s" must be above 0'),
         ({"paths": [{"folder": "/a"}]}, "folder"),
         ({"host_memory_bytes": 0}, r"host_memory_bytes"),
@@ -106,6 +106,7 @@ def test_nonsense_about_storage_is_refused(changes: dict[str, Any], said: str) -
         (with_offload(super_offload=True), "super_offload is set too"),
         (with_offload(ratio=0.5), "ratio is set too"),
         (with_zero(zenflow={"topk_ratio": 0.1}), "zenflow is set too"),
+        (with_zero(zenflow={}), "zenflow is set too"),  # on with its defaults
         (with_zero(mics_shard_size=2), "mics_shard_size is set too"),
         ({**GOOD, "optimizer": {"type": "Muon"}}, r'optimizer.type is "Muon", allowed are "Adam"'),
         ({**GOOD, "optimizer": {"type": "Adam"}}, None),
@@ -122,11 +123,12 @@ def test_combinations_with_deepspeed(host_config: dict[str, Any], said: str | No
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"fraction": 1.5}, r"fraction.*allowed are \"auto\" and numbers from 0 to 1"),
-        ({"plan": "random"}, r"plan.*allowed are \"auto\" and \"random:<seed>\""),
+        ({"fraction": 1.5}, r"fraction: got 1\.5, allowed are \"auto\" and numbers from 0 to 1"),
+        ({"plan": "random"}, r"plan: got 'random', allowed are \"auto\" and \"random:<seed>\""),
         ({"plan": "random:x"}, r"random:<seed>"),
         ({"device": "gpu"}, r"device.*\"gpu\""),
         ({"device_memory_bytes": -1}, "must be 0 or more"),
+        ({"device_memory_bytes": 8e9}, r"got 8000000000\.0 .*write 8000000000\)"),
         ({"emulated": {"device_params_per_s": 1e6}}, '"device" is not "emulated"'),
         ({"device": "emulated", "emulated": {"host_params_per_s": 0}}, "host_params_per_s"),
         ({"fracton": 0.5}, 'Did you mean "fraction"'),
