@@ -43,7 +43,10 @@ def optimizer(adapter: Any, **changes: Any) -> Any:
     [
         ({}, None),
         ({"optimizer": None}, 'no optimizer to update; add "optimizer"'),
-        ({"optimizer": torch.optim.AdamW([torch.zeros(1)])}, r"adamw\.AdamW, .* without \"torch_adam\""),
+        (
+            {"optimizer": torch.optim.AdamW([torch.zeros(1)])},
+            r"adamw\.AdamW, .* without \"torch_adam\"",
+        ),
         ({"class": "MiCS_Optimizer"}, "DeepSpeed made a MiCS_Optimizer, and the plugin knows"),
         ({"optimizer": cpu_adam(fp32_optimizer_states=False)}, "with 16-bit optimizer states"),
         ({"torch_autocast_gradscaler": object()}, "with torch.autocast's gradient scaler"),

@@ -4,8 +4,8 @@ With few pieces, rounding the fluid optimum to whole pieces costs several per ce
 knapsack, and the order matters at both ends of every lane. So from the best plans on single changes
 follow for as long as they help: a piece goes to another place, on any side; two pieces trade
 places; one slot more or less. Up to seven pieces, all divisions that may still be faster follow:
-each in a few good orders, then, the most promising first, in every order. Up to five that ends with
-the best plan there is, but for `_NEGLIGIBLE`; a budget of simulations ends it with more.
+each in a few good orders, then, the most promising first, in every order. With up to five that ends
+as a rule with the best plan there is, but for `_NEGLIGIBLE`; else a budget of simulations ends it.
 
 Source: own derivation.
 """
