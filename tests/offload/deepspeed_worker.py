@@ -14,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -348,6 +349,8 @@ def trouble() -> dict[str, Any]:
     def states_move(step: int, engine: Any) -> None:
         if step == 3:
             engine.optimizer.zero_grad()
+        if step == 6:  # and the update comes before they are back
+            engine.optimizer.offload_states(include=[OffloadStateTypeEnum.lp_grads])
 
     on_device = []
 
@@ -381,6 +384,8 @@ def trouble() -> dict[str, Any]:
                 if name == "moves" and step == 3:
                     engine.offload_states()
                     engine.reload_states()
+                if name == "moves" and step == 6:
+                    engine.optimizer.reload_states()
                 if step == 5:
                     moments = engine.optimizer.state.values()
                     found.append([each["exp_avg_sq"].double().sum().item() for each in moments])

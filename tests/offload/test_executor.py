@@ -332,10 +332,10 @@ def test_fewer_residents_than_planned(emulated: Device, monkeypatch: pytest.Monk
     bench = Bench(emulated)
     real, calls = executor_module.make_resident, itertools.count()
 
-    def second_fails(*args: Any) -> Any:
+    def second_fails(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 1:
             raise DeviceOutOfMemoryError("full")
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(executor_module, "make_resident", second_fails)
     trace = bench.run(bench.plan(residents=(1, 3, 4)))

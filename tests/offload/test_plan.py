@@ -81,6 +81,36 @@ def test_plan_is_within_two_per_cent_of_the_best_of_all_plans(count: int) -> Non
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("seed", "is_small"),
+    [(24, False), (290, False), (332, False), (112, True), (213, True)],
+)
+def test_plan_of_five_pieces_is_the_best_where_single_changes_lead_nowhere(
+    seed: int, is_small: bool
+) -> None:
+    # Found among 1500 such instances: a few good orders of the best divisions, and single changes
+    # from there, end 1.3 to 8 % above the best plan.
+    chance = random.Random(seed * 7919 + 13)
+    if is_small:
+        pieces = [
+            Piece(
+                numel=chance.randint(1000, 100_000),
+                gradient_upload_bytes=2,
+                keeps_gradient=chance.random() < 0.5,
+            )
+            for _ in range(5)
+        ]
+    else:
+        pieces = random_pieces(chance, 5)
+    rates = random_rates(chance)
+    everything = sum(p.resident_bytes for p in pieces)
+    memory = chance.random() * 1.3 * everything if chance.random() < 0.6 else random_memory(chance)
+    plan = make_plan(pieces, rates, memory_bytes=memory)
+    assert plan.makespan_s is not None
+    assert plan.makespan_s <= 1.001 * best_makespan_s(pieces, rates, memory)
+
+
+@needs_native
 @pytest.mark.slow
 def test_plan_of_seven_pieces_is_within_two_per_cent_of_the_best() -> None:
     for seed in range(16):
@@ -136,13 +166,12 @@ def test_a_thousand_subgroups_come_near_the_bound(name: str, gradient: int, memo
     check_plan(pieces, plan, memory_bytes=memory)
     assert plan.makespan_s is not None
     assert plan.lower_bound_s is not None
-    bound_s = plan.lower_bound_s
+    assert plan.lower_bound_s <= plan.makespan_s <= 1.05 * plan.lower_bound_s
     if (name, gradient) == ("H100, 4 ranks", 0):
         # 7 % above the slowest lane: memory and link are both full only if the host goes slow all
-        # the time, but it takes its fair share and is over early. The fair bound knows that.
-        assert bound_s <= plan.makespan_s <= 1.08 * bound_s
-        bound_s = lower_bound_s(kinds_of(pieces), H100, memory_bytes=memory, is_fair=True)
-    assert bound_s <= plan.makespan_s <= 1.05 * bound_s
+        # the time, but it takes its fair share and is over early. The bound knows that.
+        lane_s = lower_bound_s(kinds_of(pieces), H100, memory_bytes=memory)
+        assert 1.05 * lane_s < plan.makespan_s <= 1.08 * lane_s
 
 
 def test_unequal_subgroups_come_near_the_bound_too() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lowtide.core.config import resolve
 from lowtide.core.errors import ConfigError, StorageError
 from lowtide.core.lifecycle import Session
 from lowtide.core.schema import key_table
 from lowtide.offload.config import OffloadConfig
+from lowtide.offload.executor import Executor
 from lowtide.offload.plugin import OffloadPlugin
+from lowtide.offload.scheduler import Scheduler
+from lowtide.offload.subgroup import Subgroup
 
 GOOD: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
@@ -60,7 +65,7 @@ def test_a_rank_whose_neighbour_cannot_store_gives_up_too(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"paths": []}, r"storage\.paths"),
+        ({"paths": []}, r"storage\.paths: got \[\], allowed is 1 or more"),
         ({"paths": [{"path": "/a", "read_bytes_per_s": 0}]}, '"read_bytes_per_s" must be above 0'),
         ({"paths": [{"folder": "/a"}]}, "folder"),
         ({"host_memory_bytes": 0}, r"host_memory_bytes"),
@@ -85,6 +90,7 @@ def test_nonsense_about_storage_is_refused(changes: dict[str, Any], said: str) -
         (with_offload(super_offload=True), "super_offload is set too"),
         (with_offload(ratio=0.5), "ratio is set too"),
         (with_zero(zenflow={"topk_ratio": 0.1}), "zenflow is set too"),
+        (with_zero(zenflow={}), "zenflow is set too"),  # on with its defaults
         (with_zero(mics_shard_size=2), "mics_shard_size is set too"),
         ({**GOOD, "optimizer": {"type": "Muon"}}, r'optimizer.type is "Muon", allowed are "Adam"'),
         ({**GOOD, "optimizer": {"type": "Adam"}}, None),
@@ -101,11 +107,12 @@ def test_combinations_with_deepspeed(host_config: dict[str, Any], said: str | No
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"fraction": 1.5}, r"fraction.*allowed are \"auto\" and numbers from 0 to 1"),
-        ({"plan": "random"}, r"plan.*allowed are \"auto\" and \"random:<seed>\""),
+        ({"fraction": 1.5}, r"fraction: got 1\.5, allowed are \"auto\" and numbers from 0 to 1"),
+        ({"plan": "random"}, r"plan: got 'random', allowed are \"auto\" and \"random:<seed>\""),
         ({"plan": "random:x"}, r"random:<seed>"),
         ({"device": "gpu"}, r"device.*\"gpu\""),
         ({"device_memory_bytes": -1}, "must be 0 or more"),
+        ({"device_memory_bytes": 8e9}, r"got 8000000000\.0 .*write 8000000000\)"),
         ({"emulated": {"device_params_per_s": 1e6}}, '"device" is not "emulated"'),
         ({"device": "emulated", "emulated": {"host_params_per_s": 0}}, "host_params_per_s"),
         ({"fracton": 0.5}, 'Did you mean "fraction"'),
@@ -121,6 +128,21 @@ def test_random_plans_have_a_seed() -> None:
     config = resolve({"offload": {"plan": "random:12"}}, host_config=GOOD).plugins["offload"]
     assert isinstance(config, OffloadConfig)
     assert config.random_seed == 12
+
+
+def test_a_device_none_of_whose_memory_may_be_used_is_there_all_the_same() -> None:
+    block = {"offload": {"device": "emulated", "device_memory_bytes": 0}}
+    session = Session.open(block, host="megatron")
+    plugin = session.plugins["offload"]
+    assert isinstance(plugin, OffloadPlugin)
+    with contextlib.closing(plugin._open(session)) as device:
+        assert device.kind == "emulated"
+        pieces = [Subgroup("subgroup/0", 0, 0, 0, *torch.zeros(3, 64), weights=None)]
+        executor = Executor(device, pieces, session.state)
+        scheduler = Scheduler(plugin.config, device, lambda numbers: numbers)
+        assert scheduler.next_plan(executor).is_host_only
+        executor.close()
+    session.close()
 
 
 def test_only_behind_hosts_that_keep_the_optimizer_in_host_memory() -> None:

@@ -11,9 +11,10 @@ from lowtide.core.device import Device, open_device
 from lowtide.core.errors import DeviceError, DeviceOutOfMemoryError
 from lowtide.offload import scheduler as scheduler_module
 from lowtide.offload.config import OffloadConfig
+from lowtide.offload.executor import HABIT
 from lowtide.offload.rates import Rates
 from lowtide.offload.scheduler import Scheduler, corrected
-from tests.offload.test_executor import KEEPERS, Bench
+from tests.offload.test_executor import KEEPERS, Bench, assert_same, expected
 
 RATES = Rates(
     host_to_device_bytes_per_s=1e9,
@@ -101,17 +102,38 @@ def test_a_prediction_that_does_not_hold_makes_a_new_plan(
     assert len(ranks.said) == 3, "at steps 1, 3 and 6, whatever happens"
 
 
-def test_gradients_that_come_unplanned_say_nothing_about_rates(
+def test_gradients_that_come_unplanned_say_nothing_about_rates_until_plans_count_on_them(
     device: Device, measured: list[Rates]
 ) -> None:
     bench = Bench(device)
     scheduler = make(device)
-    for _ in range(6):
+
+    def update(*, is_whole: bool) -> bool:
         plan = scheduler.next_plan(bench.executor)
+        trace = bench.executor.run(plan, bench.works(is_whole=is_whole))
         assert set(plan.device_order) & set(KEEPERS)
-        scheduler.observe(bench.executor.run(plan, bench.works(is_whole=False)))
-    assert scheduler.plans == 1
+        assert bench.executor.resident_bytes() == plan.resident_bytes
+        scheduler.observe(trace)
+        return trace.is_typical
+
+    def told() -> list[tuple[int, bool]]:
+        pieces = bench.executor.pieces()
+        return [(pieces[i].gradient_upload_bytes, pieces[i].keeps_gradient) for i in KEEPERS]
+
+    assert [update(is_whole=False) for _ in range(2)] == [False, False]
+    assert update(is_whole=True), "a layer that is left out now and then changes no plan"
+    assert [update(is_whole=False) for _ in range(HABIT)] == [False] * HABIT
     assert scheduler.rates == RATES
+    assert scheduler.plans == 1
+    assert told() == [(4, False)] * len(KEEPERS)
+    assert update(is_whole=False), "this is what the plan counts on now"
+    assert scheduler.plans == 2
+    assert [update(is_whole=True) for _ in range(HABIT)] == [False] * HABIT
+    assert told() == [(2, True)] * len(KEEPERS)
+    assert update(is_whole=True)
+    assert scheduler.plans == 3
+    bench.executor.drain()
+    assert_same(bench.state(), expected(11))
     assert measured
 
 

@@ -257,6 +257,17 @@ def test_the_command_shows_storage_lanes() -> None:
     assert found["rates"]["paths"][1] == {"read_bytes_per_s": 2e9, "write_bytes_per_s": 2e9}
 
 
+def test_no_figure_is_cut_short_in_a_terminal_of_80_columns() -> None:
+    words = [
+        "plan", "offload", "--params", "40e9", "--gpu", "H100-80GB", "--ranks", "4", "--storage",
+        "1.6/1.2", "--storage", "1", "--host-memory-gb", "40",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

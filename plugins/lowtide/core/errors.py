@@ -144,13 +144,19 @@ def problems_text(model: Any, problems: Iterable[Mapping[str, Any]], path: str) 
         else:
             found = json.dumps(problem.get("input")) + _unit_hint(location[-1:], problem["input"])
             wanted = str(problem["msg"]).removeprefix("Input should be ")
+            if problem["type"] == "too_short":
+                wanted = f"{problem['ctx']['min_length']} or more"
             allowed.setdefault((where, found), []).append(wanted)
     texts += [f"{w}: got {f}, allowed is {' or '.join(a)}" for (w, f), a in allowed.items()]
     return "; ".join(texts)
 
 
 def _unit_hint(last: list[str], found: Any) -> str:
-    if not last or not isinstance(found, str):
+    if not last:
+        return ""
+    if isinstance(found, float) and found.is_integer() and last[0].endswith("_bytes"):
+        return f" (sizes are whole bytes: write {found:.0f})"
+    if not isinstance(found, str):
         return ""
     match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", found)
     if match is None:

@@ -157,14 +157,16 @@ class OffloadConfig(PluginConfig):
     @classmethod
     def _check_plan(cls, value: str) -> str:
         if value != "auto" and not RANDOM.fullmatch(value):
-            raise ValueError('allowed are "auto" and "random:<seed>" with a whole number')
+            raise ValueError(
+                f'got {value!r}, allowed are "auto" and "random:<seed>" with a whole number'
+            )
         return value
 
     @field_validator("fraction")
     @classmethod
     def _check_fraction(cls, value: float | Auto) -> float | Auto:
         if isinstance(value, float) and not 0.0 <= value <= 1.0:
-            raise ValueError('allowed are "auto" and numbers from 0 to 1')
+            raise ValueError(f'got {value!r}, allowed are "auto" and numbers from 0 to 1')
         return value
 
     @model_validator(mode="after")
@@ -203,7 +205,7 @@ class OffloadConfig(PluginConfig):
             )
         rivals = {
             "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload"),
-            "zero_optimization.zenflow": zero.get("zenflow"),
+            "zero_optimization.zenflow": zero.get("zenflow") is not None,  # {} is on, too
             "zero_optimization.offload_optimizer.ratio": offload.get("ratio", 1.0) != 1.0,
             "zero_optimization.mics_shard_size": (zero.get("mics_shard_size") or -1) > 0,
         }

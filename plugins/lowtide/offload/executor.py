@@ -27,6 +27,8 @@ from lowtide.offload.trace import StepTrace
 
 logger = logging.getLogger("lowtide")
 
+HABIT = 3  # updates in a row in which gradients came otherwise, until plans count on that
+
 
 class Executor:
     """Updates the subgroups of one rank.
@@ -65,6 +67,8 @@ class Executor:
         self._pace = pace or Pace()
         self._authority = authority
         self._version = 0
+        self._wide: set[int] = set()  # whose gradients come in float32 and from the host, each time
+        self._surprises = [0] * len(self.subgroups)  # updates in a row in which that was not so
         for each in self.subgroups:
             authority.register(each.key, drain=self._drain_keys)
 
@@ -109,7 +113,8 @@ class Executor:
         self.trace = update.trace
         update.trace.begin_s = begin_s
         update.trace.is_degraded = is_degraded
-        update.trace.is_typical = all(self._is_typical(i, works[i]) for i in plan.device_order)
+        is_as_told = [self._is_as_told(i, work) for i, work in enumerate(works)]
+        update.trace.is_typical = all(is_as_told[i] for i in plan.device_order)
         flow = self._flow(plan, update.trace)
         try:
             self._announce(on_device, on_host, flow)
@@ -128,6 +133,7 @@ class Executor:
             for index, resident in self._place.residents.items():
                 if resident.is_newest:  # not where the host had to do it
                     resident.keep(self.subgroups[index].keeper)
+        self._learn(is_as_told)
         update.trace.end_s = perf_counter()
         self._publish()
         return update.trace
@@ -244,13 +250,19 @@ class Executor:
             Piece(
                 numel=each.numel,
                 low_precision_bytes=self._upload_bytes(each.weights),
-                gradient_upload_bytes=each.gradient_bytes,
+                gradient_upload_bytes=self._gradient_bytes(index),
                 is_movable=self._is_movable(each),
-                keeps_gradient=each.keeper is not None,
+                keeps_gradient=self._keeps_gradient(index),
                 path=self._path_of(each),
             )
-            for each in self.subgroups
+            for index, each in enumerate(self.subgroups)
         ]
+
+    def _gradient_bytes(self, index: int) -> int:
+        return 4 if index in self._wide else self.subgroups[index].gradient_bytes
+
+    def _keeps_gradient(self, index: int) -> bool:
+        return index not in self._wide and self.subgroups[index].keeper is not None
 
     def _is_movable(self, each: Subgroup) -> bool:
         if each.stored is not None:  # also one that had to stay in memory: a plan stays valid
@@ -306,13 +318,20 @@ class Executor:
         """Send home who is no resident any more, make room for new ones; return who may run."""
         residents = self._place.residents
         wanted = set(plan.residents) if self.failure is None else set()
-        gone = [i for i in residents if i not in wanted]
+        # Also who has room for gradients there and needs none any more, or the other way round.
+        gone = [
+            i
+            for i, each in residents.items()
+            if i not in wanted or (each.gradient is not None) != self._keeps_gradient(i)
+        ]
         self._send_home(gone)
         for index in gone:
             del residents[index]
         for index in sorted(wanted - set(residents)):
             try:
-                residents[index] = make_resident(self.device, self.subgroups[index])
+                residents[index] = make_resident(
+                    self.device, self.subgroups[index], keeps_gradient=self._keeps_gradient(index)
+                )
             except DeviceOutOfMemoryError as error:
                 logger.warning("offload: fewer residents than planned: %s", error)
                 break
@@ -344,11 +363,23 @@ class Executor:
             return self._within_memory(plan, [i for i in on_device if i not in refused], works)
         return list(on_device), int(min(max(plan.slots, 1), left / nbytes)), nbytes
 
-    def _is_typical(self, index: int, work: Work) -> bool:
+    def _is_as_told(self, index: int, work: Work) -> bool:
         """Return whether a gradient has the size and the place that `pieces` tells planners."""
-        subgroup = self.subgroups[index]
-        has_size = work.gradient.element_size() == subgroup.gradient_bytes
-        return has_size and (subgroup.keeper is None or work.is_accumulated)
+        has_size = work.gradient.element_size() == self._gradient_bytes(index)
+        has_keeper = self.subgroups[index].keeper is not None
+        return has_size and (not has_keeper or work.is_accumulated == self._keeps_gradient(index))
+
+    def _learn(self, is_as_told: Sequence[bool]) -> None:
+        """Tell planners otherwise where gradients have come otherwise for a while.
+
+        A parameter that never has gradients makes those of its whole subgroup float32 ones, on the
+        host, in every update; a layer that is left out now and then does not.
+        """
+        for index, is_so in enumerate(is_as_told):
+            self._surprises[index] = 0 if is_so else self._surprises[index] + 1
+            if self._surprises[index] == HABIT:
+                self._surprises[index] = 0
+                self._wide ^= {index}
 
     def _send_home(self, indices: Iterable[int]) -> None:
         """Let the host update residents: bring their state there, and their gradients."""

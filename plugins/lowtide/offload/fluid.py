@@ -85,8 +85,10 @@ def fair_memory_s(work: Work, rates: Rates) -> float:
 
     The host gets at least its fair share, so it is over after t_1 at the latest, and the copies
     alone cannot use all of the memory's bandwidth M, only that of the link, m. What is to be moved
-    is at most M t_1 + m (T - t_1). Counts where there is more bandwidth than the link takes; a
-    host that gave way to the copies on purpose would not be bound by it.
+    is at most M t_1 + m (T - t_1). Counts where there is more bandwidth than the link takes. It
+    holds for every order and division, and for a host that pauses; only one that worked at a lower
+    rate all along, so that memory and link were both full all the time, could undercut it, and
+    there is nothing in a plan that would make it do so.
     """
     limit, link, host_s = _fairness(rates)
     if link >= limit:
@@ -292,8 +294,7 @@ def lower_bound_s(
     """Return a time that no plan within `memory_bytes` of device memory can undercut.
 
     Any division, any order, any number of slots; a small piece of fluid needs no slot memory.
-    `is_fair` adds `fair_memory_s`, which holds for the simulator's rules but not for a host that
-    is made to wait.
+    `is_fair` adds `fair_memory_s`: no plan can undercut that either. Without it, the slowest lane.
     """
     fluid = Fluid.of(kinds, is_bound=True)
     slots = 1 << 30 if memory_bytes > 0 else 0

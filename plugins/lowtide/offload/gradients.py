@@ -80,6 +80,7 @@ class GroupGradients:
         self._scale: float | None = None  # what stock has multiplied the others by, since then
         self._overwritten: set[Hashable] = set()  # by a micro-batch that is not the last
         self._irregular: set[Hashable] = set()  # missed the last micro-batch before
+        self.may_move = True  # whether the host can be told now where to accumulate
 
     @property
     def nbytes_each(self) -> int:
@@ -207,13 +208,15 @@ class Keeper:
         """Their type."""
         return self.gradients.accumulated.dtype
 
-    def keep(self, there: Tensor) -> list[tuple[int, int]]:
+    def keep(self, there: Tensor) -> list[tuple[int, int]] | None:
         """Let them accumulate in `there`, shape (count,), from now on.
 
         Returns:
             (begin, count) of what has to be loaded before each update all the same: parameters
-            that lie in another piece too, and padding.
+            that lie in another piece too, and padding. None: they cannot move now.
         """
+        if not self.gradients.may_move:
+            return None
         spans = self.gradients.within(self.begin, self.count)
         self.gradients.move(spans, there, self.begin)
         gaps, done = [], self.begin

@@ -1,9 +1,11 @@
 """Better plans where pieces are few, so that whole pieces and the order of events matter.
 
 With few pieces, rounding the fluid optimum to whole pieces costs several per cent, memory is a
-knapsack, and the order matters at both ends of every lane. So every division of up to seven pieces
-is simulated in a good order, and from the best plans on single changes follow for as long as they
-help: a piece goes to another place, on any side; two pieces trade places; one slot more or less.
+knapsack, and the order matters at both ends of every lane. So from the best plans on single changes
+follow for as long as they help: a piece goes to another place, on any side; two pieces trade
+places; one slot more or less. Up to seven pieces, all divisions that may still be faster follow:
+each in a few good orders, then, the most promising first, in every order. With up to five that ends
+as a rule with the best plan there is, but for `_NEGLIGIBLE`; else a budget of simulations ends it.
 
 Source: own derivation.
 """
@@ -18,7 +20,8 @@ from lowtide.offload.search import Candidate, Search
 _ENUMERATED = 7  # movable pieces: 3^7 divisions
 _MOST_PIECES = 32  # above, single changes gain less than half a per cent
 _STARTS = 6
-_STEPS = 24_000  # pieces simulated at most from one start
+_STEPS = 24_000  # pieces simulated at most from one start, and for the sake of orders
+_NEGLIGIBLE = 1e-3  # what a division cannot gain more than is not worth a look
 
 
 def improve(search: Search) -> None:
@@ -26,33 +29,70 @@ def improve(search: Search) -> None:
     if len(search.pieces) > _MOST_PIECES or search.wish.fraction is not None:
         return
     starts = [candidate for _, candidate in search.best.values()]
-    if len(search.movable) <= _ENUMERATED:
-        starts += _best_divisions(search)
     for start in starts:
         _climb(search, start)
+    if len(search.movable) <= _ENUMERATED:
+        divisions = _open_divisions(search)
+        for start in _well_ordered(search, divisions):
+            _climb(search, start)
+        _try_orders(search, divisions)
 
 
-def _best_divisions(search: Search) -> list[Candidate]:
-    """Simulate every division into host, staged and resident; return the best few."""
-    found: list[tuple[float, int, Candidate]] = []
-    for number, (staged, residents) in enumerate(_divisions(search)):
+def _open_divisions(search: Search) -> list[tuple[float, Candidate]]:
+    """Return (least time, plan) of each division that may be faster, the most promising first."""
+    known_s, found = _known_s(search), []
+    for staged, residents in _divisions(search):
         for slots in range(1, search.wish.max_slots + 1):
             candidate = search.arrange(staged, residents, slots)
             if not search.fits(candidate):
                 break  # more slots need more
-            if len(found) >= _STARTS and search.least_s(candidate) >= found[-1][0]:
-                break
-            others = [search.arrange(staged, residents, slots, before=b) for b in (0, 1)]
-            orders = {candidate: None, **dict.fromkeys(others)}  # without repeats
-            best_s, best = min(
-                ((max(search.judge(order)), order) for order in orders), key=lambda pair: pair[0]
-            )
-            found.append((best_s, number * 64 + slots, best))
-            found.sort(key=lambda entry: entry[:2])
-            del found[_STARTS:]
+            least_s = search.least_s(candidate)
+            if least_s < known_s:
+                found.append((least_s, candidate))
             if not candidate.slots:
                 break
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _well_ordered(search: Search, divisions: list[tuple[float, Candidate]]) -> list[Candidate]:
+    """Simulate divisions in good orders; return the best few."""
+    found: list[tuple[float, int, Candidate]] = []
+    for number, (least_s, candidate) in enumerate(divisions):
+        if least_s >= (found[-1][0] if len(found) == _STARTS else _known_s(search)):
+            break  # and so it is with all that follow
+        staged = [i for i in search.by_size if i in {*candidate.device} - candidate.residents]
+        others = [
+            search.arrange(staged, candidate.residents, candidate.slots, before=b) for b in (0, 1)
+        ]
+        orders = {candidate: None, **dict.fromkeys(others)}  # without repeats
+        best_s, best = min(
+            ((max(search.judge(order)), order) for order in orders), key=lambda pair: pair[0]
+        )
+        found.append((best_s, number, best))
+        found.sort(key=lambda entry: entry[:2])
+        del found[_STARTS:]
     return [candidate for _, _, candidate in found]
+
+
+def _try_orders(search: Search, divisions: list[tuple[float, Candidate]]) -> None:
+    """Simulate divisions that may be faster in all orders, until the budget is used up."""
+    budget = search.simulations + _STEPS // len(search.pieces)
+    for least_s, candidate in divisions:
+        if least_s >= _known_s(search):
+            return
+        stored = [i for i in candidate.host if search.pieces[i].path is not None]
+        host = [i for i in candidate.host if search.pieces[i].path is None]
+        for ours in itertools.permutations(host):
+            for device in itertools.permutations(candidate.device):
+                if search.simulations >= budget:
+                    return
+                order = (*ours, *stored)
+                search.judge(Candidate(device, order, candidate.residents, candidate.slots))
+
+
+def _known_s(search: Search) -> float:
+    """Return the time that a plan must undercut to be worth something."""
+    return min(key[1] for key, _ in search.best.values()) * (1 - _NEGLIGIBLE)
 
 
 def _divisions(search: Search) -> Iterator[tuple[list[int], frozenset[int]]]:

@@ -100,8 +100,10 @@ def _best_carried(search: Search, plan: Plan, outcome: Outcome) -> tuple[Plan, O
 def _bound_s(
     pieces: Sequence[Piece], kinds: Kinds, rates: Rates, memory_bytes: float, buffers: int
 ) -> float:
+    # What copies to and from files take of the host's memory is not in the fair share.
+    is_fair = not rates.paths
     return max(
-        lower_bound_s(kinds, rates, memory_bytes=memory_bytes),
+        lower_bound_s(kinds, rates, memory_bytes=memory_bytes, is_fair=is_fair),
         storage_bound_s(pieces, rates, carried=buffers),
     )
 

@@ -217,7 +217,8 @@ class OffloadPlugin(Plugin):
         chosen = config.device_memory_bytes
         return open_device(
             "emulated",
-            memory_bytes=chosen if isinstance(chosen, int) else None,
+            # A device has memory. With 0, no plan uses any of it.
+            memory_bytes=chosen if isinstance(chosen, int) and chosen else None,
             host_to_device_bytes_per_s=config.emulated.host_to_device_bytes_per_s,
             device_to_host_bytes_per_s=config.emulated.device_to_host_bytes_per_s,
             telemetry=session.telemetry,

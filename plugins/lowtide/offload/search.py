@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowtide.offload.fluid import Fluid, best_resident, best_staged, kinds_of
+from lowtide.offload.fluid import Fluid, Work, best_resident, best_staged, kinds_of, lane_times_s
 from lowtide.offload.rates import STATE_BYTES, Rates
 from lowtide.offload.reference import Job, Outcome
 from lowtide.offload.schedule import Piece
@@ -63,8 +63,8 @@ class Search:
     def __init__(self, pieces: Sequence[Piece], rates: Rates, wish: Wish) -> None:
         self.pieces, self.rates, self.wish = pieces, rates, wish
         self.numel = [p.numel for p in pieces]
-        self.gradient = [p.gradient_upload_bytes * p.numel for p in pieces]
         self.load = [p.staged_bytes for p in pieces]
+        self.upload = [p.low_precision_bytes * p.numel for p in pieces]
         self.resident = [p.resident_bytes for p in pieces]
         self.resident_load = [p.resident_load_bytes for p in pieces]
         self.total = sum(self.numel)
@@ -177,18 +177,25 @@ class Search:
 
     def least_s(self, candidate: Candidate) -> float:
         """Return a time that no order of this division undercuts."""
-        device = sum(map(self.numel.__getitem__, candidate.device))
-        resident = sum(map(self.numel.__getitem__, candidate.residents))
-        host = self.total - device
-        gradient = sum(map(self.gradient.__getitem__, candidate.device))
-        gradient -= sum(self.gradient[i] - self.resident_load[i] for i in candidate.residents)
-        rates, state = self.rates, STATE_BYTES * (device - resident)
-        return max(
-            host / rates.host_params_per_s,
-            device / rates.device_params_per_s,
-            (state + gradient) / rates.host_to_device_bytes_per_s,
-            state / rates.device_to_host_bytes_per_s,
+        device, numel = candidate.device, self.numel
+        staged = [i for i in device if i not in candidate.residents]
+        loads = [(self.load if i in staged else self.resident_load)[i] for i in device]
+        moved = sum(map(numel.__getitem__, staged))
+        work = Work(
+            host=sum(map(numel.__getitem__, candidate.host)),
+            upload=sum(map(self.upload.__getitem__, candidate.host)),
+            staged=moved,
+            device=sum(map(numel.__getitem__, device)),
+            gradient=sum(loads) - STATE_BYTES * moved,
+            launches=len(device),
         )
+        rates = self.rates
+        # A slot holds one piece at a time, from its load to the end of its update or its flush.
+        held_s = sum(loads) / rates.host_to_device_bytes_per_s
+        held_s += STATE_BYTES * moved / rates.device_to_host_bytes_per_s
+        for i, load in zip(device, loads, strict=True):
+            held_s += (numel[i] / rates.device_params_per_s + rates.launch_s) if load else 0.0
+        return max(*lane_times_s(work, rates).values(), held_s / max(candidate.slots, 1))
 
     def choose_residents(self, slots: int, cap: int) -> frozenset[int] | None:
         """Fill what `slots` slots of `cap` bytes leave with residents, large ones first.

@@ -82,13 +82,18 @@ class Resident:
             self.loads = None
 
 
-def make_resident(device: Device, subgroup: Subgroup) -> Resident:
+def make_resident(device: Device, subgroup: Subgroup, *, keeps_gradient: bool) -> Resident:
     """Allocate device memory for a resident; its contents are still to be copied.
+
+    Args:
+        device: Where.
+        subgroup: Whose state it will hold.
+        keeps_gradient: Whether there is to be room for its gradients too.
 
     Raises:
         DeviceOutOfMemoryError: it does not fit.
     """
-    keeper = subgroup.keeper
+    keeper = subgroup.keeper if keeps_gradient else None
     gradient = None if keeper is None else device.empty(subgroup.numel, keeper.dtype)
     return Resident(_state(device, subgroup.numel), gradient=gradient)
 

@@ -237,7 +237,7 @@ def _print_outlook(outlook: Outlook, title: str, memory_bytes: float) -> None:
     plan, bound_s = outlook.plan, outlook.plan.lower_bound_s or 0.0
     console.print(title, style="bold", highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("one update", no_wrap=True)
+    table.add_column("one update", min_width=12)  # may be broken into lines; a figure may not
     is_stored = bool(plan.stored_order)
     headings = ["ms", "x bound", "on GPU", "GB there", "GB back", "GB held"]
     for heading in headings + (["GB read"] if is_stored else []):

@@ -86,6 +86,11 @@ def _refuse(optimizer: Any, adapter: Any) -> None:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     base: Any = getattr(optimizer, "optimizer", None)
+    if base is None:
+        raise ConfigError(
+            'lowtide.offload: the engine has no optimizer to update; add "optimizer": {"type": '
+            '"AdamW", ...} to the DeepSpeed JSON, or remove lowtide.offload'
+        )
     if type(base) is not DeepSpeedCPUAdam:
         raise ConfigError(
             f"lowtide.offload: the optimizer is {type(base).__module__}.{type(base).__name__}, "

@@ -133,10 +133,13 @@ class Zero3(Holder):
         """Look where DeepSpeed keeps gradients and weights now: `reload_states` moves them."""
         optimizer, begin = self._optimizer, 0
         flat = optimizer.grad_partitions_flat_buffer
+        # Between `offload_states` and `reload_states`, DeepSpeed may have no places for gradients.
+        has_places = bool(getattr(optimizer, _BUFFERS))
         for index, (gradients, leaf) in enumerate(zip(self._gradients, self.leaves(), strict=True)):
             if gradients.accumulated.data_ptr() != flat.data_ptr() + begin * flat.element_size():
                 gradients.accumulated = flat.narrow(0, begin, leaf.numel())
             begin += leaf.numel()
+            gradients.may_move = has_places
             if self.updater is not None:
                 weights = optimizer.fp16_partitioned_groups_flat[index]
                 self.updater.masters[index].weights = weights.data
