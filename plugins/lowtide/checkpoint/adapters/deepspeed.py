@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,13 @@ from lowtide.core.state import StateAuthority
 if TYPE_CHECKING:
     from lowtide.checkpoint.plugin import CheckpointPlugin
 
+logger = logging.getLogger("lowtide")
+
 _FACTORY = "create_checkpoint_engine"
 _KEYWORDS = {"config_params", "groups", "zero_stage", "has_moe_layers", "optimize_dp_state"}
 # Methods of the engine that move or rewrite the state outside of an update.
 _REWRITERS = ("offload_states", "reload_states", "load_module_state_dict", "load_checkpoint")
+_SCRIPTS = "_copy_recovery_script"  # puts zero_to_fp32.py beside the checkpoints, on rank 0
 # Optimizers that begin to update while the backward pass still runs, in processes of their own.
 _EARLY = ("ZenFlow", "SuperOffload")
 
@@ -77,6 +81,7 @@ class DeepSpeedAdapter:
         if any(early in optimizer for early in _EARLY):
             plugin.never_lazy(f"{optimizer} updates the state during the backward pass too")
         self._updates = StockUpdates(engine.optimizer, self._authority)
+        engine.__dict__[_SCRIPTS] = _forgiving(plugin, getattr(engine, _SCRIPTS))
         for name in _REWRITERS:
             stock = getattr(engine, name, None)
             if stock is not None:
@@ -147,7 +152,7 @@ class DeepSpeedAdapter:
             updates.close()
         engine = self._engine()
         if engine is not None:
-            for name in _REWRITERS:
+            for name in (*_REWRITERS, _SCRIPTS):
                 engine.__dict__.pop(name, None)
 
     def _restore(self) -> None:
@@ -184,6 +189,29 @@ def _released(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[.
     return released
 
 
+@contextlib.contextmanager
+def _errors_told(plugin: CheckpointPlugin, what: str) -> Iterator[None]:
+    """Let a save go on where rank 0 alone cannot write: the others wait for it in a barrier.
+
+    Whether the checkpoint itself can be written, all ranks find out and say together.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not plugin.is_saving:
+            raise
+        logger.warning("checkpoint: %s cannot be written (%s)", what, error)
+
+
+def _forgiving(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def forgiving(*args: Any, **kwargs: Any) -> Any:
+        with _errors_told(plugin, "zero_to_fp32.py, a copy of DeepSpeed's own,"):
+            return stock(*args, **kwargs)
+
+    return forgiving
+
+
 def _make_engine(plugin: CheckpointPlugin) -> Any:
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
@@ -201,7 +229,8 @@ def _make_engine(plugin: CheckpointPlugin) -> Any:
         def makedirs(self, path: Any, exist_ok: bool = False) -> None:
             """Make a folder, but not the checkpoint's own: that appears when it is complete."""
             if not plugin.is_inside(Path(path)):
-                Path(path).mkdir(parents=True, exist_ok=exist_ok)
+                with _errors_told(plugin, "the folder of the checkpoints"):
+                    Path(path).mkdir(parents=True, exist_ok=exist_ok)
 
         def save(self, state_dict: Any, path: Any) -> None:
             """Take a state; its bytes are copied later."""
