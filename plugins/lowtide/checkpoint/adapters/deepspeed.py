@@ -101,14 +101,16 @@ class DeepSpeedAdapter:
         if engine is None or _is_model_parallel(engine):
             return None
         own = _own_rank(checkpoint)
-        if not reshard.needs_resharding(engine, checkpoint, own=own):
-            return None
-        if options.get("load_module_only") or options.get("custom_load_fn"):
+        is_module_only = options.get("load_module_only", False)
+        if options.get("custom_load_fn") or not reshard.needs_resharding(
+            engine, checkpoint, own=own, load_module_only=is_module_only
+        ):
             return None
         if own is not None:
             raise CheckpointError(
-                f"{checkpoint}: was saved with another ZeRO stage or another order of parameters, "
-                f'and this node has only the files of its own ranks; take the levels of "scope" '
+                f"{checkpoint}: was saved with another ZeRO stage or another order of parameters "
+                f"(or only the model is asked for, under ZeRO 3), and this node has only the files "
+                f'of its own ranks; take the levels of "scope" '
                 f'"node" out of lowtide.checkpoint.tiers for this start, so that the last level '
                 f"is loaded"
             )
@@ -118,6 +120,8 @@ class DeepSpeedAdapter:
             checkpoint,
             load_optimizer_states=options.get("load_optimizer_states", True),
             load_lr_scheduler_states=options.get("load_lr_scheduler_states", True),
+            load_module_only=is_module_only,
+            strict=options.get("load_module_strict", True),
         )
         return str(checkpoint / "resharded"), client_state
 
