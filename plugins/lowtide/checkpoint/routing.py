@@ -46,12 +46,14 @@ class Router:
         self._sick: set[int] = set()  # levels that failed last time, as rank 0 knows them
 
     def fell_ill(self, level: Level) -> None:
-        """Note that a checkpoint has just failed on `level`."""
-        self._sick.add(level.number)
+        """Note that a checkpoint has just failed on `level`; a folder beside them is none."""
+        if level in self.levels:
+            self._sick.add(level.number)
 
     def recovered(self, level: Level) -> None:
         """Note that a checkpoint has just been committed on `level`."""
-        self._sick.discard(level.number)
+        if level in self.levels:
+            self._sick.discard(level.number)
 
     def missed(self, levels: Sequence[Level]) -> None:
         """Note that a checkpoint has failed on its way to these: the next one may take its turn."""
