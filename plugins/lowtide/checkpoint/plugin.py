@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import weakref
@@ -135,6 +136,11 @@ class CheckpointPlugin(Plugin):
     def is_saving(self) -> bool:
         """Whether a checkpoint has begun."""
         return self._saver is not None and self._saver.current is not None
+
+    def errand(self, place: Path, work: Callable[[], object], *, most_s: float = math.inf) -> None:
+        """Do work beside the checkpoint that has begun; see `Errands.run`."""
+        timeout_s = min(most_s, self.config.max_wait_s)
+        self._the_saver().errands.run(place, work, timeout_s=timeout_s)
 
     def is_inside(self, path: Path) -> bool:
         """Tell whether `path` belongs to the checkpoint that has begun."""

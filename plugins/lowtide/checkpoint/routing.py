@@ -41,6 +41,7 @@ class Router:
         self._board = board
         # A script may call a level by another name: a relative one, or through a symbolic link.
         self._paths = [os.path.realpath(tier.path) for tier in config.tiers]
+        self._real: dict[Path, str] = {}  # of the folders asked for: the disk is asked once
         self._count = 0
         self._last_s: dict[int, float] = {}  # when the last one was sent to an "auto" level
         self._sick: set[int] = set()  # levels that failed last time, as rank 0 knows them
@@ -62,7 +63,7 @@ class Router:
 
     def places(self, asked: Path) -> list[Path]:
         """Return where to look for what is asked for in the folder `asked`, fastest first."""
-        if (real := os.path.realpath(asked)) not in self._paths:
+        if (real := self._real_path(asked)) not in self._paths:
             return [asked]
         number = self._paths.index(real)
         is_last = number == len(self._paths) - 1
@@ -72,7 +73,7 @@ class Router:
     def route(self, folder: Path, attempt: str) -> list[Level]:
         """Return the levels for the next checkpoint that is saved to `folder`. Collective."""
         tiers = self._config.tiers
-        if not tiers or os.path.realpath(folder) != self._paths[-1]:
+        if not tiers or self._real_path(folder) != self._paths[-1]:
             return [Level(number=0, folder=folder, keep=self._config.keep)]
         self._count += 1
         is_auto = any(tier.every == "auto" for tier in tiers)
@@ -106,6 +107,11 @@ class Router:
             costs=self.costs,
             shares={n: 1 / tier.every for n, tier in tiers if isinstance(tier.every, int)},
         )
+
+    def _real_path(self, folder: Path) -> str:
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        return self._real[folder]
 
     def _due(self) -> list[int]:
         """Return the numbers of the levels whose turn it is."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ _KEYWORDS = {"config_params", "groups", "zero_stage", "has_moe_layers", "optimiz
 # Methods of the engine that move or rewrite the state outside of an update.
 _REWRITERS = ("offload_states", "reload_states", "load_module_state_dict", "load_checkpoint")
 _SCRIPTS = "_copy_recovery_script"  # puts zero_to_fp32.py beside the checkpoints, on rank 0
+_SCRIPTS_S = 1.0  # nobody reads them before the checkpoint is complete
 # Optimizers that begin to update while the backward pass still runs, in processes of their own.
 _EARLY = ("ZenFlow", "SuperOffload")
 
@@ -193,25 +195,39 @@ def _released(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[.
     return released
 
 
-@contextlib.contextmanager
-def _errors_told(plugin: CheckpointPlugin, what: str) -> Iterator[None]:
-    """Let a save go on where rank 0 alone cannot write: the others wait for it in a barrier.
+def _beside_a_save(
+    plugin: CheckpointPlugin,
+    place: Path,
+    work: Callable[[], object],
+    *,
+    what: str,
+    most_s: float = math.inf,
+) -> None:
+    """Do on rank 0 alone what a save does there, while the others wait for it in a barrier.
 
-    Whether the checkpoint itself can be written, all ranks find out and say together.
+    So neither an error nor a file system that hangs may keep it. Whether the checkpoint itself can
+    be written, all ranks find out and say together.
     """
+    if not plugin.is_saving:
+        work()
+        return
     try:
-        yield
+        plugin.errand(place.absolute(), work, most_s=most_s)
     except OSError as error:
-        if not plugin.is_saving:
-            raise
         logger.warning("checkpoint: %s cannot be written (%s)", what, error)
+
+
+def _make_folder(path: Path, *, exist_ok: bool) -> None:
+    if not (exist_ok and path.is_dir()):  # to make what is there would hang where writing does
+        path.mkdir(parents=True, exist_ok=exist_ok)
 
 
 def _forgiving(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
-    def forgiving(*args: Any, **kwargs: Any) -> Any:
-        with _errors_told(plugin, "zero_to_fp32.py, a copy of DeepSpeed's own,"):
-            return stock(*args, **kwargs)
+    def forgiving(save_path: Any) -> None:
+        what = "zero_to_fp32.py, a copy of DeepSpeed's own,"
+        work = functools.partial(stock, save_path)
+        _beside_a_save(plugin, Path(save_path), work, what=what, most_s=_SCRIPTS_S)
 
     return forgiving
 
@@ -232,9 +248,10 @@ def _make_engine(plugin: CheckpointPlugin) -> Any:
 
         def makedirs(self, path: Any, exist_ok: bool = False) -> None:
             """Make a folder, but not the checkpoint's own: that appears when it is complete."""
-            if not plugin.is_inside(Path(path)):
-                with _errors_told(plugin, "the folder of the checkpoints"):
-                    Path(path).mkdir(parents=True, exist_ok=exist_ok)
+            if plugin.is_inside(Path(path)):
+                return
+            make = functools.partial(_make_folder, Path(path), exist_ok=exist_ok)
+            _beside_a_save(plugin, Path(path), make, what="the folder of the checkpoints")
 
         def save(self, state_dict: Any, path: Any) -> None:
             """Take a state; its bytes are copied later."""
