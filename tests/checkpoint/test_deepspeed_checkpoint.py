@@ -164,6 +164,11 @@ def test_folder_that_is_none_fails_on_all_ranks_and_none_waits(others: list[Any]
         assert "rank 1: " in error
 
 
+def test_copying_the_scripts_of_deepspeed_keeps_no_save(others: list[Any]) -> None:
+    for facts in others:
+        assert facts["naming"]["scripts"] == [True, True]
+
+
 @pytest.mark.parametrize("tag", ["run/a/step1", "7"])
 def test_tag_may_be_a_path_or_a_number(others: list[Any], folder: Path, tag: str) -> None:
     for facts in (each["naming"] for each in others):
