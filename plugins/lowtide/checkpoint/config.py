@@ -116,7 +116,8 @@ class CheckpointConfig(PluginConfig):
     all ranks alike, and so does `wait`."""
 
     max_wait_s: float = Field(default=30.0, gt=0)
-    """Longest time that an update waits for a copy; then the checkpoint is given up."""
+    """Longest time that an update waits for a copy, or a save for its folder to be made; then the
+    checkpoint is given up."""
 
     stall_timeout_s: float = Field(default=120.0, gt=0)
     """A level that makes no progress for this long has failed."""
