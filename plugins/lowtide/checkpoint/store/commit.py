@@ -196,7 +196,7 @@ class Committer:
             elif not level.is_of_node:
                 with contextlib.suppress(
                     OSError
-                ):  # where it hangs, the others hear so all the same
+                ):  # where it hangs, the others hear of it
                     work = functools.partial(remove, part, final)
                     self._errands.run(part, work, timeout_s=self._limits.stall_s)
             return {"error": "; ".join(errors[:4]), "missing": missing}
