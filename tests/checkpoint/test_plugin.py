@@ -319,7 +319,7 @@ def test_wrong_settings_are_explained(settings: dict[str, Any], text: str) -> No
 
 def test_tilde_in_a_level_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    (tier,) = CheckpointConfig.model_validate({"tiers": [{"path": "~/ckpt"}]}).tiers
+    (tier,) = CheckpointConfig.model_validate_json('{"tiers": [{"path": "~/ckpt"}]}').tiers
     assert tier.path == "/home/someone/ckpt"
 
 

@@ -16,7 +16,7 @@ class Errands:
     """
 
     def __init__(self) -> None:
-        self._hanging: dict[Path, threading.Event] = {}
+        self._hanging: dict[Path, threading.Thread] = {}
 
     def run(self, place: Path, work: Callable[[], object], *, timeout_s: float) -> None:
         """Do `work`, which may go on behind this if it takes longer than `timeout_s`.
@@ -30,21 +30,21 @@ class Errands:
             OSError: `work` has failed, or ETIMEDOUT: it, or work before it, has not come back.
         """
         before = self._hanging.get(place)
-        if before is not None and not before.is_set():
+        if before is not None and before.is_alive():
             raise OSError(errno.ETIMEDOUT, "the storage hangs", str(place))
-        is_over, failures = threading.Event(), list[Exception]()
+        failures: list[Exception] = []
 
         def do() -> None:
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - raised by the one who waits
                 failures.append(error)
-            finally:
-                is_over.set()
 
-        threading.Thread(target=do, name="lowtide-checkpoint-errand", daemon=True).start()
-        if not is_over.wait(timeout_s):
-            self._hanging[place] = is_over
+        thread = threading.Thread(target=do, name="lowtide-checkpoint-errand", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if thread.is_alive():
+            self._hanging[place] = thread
             text = f"no answer within {timeout_s:g} s: the storage hangs"
             raise OSError(errno.ETIMEDOUT, text, str(place))
         self._hanging.pop(place, None)

@@ -83,7 +83,8 @@ class DeepSpeedAdapter:
         if any(early in optimizer for early in _EARLY):
             plugin.never_lazy(f"{optimizer} updates the state during the backward pass too")
         self._updates = StockUpdates(engine.optimizer, self._authority)
-        engine.__dict__[_SCRIPTS] = _forgiving(plugin, getattr(engine, _SCRIPTS))
+        if hasattr(engine, _SCRIPTS):
+            engine.__dict__[_SCRIPTS] = _forgiving(plugin, getattr(engine, _SCRIPTS))
         for name in _REWRITERS:
             stock = getattr(engine, name, None)
             if stock is not None:

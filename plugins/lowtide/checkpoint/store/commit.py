@@ -194,9 +194,7 @@ class Committer:
                 names = [f"{place}/vote/{rank}" for rank in missing]
                 self._late.append((part, final, names))
             elif not level.is_of_node:
-                with contextlib.suppress(
-                    OSError
-                ):  # where it hangs, the others hear of it
+                with contextlib.suppress(OSError):  # where it hangs, the others hear of it
                     work = functools.partial(remove, part, final)
                     self._errands.run(part, work, timeout_s=self._limits.stall_s)
             return {"error": "; ".join(errors[:4]), "missing": missing}
