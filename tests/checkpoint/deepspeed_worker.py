@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,84 @@ def fault_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def raised(work: Any) -> str:
+    try:
+        work()
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def naming_facts(folder: Path) -> dict[str, Any]:
+    """Tags of all sorts, a level by another name, and a folder that is none."""
+    levels, taken = folder / "levels", folder / "taken"
+    if dist.get_rank() == 0:
+        (levels / "slow").mkdir(parents=True)
+        (levels / "alias").symlink_to("slow")
+        taken.write_text("a file")
+    dist.barrier()
+    tiers = [{"path": str(levels / "fast")}, {"path": str(levels / "slow")}]
+    engine = build(lowtide.initialize, ds_config(1, {"checkpoint": {"tiers": tiers}}))
+    checkpoint = engine.lowtide.checkpoint
+    facts: dict[str, Any] = {}
+    for tag in ("run/a/step1", 7):
+        steps(engine, 1)
+        engine.save_checkpoint(str(folder / "tags"), tag=tag)
+        facts[f"{tag} as latest"] = engine.load_checkpoint(str(folder / "tags"))[0]
+        facts[f"{tag} by its name"] = engine.load_checkpoint(str(folder / "tags"), tag=tag)[0]
+    facts["missing"] = raised(lambda: engine.load_checkpoint(str(folder / "tags"), tag="step9"))
+    facts["refused"] = [
+        raised(lambda tag=tag: engine.save_checkpoint(str(folder / "tags"), tag=tag))  # type: ignore[misc]
+        for tag in ("", ".", "run/..", ".hidden", "/")
+    ]
+    engine.save_checkpoint(str(taken), tag="t")  # rank 0 alone sees it at first
+    steps(engine, 1)
+    facts["taken"] = [checkpoint.wait(), str(checkpoint.last_error)]
+    engine.save_checkpoint(str(levels / "fast" / ".." / "alias"), tag="t")
+    checkpoint.wait("drained")
+    with pytest.MonkeyPatch.context() as patch:  # rank 0's copy of zero_to_fp32.py hangs
+        answers, waited = threading.Event(), list[bool]()
+        hang = lambda *_: waited.append(answers.wait(20))  # noqa: E731
+        patch.setattr("deepspeed.runtime.engine.copyfile", hang)
+        engine.save_checkpoint(str(folder / "scripts"), tag="t")
+        facts["scripts"] = [not waited, checkpoint.wait()]
+        answers.set()
+    facts["alias"] = [Path(each).name for each in checkpoint.status()[-2]["levels"]]
+    facts["alias loads"] = engine.load_checkpoint(str(levels / "alias"))[0]
+    engine.destroy()
+    return facts
+
+
+def model_only_facts(folder: Path) -> dict[str, Any]:
+    """The weights alone, from and into ZeRO 3, and into a model that has more."""
+    facts: dict[str, Any] = {}
+    weights: dict[str, list[float]] = {}
+    for stage in (2, 3):
+        engine = build(lowtide.initialize, ds_config(stage, {"checkpoint": {}}))
+        steps(engine, 2)
+        engine.save_checkpoint(str(folder / str(stage)))
+        weights[str(stage)] = flat_weights(engine)
+        engine.destroy()
+    for saved, stage in ((2, 3), (3, 2), (3, 3)):
+        engine = build(lowtide.initialize, ds_config(stage, {"checkpoint": {}}))
+        engine.module.register_buffer("extra", torch.ones(2))
+        source, name = str(folder / str(saved)), f"{saved} to {stage}"
+        if saved != stage:
+            refused = lambda: engine.load_checkpoint(source, load_module_only=True)  # noqa: E731, B023
+            facts[f"{name} strict"] = raised(refused)
+        engine.load_checkpoint(source, load_module_only=True, load_module_strict=False)
+        facts[name] = flat_weights(engine) == weights[str(saved)]
+        facts[f"{name} steps"] = engine.global_steps
+        engine.destroy()
+    return facts
+
+
+def flat_weights(engine: Any) -> list[float]:
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        return torch.cat([p.detach().flatten() for p in parameters]).tolist()
+
+
 def interval_facts(folder: Path) -> dict[str, Any]:
     """Lowtide saves by itself, on two levels."""
     fast, slow = folder / "fast", folder / "slow"
@@ -387,6 +466,8 @@ def main() -> None:
     else:
         facts["fallback"] = fallback_facts(folder / "fallback")
         facts["fault"] = fault_facts(folder / "fault")
+        facts["naming"] = naming_facts(folder / "naming")
+        facts["model only"] = model_only_facts(folder / "model_only")
         facts["interval"] = interval_facts(folder / "interval")
         facts["compact"] = compact_facts(folder / "compact")
         facts["moe"] = moe_facts(folder / "moe")

@@ -156,6 +156,53 @@ def test_folder_that_cannot_be_written_is_told_and_training_goes_on(others: list
         assert "cannot be made (Not a directory)" in facts["fault"]["warn error"]
 
 
+def test_folder_that_is_none_fails_on_all_ranks_and_none_waits(others: list[Any]) -> None:
+    for facts in others:
+        is_there, error = facts["naming"]["taken"]
+        assert not is_there
+        assert "rank 0: " in error
+        assert "rank 1: " in error
+
+
+def test_copying_the_scripts_of_deepspeed_keeps_no_save(others: list[Any]) -> None:
+    for facts in others:
+        assert facts["naming"]["scripts"] == [True, True]
+
+
+@pytest.mark.parametrize("tag", ["run/a/step1", "7"])
+def test_tag_may_be_a_path_or_a_number(others: list[Any], folder: Path, tag: str) -> None:
+    for facts in (each["naming"] for each in others):
+        wanted = folder / "naming" / "tags" / tag / "mp_rank_00_model_states.pt"
+        assert facts[f"{tag} as latest"] == facts[f"{tag} by its name"] == str(wanted)
+
+
+def test_tag_that_names_no_folder_is_refused_on_all_ranks(others: list[Any]) -> None:
+    for facts in others:
+        assert len(facts["naming"]["refused"]) == 5
+        for text in facts["naming"]["refused"]:
+            assert "does not begin with a dot" in text
+
+
+def test_tag_that_is_not_there_is_told(others: list[Any]) -> None:
+    for facts in others:
+        assert 'holds no checkpoint with the tag "step9"' in facts["naming"]["missing"]
+
+
+def test_level_by_another_name_is_the_level(others: list[Any], folder: Path) -> None:
+    for facts in (each["naming"] for each in others):
+        assert facts["alias"] == ["fast", "slow"]
+        assert facts["alias loads"].startswith(str(folder / "naming" / "levels" / "fast" / "t"))
+
+
+@pytest.mark.parametrize("case", ["2 to 3", "3 to 2", "3 to 3"])
+def test_model_alone_comes_from_other_stages(others: list[Any], case: str) -> None:
+    for facts in (each["model only"] for each in others):
+        assert facts[case] is True
+        assert facts[f"{case} steps"] == 0
+        if case != "3 to 3":
+            assert 'the buffers "extra"' in facts[f"{case} strict"]
+
+
 def test_on_error_raise_ends_the_training(others: list[Any]) -> None:
     for facts in others:
         assert facts["fault"]["raise"].startswith("raised")

@@ -15,6 +15,7 @@ import torch
 from lowtide.checkpoint import list_checkpoints, verify
 from lowtide.checkpoint.adapters.deepspeed import DeepSpeedAdapter
 from lowtide.checkpoint.board import Board
+from lowtide.checkpoint.config import CheckpointConfig
 from lowtide.checkpoint.costs import Costs
 from lowtide.checkpoint.interval import FIRST_STEP, Interval, best_interval_s, level_interval_s
 from lowtide.checkpoint.ledger import Ledger
@@ -296,6 +297,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"every_n_steps": "always", "tiers": [{"path": "a"}]}, "every_n_steps"),
     ({"host_buffer_bytes": 1000}, r"16777216 \(16 MiB\)"),
     ({"tiers": [{"path": "a"}, {"path": "a/"}]}, "names one folder twice"),
+    ({"tiers": [{"path": "a"}, {"path": "./b/../a"}]}, r"twice: a and ./b/../a are /.*/a"),
+    ({"tiers": [{"path": ""}]}, r"tiers.0.path: got \"\""),
     ({"tiers": [{"path": "a", "keep": 0}]}, r"tiers.*keep.*got 0"),
     ({"tiers": [{"folder": "a"}]}, "folder"),
     ({"tiers": [{"path": "a", "every": 0}]}, '"every" is 0 at a; at least 1, or "auto"'),
@@ -312,6 +315,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_wrong_settings_are_explained(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         resolve({"checkpoint": settings})
+
+
+def test_tilde_in_a_level_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    (tier,) = CheckpointConfig.model_validate_json('{"tiers": [{"path": "~/ckpt"}]}').tiers
+    assert tier.path == "/home/someone/ckpt"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from lowtide.checkpoint import list_checkpoints, verify
+from lowtide.checkpoint import saver as saver_module
 from lowtide.checkpoint.config import MIB
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Stage
+from lowtide.checkpoint.store import commit
 from lowtide.checkpoint.store.catalog import read_latest
+from lowtide.checkpoint.store.folders import make_part_folder, remove
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import read_record
 from tests.checkpoint.ranks import DETAILS, file_name, on_all, save, savers, state_of
@@ -489,3 +492,51 @@ def test_a_lower_level_that_stands_still_holds_up_nothing(tmp_path: Path) -> Non
         assert "no byte" in str(savings[0].error)
     assert [e.tag for e in list_checkpoints(fast)] == ["step3", "step2", "step1"]
     assert [e.state for e in list_checkpoints(slow) if e.is_published] == []
+
+
+def test_a_level_that_does_not_answer_keeps_neither_the_save_nor_the_next_level(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    # As system calls on a hanging file system: they come back when it does, and cannot be ended.
+    fast, slow, answers = tmp_path / "fast", tmp_path / "slow", threading.Event()
+
+    def hangs_on_fast(work: Any) -> Any:
+        def hanging(path: Path, *args: Any, **kwargs: Any) -> None:
+            if fast in path.parents and not answers.wait(EVER):
+                raise AssertionError(f"{path} was waited for")
+            work(path, *args, **kwargs)
+
+        return hanging
+
+    monkeypatch.setattr(saver_module, "make_part_folder", hangs_on_fast(make_part_folder))
+    monkeypatch.setattr(commit, "remove", hangs_on_fast(remove))
+    tiers = [{"path": str(fast)}, {"path": str(slow)}]
+    with savers(2, tiers=tiers, max_wait_s=0.2, stall_timeout_s=3.0) as all_savers:
+        try:
+            lost = save(all_savers, slow, 1)
+            assert wait_all(all_savers) == [False, False]
+            assert "no answer within 0.2 s: the storage hangs" in str(lost[1].error)
+            save(all_savers, slow, 2)
+            assert wait_all(all_savers) == [True, True]
+            assert_holds(slow / "step2", 2)
+            assert not (fast / "step2").exists()
+        finally:
+            answers.set()
+        for thread in threading.enumerate():
+            if thread.name == "lowtide-checkpoint-errand":
+                thread.join(EVER)
+        save(all_savers, slow, 3)
+        assert wait_all(all_savers) == [True, True]
+        assert_holds(fast / "step3", 3)
+
+
+def test_a_failed_save_beside_the_levels_leaves_no_level_out(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    (tmp_path / "file").write_text("no folder")
+    tiers = [{"path": str(fast)}, {"path": str(slow)}]
+    with savers(2, tiers=tiers) as all_savers:
+        save(all_savers, tmp_path / "file", 1)
+        assert wait_all(all_savers) == [False, False]
+        save(all_savers, slow, 2)
+        assert wait_all(all_savers) == [True, True]
+    assert_holds(fast / "step2", 2)

@@ -52,6 +52,14 @@ def test_ls_shows_each_checkpoint_and_its_state(tmp_path: Path) -> None:
     assert found[2]["path"] == str(tmp_path / "global_step1")
 
 
+def test_rows_stay_whole_in_a_log_of_any_width(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 1)
+    result = runner.invoke(app, ["checkpoint", "ls", str(tmp_path)], env={"COLUMNS": "30"})
+    header, row = result.stdout.splitlines()
+    assert header.split()[-1] == "written"
+    assert row.startswith("global_step1")
+
+
 def test_ls_of_an_empty_folder_says_so(tmp_path: Path) -> None:
     assert _run("ls", tmp_path).stdout == f"no checkpoints in {tmp_path}\n"
     assert _json("ls", tmp_path)["checkpoints"] == []
@@ -214,6 +222,26 @@ def test_diff_of_what_cannot_be_compared_is_exit_code_2(tmp_path: Path) -> None:
         assert message in result.stderr
 
 
+def test_what_libraries_say_while_files_are_compared_is_not_in_the_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: print("what a library says") or [])
+    assert _json("diff", tmp_path, tmp_path) == {"same": True, "differences": []}
+
+
+def test_compact_copies_are_named_as_such(tmp_path: Path) -> None:
+    whole = make_checkpoint(tmp_path / "whole", 1)
+    small = tmp_path / "global_step1"
+    small.mkdir()
+    (small / f"{OPTIM}.compact").write_bytes(b"small")
+    (tmp_path / "latest").write_text(small.name)
+    calls = (("diff", whole, small), ("export", small, "out"), ("export", tmp_path, "out"))
+    for arguments in calls:
+        result = _run(*arguments)
+        assert result.exit_code == 2
+        assert f'"lowtide checkpoint expand {small} FOLDER"' in result.stderr
+
+
 def test_diff_reads_files_of_the_old_format(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(3)}, tmp_path / "a", _use_new_zipfile_serialization=False)
     _save(tmp_path / "b", x=torch.ones(3))
@@ -228,6 +256,7 @@ def test_export_hands_on_what_it_was_asked(tmp_path: Path, monkeypatch: pytest.M
 
     def export(checkpoint: Path, out: Path, *, dtype: torch.dtype | None) -> list[Path]:
         asked.append((checkpoint, out, dtype))
+        print("what a library says")  # as DeepSpeed's logger does; stdout must stay JSON
         out.mkdir()
         (out / "model.safetensors").write_bytes(b"123")
         return [out / "model.safetensors"]

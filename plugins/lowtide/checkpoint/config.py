@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.core.config import Auto, PluginConfig
@@ -23,8 +24,9 @@ class TierConfig(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
-    path: str
-    """Folder of this level. ``/dev/shm/...`` is host memory that outlives the trainer."""
+    path: str = Field(min_length=1)
+    """Folder of this level, ~ for the home folder. ``/dev/shm/...`` is host memory that outlives
+    the trainer."""
 
     every: int | Auto = 1
     """Only every this many-th checkpoint comes to this level. Auto, for all but the first: as often
@@ -48,6 +50,11 @@ class TierConfig(BaseModel):
     copies: Literal[0, 1] = 0
     """With ``"scope": "node"``: 1 keeps each rank's files on the next node too, so that the loss
     of one node loses nothing."""
+
+    @field_validator("path")
+    @classmethod
+    def _expand(cls, path: str) -> str:
+        return os.path.expanduser(path)
 
     @model_validator(mode="after")
     def _check(self) -> TierConfig:
@@ -109,7 +116,8 @@ class CheckpointConfig(PluginConfig):
     all ranks alike, and so does `wait`."""
 
     max_wait_s: float = Field(default=30.0, gt=0)
-    """Longest time that an update waits for a copy; then the checkpoint is given up."""
+    """Longest time that an update waits for a copy, or a save for its folder to be made; then the
+    checkpoint is given up."""
 
     stall_timeout_s: float = Field(default=120.0, gt=0)
     """A level that makes no progress for this long has failed."""
@@ -161,9 +169,13 @@ class CheckpointConfig(PluginConfig):
                 f'"every" is "auto" at {self.tiers[0].path}, the first of "tiers", where every '
                 f'checkpoint comes; set "every_n_steps" to "auto"'
             )
-        paths = [tier.path.rstrip("/") for tier in self.tiers]
-        if len(set(paths)) != len(paths):
-            raise ValueError('"tiers" names one folder twice')
+        paths = [os.path.realpath(tier.path) for tier in self.tiers]
+        for number, path in enumerate(paths):
+            if (first := paths.index(path)) < number:
+                raise ValueError(
+                    f'"tiers" names one folder twice: {self.tiers[first].path} and '
+                    f"{self.tiers[number].path} are {path}"
+                )
         if len(self.tiers) > 1 and self.tiers[-1].scope == "node":
             raise ValueError(
                 f'the last of "tiers", {self.tiers[-1].path}, has the "scope" "node"; the last '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import weakref
@@ -25,6 +26,7 @@ from lowtide.checkpoint.sizing import choose_buffers
 from lowtide.checkpoint.stable import StableMemory
 from lowtide.checkpoint.staging import Stager
 from lowtide.checkpoint.store.finding import Finder
+from lowtide.checkpoint.store.folders import check_tag
 from lowtide.checkpoint.writer.base import facts_text
 from lowtide.core.device.homes import Homes
 from lowtide.core.errors import CheckpointError
@@ -130,10 +132,19 @@ class CheckpointPlugin(Plugin):
         saver.add(state, path.relative_to(self._asked).as_posix(), is_stable=self._stable.covers)
         return True
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint has begun."""
+        return self._saver is not None and self._saver.current is not None
+
+    def errand(self, place: Path, work: Callable[[], object], *, most_s: float = math.inf) -> None:
+        """Do work beside the checkpoint that has begun; see `Errands.run`."""
+        timeout_s = min(most_s, self.config.max_wait_s)
+        self._the_saver().errands.run(place, work, timeout_s=timeout_s)
+
     def is_inside(self, path: Path) -> bool:
         """Tell whether `path` belongs to the checkpoint that has begun."""
-        is_saving = self._saver is not None and self._saver.current is not None
-        return is_saving and path.is_relative_to(self._asked)
+        return self.is_saving and path.is_relative_to(self._asked)
 
     def save_file(self, state: Any, path: Path) -> None:
         """Write one file that belongs to no checkpoint; it is there on return."""
@@ -252,6 +263,7 @@ class CheckpointPlugin(Plugin):
         self._begin(Path(moment.data["path"]), tag, moment.data.get("client_keys", []))
 
     def _begin(self, folder: Path, tag: str, client_keys: list[str]) -> None:
+        check_tag(tag)
         session = self._the_session()
         self._save_begin_s = time.perf_counter()
         self._asked = folder / tag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,17 +39,22 @@ class Router:
         self.costs = Costs()
         self._config = config
         self._board = board
+        # A script may call a level by another name: a relative one, or through a symbolic link.
+        self._paths = [os.path.realpath(tier.path) for tier in config.tiers]
+        self._real: dict[Path, str] = {}  # of the folders asked for: the disk is asked once
         self._count = 0
         self._last_s: dict[int, float] = {}  # when the last one was sent to an "auto" level
         self._sick: set[int] = set()  # levels that failed last time, as rank 0 knows them
 
     def fell_ill(self, level: Level) -> None:
-        """Note that a checkpoint has just failed on `level`."""
-        self._sick.add(level.number)
+        """Note that a checkpoint has just failed on `level`; a folder beside them is none."""
+        if level in self.levels:
+            self._sick.add(level.number)
 
     def recovered(self, level: Level) -> None:
         """Note that a checkpoint has just been committed on `level`."""
-        self._sick.discard(level.number)
+        if level in self.levels:
+            self._sick.discard(level.number)
 
     def missed(self, levels: Sequence[Level]) -> None:
         """Note that a checkpoint has failed on its way to these: the next one may take its turn."""
@@ -57,17 +63,17 @@ class Router:
 
     def places(self, asked: Path) -> list[Path]:
         """Return where to look for what is asked for in the folder `asked`, fastest first."""
-        paths = [Path(tier.path).absolute() for tier in self._config.tiers]
-        if asked not in paths:
+        if (real := self._real_path(asked)) not in self._paths:
             return [asked]
-        is_last = asked == paths[-1]
-        levels = self.levels if is_last else [self.levels[paths.index(asked)]]
+        number = self._paths.index(real)
+        is_last = number == len(self._paths) - 1
+        levels = self.levels if is_last else [self.levels[number]]
         return [level.folder for level in levels]
 
     def route(self, folder: Path, attempt: str) -> list[Level]:
         """Return the levels for the next checkpoint that is saved to `folder`. Collective."""
         tiers = self._config.tiers
-        if not tiers or folder != Path(tiers[-1].path).absolute():
+        if not tiers or self._real_path(folder) != self._paths[-1]:
             return [Level(number=0, folder=folder, keep=self._config.keep)]
         self._count += 1
         is_auto = any(tier.every == "auto" for tier in tiers)
@@ -101,6 +107,11 @@ class Router:
             costs=self.costs,
             shares={n: 1 / tier.every for n, tier in tiers if isinstance(tier.every, int)},
         )
+
+    def _real_path(self, folder: Path) -> str:
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        return self._real[folder]
 
     def _due(self) -> list[int]:
         """Return the numbers of the levels whose turn it is."""

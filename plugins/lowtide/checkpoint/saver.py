@@ -25,6 +25,7 @@ import torch
 from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
+from lowtide.checkpoint.errands import Errands
 from lowtide.checkpoint.files.memo import Memo
 from lowtide.checkpoint.files.torch_file import Layout
 from lowtide.checkpoint.keeping import Keeper
@@ -86,6 +87,7 @@ class Saver:
         self.history: deque[Saving] = deque()
         self.current: Saving | None = None
         self.last_error: CheckpointError | None = None
+        self.errands = Errands()
         self._committer = Committer(
             board, Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s), nodes
         )
@@ -137,10 +139,14 @@ class Saver:
         saving = self.current
         if saving is None:
             raise CheckpointError(f"{name}: no checkpoint has begun; call begin() first")
-        path = saving.part() / name
-        try:
-            make_part_folder(saving.part(), is_owner=self._committer.leads(saving.levels[0]))
+        path, level = saving.part() / name, saving.levels[0]
+
+        def make_folders() -> None:
+            make_part_folder(saving.part(), is_owner=self._committer.leads(level))
             path.parent.mkdir(parents=True, exist_ok=True)
+
+        try:
+            self.errands.run(level.folder, make_folders, timeout_s=self.config.max_wait_s)
         except OSError as error:
             saving.give_up(CheckpointError(f"{path.parent}: cannot be made ({error.strerror})"))
         memo = saving.memos[name] = self._memos.get(name, Memo())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowtide.cli.output import print_json
+from lowtide.cli.output import others_on_stderr, print_json
 from lowtide.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="What save_checkpoint was given.")]
 Item = Annotated[Path, typer.Argument(help="A checkpoint's folder, or a torch file.")]
 
+_LOG_WIDTH = 400
 _MARKS = {"complete": "green", "in progress": "cyan", "incomplete": "red", "abandoned": "red"}
 
 
@@ -120,7 +121,7 @@ def diff(first: Item, second: Item, as_json: AsJson = False) -> None:
     """
     from lowtide.checkpoint.state.compare import compare
 
-    with _working(is_quiet=as_json) as on_file:
+    with others_on_stderr(), _working(is_quiet=as_json) as on_file:
         found = compare(first, second, on_file=on_file)
     if as_json:
         print_json({"same": not found, "differences": [d.as_dict() for d in found]})
@@ -156,7 +157,8 @@ def export(
         raise CheckpointError(
             f'--dtype: got "{dtype}", allowed is the name of a torch type, e.g. "float32"'
         )
-    files = state.export(checkpoint, out, dtype=wanted)
+    with others_on_stderr():
+        files = state.export(checkpoint, out, dtype=wanted)
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
         print_json({"out": str(out), "files": sizes})
@@ -237,7 +239,10 @@ def _table(*columns: str) -> Table:
 def _print(table: Table) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=True, highlight=False).print(table)
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:  # rows stay whole for grep and for logs
+        console.width = _LOG_WIDTH
+    console.print(table)
 
 
 def _size(size_bytes: float) -> str:

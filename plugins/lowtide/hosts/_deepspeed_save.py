@@ -90,6 +90,7 @@ def checkpoint_methods(base: Any) -> dict[str, Any]:
         self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         session: Session = self.lowtide
+        tag = None if tag is None else str(tag)  # as it is saved
         data: dict[str, Any] = {"path": str(load_dir), "tag": tag}
         if not self.load_universal_checkpoint():  # that has a marker file of its own
             given = inspect.signature(base.load_checkpoint).bind(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -24,10 +26,14 @@ from lowtide.core.state import StateAuthority
 if TYPE_CHECKING:
     from lowtide.checkpoint.plugin import CheckpointPlugin
 
+logger = logging.getLogger("lowtide")
+
 _FACTORY = "create_checkpoint_engine"
 _KEYWORDS = {"config_params", "groups", "zero_stage", "has_moe_layers", "optimize_dp_state"}
 # Methods of the engine that move or rewrite the state outside of an update.
 _REWRITERS = ("offload_states", "reload_states", "load_module_state_dict", "load_checkpoint")
+_SCRIPTS = "_copy_recovery_script"  # puts zero_to_fp32.py beside the checkpoints, on rank 0
+_SCRIPTS_S = 1.0  # nobody reads them before the checkpoint is complete
 # Optimizers that begin to update while the backward pass still runs, in processes of their own.
 _EARLY = ("ZenFlow", "SuperOffload")
 
@@ -77,6 +83,8 @@ class DeepSpeedAdapter:
         if any(early in optimizer for early in _EARLY):
             plugin.never_lazy(f"{optimizer} updates the state during the backward pass too")
         self._updates = StockUpdates(engine.optimizer, self._authority)
+        if hasattr(engine, _SCRIPTS):
+            engine.__dict__[_SCRIPTS] = _forgiving(plugin, getattr(engine, _SCRIPTS))
         for name in _REWRITERS:
             stock = getattr(engine, name, None)
             if stock is not None:
@@ -96,14 +104,16 @@ class DeepSpeedAdapter:
         if engine is None or _is_model_parallel(engine):
             return None
         own = _own_rank(checkpoint)
-        if not reshard.needs_resharding(engine, checkpoint, own=own):
-            return None
-        if options.get("load_module_only") or options.get("custom_load_fn"):
+        is_module_only = options.get("load_module_only", False)
+        if options.get("custom_load_fn") or not reshard.needs_resharding(
+            engine, checkpoint, own=own, load_module_only=is_module_only
+        ):
             return None
         if own is not None:
             raise CheckpointError(
-                f"{checkpoint}: was saved with another ZeRO stage or another order of parameters, "
-                f'and this node has only the files of its own ranks; take the levels of "scope" '
+                f"{checkpoint}: was saved with another ZeRO stage or another order of parameters "
+                f"(or only the model is asked for, under ZeRO 3), and this node has only the files "
+                f'of its own ranks; take the levels of "scope" '
                 f'"node" out of lowtide.checkpoint.tiers for this start, so that the last level '
                 f"is loaded"
             )
@@ -113,6 +123,8 @@ class DeepSpeedAdapter:
             checkpoint,
             load_optimizer_states=options.get("load_optimizer_states", True),
             load_lr_scheduler_states=options.get("load_lr_scheduler_states", True),
+            load_module_only=is_module_only,
+            strict=options.get("load_module_strict", True),
         )
         return str(checkpoint / "resharded"), client_state
 
@@ -147,7 +159,7 @@ class DeepSpeedAdapter:
             updates.close()
         engine = self._engine()
         if engine is not None:
-            for name in _REWRITERS:
+            for name in (*_REWRITERS, _SCRIPTS):
                 engine.__dict__.pop(name, None)
 
     def _restore(self) -> None:
@@ -184,6 +196,43 @@ def _released(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[.
     return released
 
 
+def _beside_a_save(
+    plugin: CheckpointPlugin,
+    place: Path,
+    work: Callable[[], object],
+    *,
+    what: str,
+    most_s: float = math.inf,
+) -> None:
+    """Do on rank 0 alone what a save does there, while the others wait for it in a barrier.
+
+    So neither an error nor a file system that hangs may keep it. Whether the checkpoint itself can
+    be written, all ranks find out and say together.
+    """
+    if not plugin.is_saving:
+        work()
+        return
+    try:
+        plugin.errand(place.absolute(), work, most_s=most_s)
+    except OSError as error:
+        logger.warning("checkpoint: %s cannot be written (%s)", what, error)
+
+
+def _make_folder(path: Path, *, exist_ok: bool) -> None:
+    if not (exist_ok and path.is_dir()):  # to make what is there would hang where writing does
+        path.mkdir(parents=True, exist_ok=exist_ok)
+
+
+def _forgiving(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def forgiving(save_path: Any) -> None:
+        what = "zero_to_fp32.py, a copy of DeepSpeed's own,"
+        work = functools.partial(stock, save_path)
+        _beside_a_save(plugin, Path(save_path), work, what=what, most_s=_SCRIPTS_S)
+
+    return forgiving
+
+
 def _make_engine(plugin: CheckpointPlugin) -> Any:
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
@@ -200,8 +249,10 @@ def _make_engine(plugin: CheckpointPlugin) -> Any:
 
         def makedirs(self, path: Any, exist_ok: bool = False) -> None:
             """Make a folder, but not the checkpoint's own: that appears when it is complete."""
-            if not plugin.is_inside(Path(path)):
-                Path(path).mkdir(parents=True, exist_ok=exist_ok)
+            if plugin.is_inside(Path(path)):
+                return
+            make = functools.partial(_make_folder, Path(path), exist_ok=exist_ok)
+            _beside_a_save(plugin, Path(path), make, what="the folder of the checkpoints")
 
         def save(self, state_dict: Any, path: Any) -> None:
             """Take a state; its bytes are copied later."""

@@ -32,7 +32,9 @@ _NOT_CLIENT = {
 }  # fmt: skip
 
 
-def needs_resharding(engine: Any, checkpoint: Path, *, own: int | None = None) -> bool:
+def needs_resharding(
+    engine: Any, checkpoint: Path, *, own: int | None = None, load_module_only: bool = False
+) -> bool:
     """Return whether stock DeepSpeed could not load `checkpoint` into `engine` as it is.
 
     That is so when the ZeRO stage, the number of ranks that ZeRO divides over, or the place of a
@@ -44,6 +46,7 @@ def needs_resharding(engine: Any, checkpoint: Path, *, own: int | None = None) -
         engine: A DeepSpeed engine.
         checkpoint: The folder of one tag, or a folder with the file ``latest``.
         own: This rank, where the folder may hold no other rank's files; they are then looked at.
+        load_module_only: Only the model is asked for, which below ZeRO 3 is whole in one file.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is one that Lowtide cannot read.
@@ -52,6 +55,8 @@ def needs_resharding(engine: Any, checkpoint: Path, *, own: int | None = None) -
         return False
     files = RankFiles(tag_folder(Path(checkpoint)), own=own)
     stage = int(engine.zero_optimization_stage()) if engine.zero_optimization() else 0
+    if load_module_only:  # stock loads no weights at all from ZeRO 3's files in this case
+        return 3 in (files.stage, stage)
     if files.stage != stage:
         return True
     if stage == 0:

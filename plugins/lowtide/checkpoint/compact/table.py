@@ -10,11 +10,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowtide.checkpoint.compact.records import ROLES
+from lowtide.core.errors import CheckpointError
 from lowtide.core.stream import numpy_dtype
 
 SUFFIX = ".compact"
 BLOCK_BYTES = 1 << 20
 RAW, CODEC, LOSSY, BASE = "raw", "codec", "lossy", "base"
+
+
+def refuse_compact(folder: Path) -> None:
+    """Say what to do with a compact checkpoint where torch files are needed.
+
+    Raises:
+        CheckpointError: `folder` is one.
+    """
+    if next(folder.glob(f"*{SUFFIX}"), None) is not None:
+        raise CheckpointError(
+            f"{folder}: is a compact copy, not torch files; make them again with "
+            f'"lowtide checkpoint expand {folder} FOLDER" and give that folder'
+        )
 
 
 class Block(NamedTuple):

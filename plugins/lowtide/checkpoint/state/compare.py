@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lowtide.checkpoint.compact.table import refuse_compact
 from lowtide.core.errors import CheckpointError
 
 PIECE_ELEMENTS = 4 * 2**20  # compared at once, so that two large files need little memory
@@ -89,6 +90,9 @@ def _pairs(first: Path, second: Path) -> Iterator[tuple[str, Path | None, Path |
         yield "", first, second
         return
     names_a, names_b = _torch_files(first), _torch_files(second)
+    for folder, names in ((first, names_a), (second, names_b)):
+        if not names:
+            refuse_compact(folder)
     if not names_a and not names_b:
         raise CheckpointError(f"{first} and {second}: neither holds a .pt file")
     for name in sorted(names_a | names_b):

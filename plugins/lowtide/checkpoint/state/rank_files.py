@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowtide.checkpoint.compact.table import refuse_compact
 from lowtide.core.errors import CheckpointError, listed
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -19,10 +20,11 @@ def tag_folder(checkpoint: Path) -> Path:
     """Return the folder that holds the files: `checkpoint` itself, or what its ``latest`` names.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: there is neither, or it is a compact copy.
     """
     if next(checkpoint.glob("*_states.pt"), None) is not None:
         return checkpoint
+    refuse_compact(checkpoint)
     latest = checkpoint / "latest"
     try:
         tag = latest.read_text(encoding="utf-8").strip()
@@ -33,6 +35,8 @@ def tag_folder(checkpoint: Path) -> Path:
         ) from error
     if tag and next((checkpoint / tag).glob("*_states.pt"), None) is not None:
         return checkpoint / tag
+    if tag:
+        refuse_compact(checkpoint / tag)
     raise CheckpointError(
         f'{latest}: names "{tag}", which is no checkpoint; give the folder of a tag that is one'
     )

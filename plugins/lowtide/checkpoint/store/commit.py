@@ -13,6 +13,8 @@ attempt: whoever does not find those does not take it for a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.checkpoint.board import Board
+from lowtide.checkpoint.errands import Errands
 from lowtide.checkpoint.nodes.placement import Nodes
 from lowtide.checkpoint.saving import Level, Saving
 from lowtide.checkpoint.store.folders import publish, remove, write_latest
@@ -76,6 +79,7 @@ class Committer:
         self._board = board
         self._limits = limits
         self._nodes = nodes
+        self._errands = Errands()
         self._late: list[tuple[Path, Path, list[str]]] = []  # failed, some rank said nothing yet
         self._outcomes: list[str] = []  # posts of rank 0 that nobody needs any more, soon
 
@@ -190,7 +194,9 @@ class Committer:
                 names = [f"{place}/vote/{rank}" for rank in missing]
                 self._late.append((part, final, names))
             elif not level.is_of_node:
-                remove(part, final)
+                with contextlib.suppress(OSError):  # where it hangs, the others hear of it
+                    work = functools.partial(remove, part, final)
+                    self._errands.run(part, work, timeout_s=self._limits.stall_s)
             return {"error": "; ".join(errors[:4]), "missing": missing}
         return {"committed": saving.attempt}
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowtide.checkpoint.board import Board
@@ -15,7 +14,7 @@ from lowtide.checkpoint.nodes.peers import Peers
 from lowtide.checkpoint.nodes.restoring import Restorer
 from lowtide.checkpoint.saving import Level
 from lowtide.checkpoint.sizing import memory_share_bytes
-from lowtide.checkpoint.store.catalog import Entry, list_checkpoints
+from lowtide.checkpoint.store.catalog import Entry, list_checkpoints, read_latest
 from lowtide.checkpoint.store.integrity import Share, verify, verify_share
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import find_damage, find_missing_parts, read_record
@@ -90,7 +89,7 @@ class Finder:
             parts: Number of ranks of which each needs a part of its own, where that is so.
 
         Raises:
-            CheckpointError: the one that was asked for is damaged.
+            CheckpointError: the one that was asked for is damaged, or not there.
         """
         self.forget()
         self._count += 1
@@ -102,6 +101,11 @@ class Finder:
             lambda: _candidates(folders, tag, self._hear_epochs(levels, place)),
             timeout_s=_VERIFY_TIMEOUT_S,
         )
+        if tag is not None and not candidates:
+            raise CheckpointError(
+                f'{folders[-1]}: holds no checkpoint with the tag "{tag}"; "lowtide checkpoint ls" '
+                f"shows what is there, and without a tag the newest that is whole is loaded"
+            )
         skipped: list[str] = []
         for number, (position, name, is_recorded, epoch) in enumerate(candidates):
             folder, level = folders[position], levels[position]
@@ -238,6 +242,7 @@ def _candidates(
 ) -> list[_Candidate]:
     """Return what can be loaded, what is to be tried first first."""
     found: list[tuple[Any, _Candidate]] = []
+    tag = None if tag is None else PurePath(tag).as_posix()
 
     def add(candidate: _Candidate, *, is_latest: bool, step: int, time_s: float) -> None:
         key = (not is_latest if tag is None else False, -step, candidate[0], -time_s)
@@ -248,17 +253,29 @@ def _candidates(
             if tag is None or tag == epoch["tag"]:
                 times = {name: epoch[name] for name in ("is_latest", "step", "time_s")}
                 add((number, epoch["tag"], True, epoch), **times)
-        entries: list[Entry] = []
-        if number not in epochs:
-            with contextlib.suppress(CheckpointError, OSError):  # a level that is not there yet
-                entries = list_checkpoints(folder)
-        for entry in entries:
-            if tag is not None and tag not in (entry.tag, entry.path.name):
-                continue
-            if entry.state in ("abandoned", "in progress", "trash"):
-                continue  # an incomplete one is looked at, so that it is told what it lacks
-            step = -1 if entry.step is None else entry.step
-            candidate = (number, entry.path.name, entry.state != "unverified", None)
-            add(candidate, is_latest=entry.is_latest, step=step, time_s=entry.time_s)
+        latest = read_latest(folder)
+        for place in () if number in epochs else _places(tag or latest, is_given=tag is not None):
+            for entry in _entries(folder / place):
+                name = (place / entry.path.name).as_posix()
+                if tag is not None and tag not in ((place / entry.tag).as_posix(), name):
+                    continue
+                step = -1 if entry.step is None else entry.step
+                candidate = (number, name, entry.state != "unverified", None)
+                add(candidate, is_latest=name == latest, step=step, time_s=entry.time_s)
     found.sort(key=lambda each: each[0])
     return [candidate for _, candidate in found]
+
+
+def _places(tag: str | None, *, is_given: bool) -> list[PurePath]:
+    """Return where below a folder to look: a tag may be a path, as in "run/step10"."""
+    place = PurePath(tag or "").parent
+    return [place] if is_given else list(dict.fromkeys([PurePath(), place]))
+
+
+def _entries(folder: Path) -> list[Entry]:
+    """Return what may be loaded; an incomplete one too, so that it is told what it lacks."""
+    try:
+        found = list_checkpoints(folder)
+    except (CheckpointError, OSError, ValueError):  # a level that is not there yet, or no name
+        return []
+    return [each for each in found if each.state not in ("abandoned", "in progress", "trash")]

@@ -12,8 +12,9 @@ import secrets
 import shutil
 import socket
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import RECORD_FILE, TRASH, sync_folder
 
 OWNER_FILE = "owner.json"
@@ -21,6 +22,20 @@ LATEST_FILE = "latest"
 _HEX = "[0-9a-f]"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
+
+
+def check_tag(tag: str) -> None:
+    """Refuse what cannot be the name of a checkpoint, before any rank has begun to write it.
+
+    Raises:
+        CheckpointError: it names no folder, or a hidden one, which no reader would look at.
+    """
+    name = PurePath(tag).name
+    if not name or name.startswith("."):
+        raise CheckpointError(
+            f'save_checkpoint: the tag is "{tag}"; it names the folder of the checkpoint, which '
+            f"must have a name that does not begin with a dot, such as global_step10"
+        )
 
 
 def part_folder(final: Path, attempt: str) -> Path:
