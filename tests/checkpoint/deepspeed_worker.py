@@ -265,9 +265,11 @@ def model_only_facts(folder: Path) -> dict[str, Any]:
     weights: dict[str, list[float]] = {}
     for stage in (2, 3):
         engine = build(lowtide.initialize, ds_config(stage, {"checkpoint": {}}))
-        steps(engine, 2)
+        fresh = flat_weights(engine)
+        steps(engine, 4)
         engine.save_checkpoint(str(folder / str(stage)))
         weights[str(stage)] = flat_weights(engine)
+        facts[f"{stage} has learnt"] = weights[str(stage)] != fresh
         engine.destroy()
     for saved, stage in ((2, 3), (3, 2), (3, 3)):
         engine = build(lowtide.initialize, ds_config(stage, {"checkpoint": {}}))
