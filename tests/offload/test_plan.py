@@ -27,6 +27,7 @@ from lowtide.offload.plan import (
     stride_plan,
 )
 from lowtide.offload.rates import PROFILES, Rates, profile
+from lowtide.offload.search import Search, Wish
 from lowtide.offload.simulate import Options, simulate
 from tests.helpers.offload import (
     MILLION,
@@ -172,6 +173,19 @@ def test_a_thousand_subgroups_come_near_the_bound(name: str, gradient: int, memo
         # the time, but it takes its fair share and is over early. The bound knows that.
         lane_s = lower_bound_s(kinds_of(pieces), H100, memory_bytes=memory)
         assert 1.05 * lane_s < plan.makespan_s <= 1.08 * lane_s
+
+
+def test_subgroups_of_nearly_one_size_take_no_more_planning_than_equal_ones() -> None:
+    def simulations(pieces: list[Piece]) -> int:
+        search = Search(
+            pieces, H100, Wish(memory_bytes=16e9, fraction=None, residents=None, max_slots=2)
+        )
+        search.run()
+        return search.simulations
+
+    chance = random.Random(1)  # as DeepSpeed cuts them: where a parameter ends
+    nearly = [Piece(numel=20 * MILLION + chance.randint(0, 400_000)) for _ in range(200)]
+    assert simulations(nearly) <= simulations(equal(200)) + 3
 
 
 def test_unequal_subgroups_come_near_the_bound_too() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ from lowtide.offload.schedule import Piece
 from lowtide.offload.simulate import machine
 
 _AMOUNTS = 3  # simulated for each number of slots and set of residents
-_CAPS = 4  # sizes of a slot that are tried where pieces differ
+_CAPS = 4  # sizes of a slot that are tried where pieces differ ...
+_SMALLER = 0.95  # ... and are at least so much smaller than the one before
 _BALANCED = 1e-3  # sides that end that close to each other cannot be balanced better
 _SAME = 1e-9  # relative; plans closer than that take equally long
 _NEAR = 1.0 + 2 * _SAME
@@ -262,9 +264,12 @@ class Search:
         sizes = sorted({self.load[i] for i in self.movable}, reverse=True)
         for slots in counts:
             fitting = [size for size in sizes if slots * size <= self.wish.memory_bytes]
-            steps = min(_CAPS, len(fitting))
+            steps, last = min(_CAPS, len(fitting)), math.inf
             for step in range(steps):
-                yield slots, fitting[step * (len(fitting) - 1) // max(steps - 1, 1)]
+                size = fitting[step * (len(fitting) - 1) // max(steps - 1, 1)]
+                if size <= _SMALLER * last:
+                    last = size
+                    yield slots, size
         if self._residents_load:  # residents alone need a slot too, for their gradients
             yield from ((slots, 0) for slots in counts)
 
