@@ -22,7 +22,6 @@ from lowtide.core.errors import NativeUnavailableError
 from lowtide.core.native import native
 
 PAGE_BYTES = 4096
-HEADER_BYTES = 512  # that a record takes beside its bytes, roughly and rather too many
 _ALIGN_BYTES = 64  # of tensors in the file, as torch aligns them
 _DIRECT_BYTES = 1 << 20  # from this size on offsets follow addresses
 _LOCAL = struct.Struct("<4s5H3I2H")

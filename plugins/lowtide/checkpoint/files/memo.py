@@ -48,7 +48,7 @@ _ATTRIBUTES = operator.attrgetter("__dict__")
 _HOOKS = operator.attrgetter("_backward_hooks")
 _CDATA = operator.attrgetter("_cdata")
 _Columns = tuple[list[torch.UntypedStorage], list[Any]]
-NO_MEMORY = (RuntimeError, NotImplementedError, AttributeError)  # what sparse or nested ones raise
+_NO_MEMORY = (RuntimeError, NotImplementedError, AttributeError)  # what sparse or nested ones raise
 
 
 def look_at(tensors: Sequence[torch.Tensor]) -> _Columns | None:
@@ -66,7 +66,7 @@ def look_at(tensors: Sequence[torch.Tensor]) -> _Columns | None:
             map(torch.UntypedStorage.nbytes, storages),
         )
         return storages, list(zip(*columns, strict=True))
-    except NO_MEMORY:
+    except _NO_MEMORY:
         return None
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lowtide.checkpoint.files import opcodes
-from lowtide.checkpoint.files.archive import HEADER_BYTES, PAGE_BYTES, Record
-from lowtide.checkpoint.files.memo import NO_MEMORY, Memo, Metadata, has_own_storage, look_at
+from lowtide.checkpoint.files.archive import PAGE_BYTES, Record
+from lowtide.checkpoint.files.memo import Memo, Metadata, has_own_storage, look_at
 from lowtide.checkpoint.writer.plan import DeviceBytes
 from lowtide.core.device import Device
 from lowtide.core.device.homes import Homes
@@ -26,8 +24,7 @@ BATCH_GROWTH = 2  # less than laying out is faster than disks are, so that none 
 BLOCK = 256  # tensors that are looked at together
 _MERGE_GAP_BYTES = 512  # slices this close in one storage are kept as one range
 
-_BYTES = operator.attrgetter("nbytes")
-_ADDRESS, _SIZE = map(operator.itemgetter, (8, 9))  # of `Facts`
+_STORAGE, _ADDRESS, _SIZE = map(operator.itemgetter, (7, 8, 9))  # of `Facts`
 
 
 @dataclass(slots=True)
@@ -61,8 +58,7 @@ class Ranges:
         self._has_given = homes is not None and homes.has_given
         self._memo = memo
         self._ranges: dict[tuple[int, torch.dtype], list[Range]] = {}
-        # Of tensors that were taken together with others: tensor, storage, number of its record.
-        self._own: dict[tuple[int, torch.dtype], tuple[torch.Tensor, Any, int]] = {}
+        self._own: dict[int, int] = {}  # storages of tensors that were taken together: positions
         self._alive: list[Any] = []  # ids must stay taken while they are keys
         self.tensors: list[torch.Tensor] = []  # that were found
         self.opcodes: list[bytes] = []  # that push them; empty if that is not known yet
@@ -74,7 +70,6 @@ class Ranges:
         self.eager_bytes = 0
         self.copied: list[int] = []  # records of which that is the size
         self.recorded_bytes = 0
-        self.expected_bytes = 0  # about what they will be, once a batch has been given
 
     def scan(self, state: Any) -> Iterator[int]:
         """Look at all tensors first: which part of which storage will be needed.
@@ -89,8 +84,6 @@ class Ranges:
             self._take(begin, tensors[begin : begin + BLOCK])
             if self.recorded_bytes >= due:
                 due = BATCH_GROWTH * self.recorded_bytes
-                if not self.expected_bytes:
-                    self.expected_bytes = self._memo.size_bytes or _total_bytes(tensors)
                 yield self.recorded_bytes
         for key, ranges in self._ranges.items():
             if len(ranges) > 1:
@@ -122,25 +115,26 @@ class Ranges:
     ) -> bool:
         """Take tensors that all have storages for themselves, at once; tell whether they do."""
         number, end, memo = len(self.records), begin + len(tensors), self._memo
-        keys = list(map(_key, facts))
+        keys = list(map(_STORAGE, facts))
         is_same = memo.fits(begin, facts, number)  # as they were in the file before
         if (
             not (is_same or all(map(has_own_storage, facts)))
             or self._has_given
             or not all(map(self._is_stable, tensors))
             or len(set(keys)) < len(keys)  # what shares memory must come into one record
-            or not self._ranges.keys().isdisjoint(keys)
             or not self._own.keys().isdisjoint(keys)
+            or not self._ranges.keys().isdisjoint(map(_key, facts) if self._ranges else ())
         ):
             return False
         numbers = range(number, number + len(tensors))
         if not is_same:
             memo.note(begin, facts, numbers, _pushing(facts, numbers))
-        self._own.update(zip(keys, zip(tensors, storages, numbers, strict=True), strict=True))
+        self._own.update(zip(keys, range(begin, end), strict=True))
         self.opcodes[begin:end] = memo.opcodes[begin:end]
         self.lazy += tensors
         sizes = list(map(_SIZE, facts))
-        self.records += map(Record, storages, map(_ADDRESS, facts), sizes)
+        rows = zip(storages, map(_ADDRESS, facts), sizes, strict=True)
+        self.records += map(tuple.__new__, itertools.repeat(Record), rows)  # as Record(*row)
         self.recorded_bytes += sum(sizes)
         return True
 
@@ -162,10 +156,13 @@ class Ranges:
 
     def _ranges_of(self, key: tuple[int, torch.dtype]) -> list[Range]:
         """Return the ranges that there are of a storage as one dtype."""
-        if key in self._own:
-            tensor, storage, number = self._own.pop(key)
-            kept = Range(storage, 0, storage.nbytes(), [tensor], number, is_lazy=True)
-            self._ranges[key] = [kept]
+        storage, dtype = key
+        position = self._own.get(storage)
+        if position is not None and (tensor := self.tensors[position]).dtype is dtype:
+            del self._own[storage]
+            number = self._memo.numbers[position]
+            owner, _, size = self.records[number]
+            self._ranges[key] = [Range(owner, 0, size, [tensor], number, is_lazy=True)]
         return self._ranges.get(key, [])
 
     def find(self, tensor: torch.Tensor) -> Range:
@@ -285,7 +282,7 @@ class Ranges:
 
 
 def _key(facts: Any) -> tuple[int, torch.dtype]:
-    return facts[7], facts[1][0]
+    return _STORAGE(facts), facts[1][0]
 
 
 def _pushing(facts: list[Any], numbers: Sequence[int]) -> list[bytes]:
@@ -340,28 +337,6 @@ def _tensors(state: Any) -> dict[int, torch.Tensor]:
                 seen.add(id(value))
                 waiting.append(value.values() if isinstance(value, dict) else value)
     return found
-
-
-def _total_bytes(tensors: list[torch.Tensor]) -> int:
-    """Return what tensors and their headers may take in the file: memory of several counts once."""
-    try:
-        begins = _numbers(map(torch.Tensor.data_ptr, tensors), len(tensors))
-        ends = begins + _numbers(map(_BYTES, tensors), len(tensors))
-        is_dense = list(map(torch.Tensor.is_contiguous, tensors))
-    except NO_MEMORY:
-        return 0
-    if not all(is_dense):  # an expanded one has less memory than it says
-        for i in np.flatnonzero(np.logical_not(is_dense)):
-            begin, end = _extent(tensors[i])
-            ends[i] = begins[i] + (end - begin)
-    order = np.argsort(begins)
-    begins, ends = begins[order], np.maximum.accumulate(ends[order])
-    begins[1:] = np.maximum(begins[1:], ends[:-1])
-    return int((ends - begins).sum()) + HEADER_BYTES * len(tensors)
-
-
-def _numbers(values: Iterable[int], count: int) -> NDArray[np.int64]:
-    return np.fromiter(values, np.int64, count)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -129,7 +129,7 @@ class Layout:
     def _plan(self) -> FilePlan:
         plan = self._archive.plan()
         plan.elsewhere = dict(self._ranges.elsewhere)
-        plan.expected_bytes = self._ranges.expected_bytes
+        plan.expected_bytes = self._memo.size_bytes  # of the file before; nothing better is known
         return plan
 
     def _put_records(self) -> None:
