@@ -16,7 +16,7 @@ import torch
 
 from lowtide.checkpoint.compact.copies import CompactConfig
 from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
-from lowtide.checkpoint.files.memo import Memo
+from lowtide.checkpoint.files.memo import Memo, versions
 from lowtide.checkpoint.files.torch_file import TorchFile
 from lowtide.checkpoint.nodes.placement import Nodes
 from lowtide.checkpoint.staging.feed import Feed
@@ -125,11 +125,6 @@ class _Part:
             self.feed.cancel()
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Return how often each tensor has been changed, as PyTorch counts."""
-    return [tensor._version for tensor in tensors]
-
-
 class Saving:
     """One checkpoint of this rank. Made by `Saver.begin`.
 
@@ -199,9 +194,8 @@ class Saving:
 
     def add(self, name: str, ticket: Ticket, laid_out: TorchFile, feed: Feed | None = None) -> None:
         """Add a file that is being written."""
-        watched = list(laid_out.lazy)
-        memory = laid_out.live_memory()
-        self.parts.append(_Part(name, ticket, watched, _versions(watched), feed, memory))
+        watched, known = list(laid_out.lazy), list(laid_out.versions)
+        self.parts.append(_Part(name, ticket, watched, known, feed, laid_out.live_memory()))
 
     def advance(self, stage: Stage) -> None:
         """Note that it has reached `stage`; a failed one stays failed."""
@@ -289,7 +283,7 @@ class Saving:
         """Note that an update was not applied, so that nothing has changed."""
         with self._settling:
             for part in self.parts:
-                part.versions = _versions(part.watched)
+                part.versions = versions(part.watched)
             self._is_updating = False
 
     def add_wait(self, waited_s: float) -> None:
@@ -359,7 +353,7 @@ class Saving:
 
     def _check_versions(self) -> None:
         for part in self.parts:
-            changed = sum(map(operator.ne, _versions(part.watched), part.versions))
+            changed = sum(map(operator.ne, versions(part.watched), part.versions))
             if changed:
                 self.give_up(
                     CheckpointError(

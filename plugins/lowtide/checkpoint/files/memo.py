@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class Facts(NamedTuple):
 _METADATA = operator.attrgetter(*Metadata._fields)
 _ATTRIBUTES = operator.attrgetter("__dict__")
 _HOOKS = operator.attrgetter("_backward_hooks")
+_VERSION = operator.attrgetter("_version")
 _CDATA = operator.attrgetter("_cdata")
 _Columns = tuple[list[torch.UntypedStorage], list[Any]]
 _NO_MEMORY = (RuntimeError, NotImplementedError, AttributeError)  # what sparse or nested ones raise
@@ -81,6 +82,11 @@ def has_own_storage(facts: Any) -> bool:
         and not (is_neg or has_attributes or has_hooks)
         and dtype in opcodes.STORAGES
     )
+
+
+def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return how often each tensor has been changed, as PyTorch counts."""
+    return list(map(_VERSION, tensors))
 
 
 @dataclass

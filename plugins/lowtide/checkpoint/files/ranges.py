@@ -13,7 +13,7 @@ import torch
 
 from lowtide.checkpoint.files import opcodes
 from lowtide.checkpoint.files.archive import PAGE_BYTES, Record
-from lowtide.checkpoint.files.memo import Memo, Metadata, has_own_storage, look_at
+from lowtide.checkpoint.files.memo import Memo, Metadata, has_own_storage, look_at, versions
 from lowtide.checkpoint.writer.plan import DeviceBytes
 from lowtide.core.device import Device
 from lowtide.core.device.homes import Homes
@@ -66,6 +66,7 @@ class Ranges:
         self.odd: set[int] = set()  # ids of those in it that are more than their memory
         self.records: list[Record] = []
         self.lazy: list[torch.Tensor] = []
+        self.versions: list[int] = []  # of these, when they were looked at
         self.elsewhere: dict[int, DeviceBytes] = {}
         self.eager_bytes = 0
         self.copied: list[int] = []  # records of which that is the size
@@ -131,7 +132,7 @@ class Ranges:
             memo.note(begin, facts, numbers, _pushing(facts, numbers))
         self._own.update(zip(keys, range(begin, end), strict=True))
         self.opcodes[begin:end] = memo.opcodes[begin:end]
-        self.lazy += tensors
+        self._watch(tensors)
         sizes = list(map(_SIZE, facts))
         rows = zip(storages, map(_ADDRESS, facts), sizes, strict=True)
         self.records += map(tuple.__new__, itertools.repeat(Record), rows)  # as Record(*row)
@@ -215,7 +216,7 @@ class Ranges:
             found = ranges[0]
             found.tensors.append(tensor)
             if found.is_lazy:
-                self.lazy.append(tensor)
+                self._watch([tensor])
         else:
             found = Range(storage, begin, end, [tensor])
             is_whole = begin == 0 and end == storage.nbytes()
@@ -242,7 +243,7 @@ class Ranges:
                 merged[-1].tensors += each.tensors
                 self.of_tensor |= dict.fromkeys(map(id, each.tensors), merged[-1])
                 if merged[-1].is_lazy:
-                    self.lazy += each.tensors
+                    self._watch(each.tensors)
             else:
                 merged.append(each)
         return merged
@@ -261,7 +262,7 @@ class Ranges:
         device = self._device_of(tensor) if is_stable and may_be_elsewhere else None
         kept.is_lazy = device is not None or (is_stable and is_host)
         if kept.is_lazy:
-            self.lazy += kept.tensors
+            self._watch(kept.tensors)
         if device is not None:
             memory = _bytes_of(storage)[kept.begin : kept.end]
             self.elsewhere[kept.number] = DeviceBytes(device, memory)
@@ -271,6 +272,11 @@ class Ranges:
             self.records.append(Record(storage, storage.data_ptr() + kept.begin, size))
         else:
             self.copy(storage, kept.begin, size)
+
+    def _watch(self, tensors: list[torch.Tensor]) -> None:
+        """Note tensors whose memory is read later. What they are is in the caches now."""
+        self.lazy += tensors
+        self.versions += versions(tensors)
 
     def _device_of(self, tensor: torch.Tensor) -> Device | None:
         if self._homes is None:

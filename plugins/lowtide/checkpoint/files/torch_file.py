@@ -45,12 +45,14 @@ class TorchFile:
     Attributes:
         plan: What the writer is told.
         lazy: Tensors whose memory the plan reads later.
+        versions: How often each had been changed, as PyTorch counts, when it was laid out.
         eager_bytes: Bytes that were copied at once.
         copied: The entries of the plan that these are.
     """
 
     plan: FilePlan
     lazy: list[torch.Tensor]
+    versions: list[int]
     eager_bytes: int
     copied: list[int]
 
@@ -123,8 +125,9 @@ class Layout:
             plan = self._plan()
             self._memo.size_bytes = plan.size_bytes
         return TorchFile(
-            plan=plan, lazy=ranges.lazy, eager_bytes=ranges.eager_bytes, copied=ranges.copied
-        )
+            plan=plan, lazy=ranges.lazy, versions=ranges.versions,
+            eager_bytes=ranges.eager_bytes, copied=ranges.copied,
+        )  # fmt: skip
 
     def _plan(self) -> FilePlan:
         plan = self._archive.plan()
