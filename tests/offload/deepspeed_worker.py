@@ -156,9 +156,10 @@ def train(
 def _digest(tensors: list[torch.Tensor]) -> str:
     text = hashlib.sha256()
     for tensor in tensors:
-        # NaN payloads may differ; nothing here should hold one.
-        assert not torch.isnan(tensor.float()).any()
-        text.update(tensor.detach().float().contiguous().numpy().tobytes())
+        # Stock itself makes NaNs of a layer that misses windows behind an overflow (4 ranks, ZeRO
+        # 1, float16). Their places must be the same; what else is in their bits may differ.
+        found = tensor.detach().to(torch.float32, copy=True)
+        text.update(found.masked_fill_(found.isnan(), torch.nan).numpy().tobytes())
     return text.hexdigest()[:16]
 
 
