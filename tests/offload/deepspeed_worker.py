@@ -145,7 +145,12 @@ def train(
             engine.backward(loss)
             if look is not None:
                 found.append(look(step))
-            engine.step()
+            try:
+                engine.step()
+            except Exception as error:
+                if "loss scale already at minimum" not in str(error):
+                    raise
+                return [*found, str(error)]  # such NaNs end stock's run in time
         facts = [loss.item(), weights_digest(engine)]
         if step % FULL_EVERY == FULL_EVERY - 1 or step == begin + steps - 1:
             facts.append(state_digest(engine))
