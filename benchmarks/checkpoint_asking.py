@@ -4,8 +4,7 @@ One saver, an update that goes through the state in sub-groups (master and two m
 turn:
 
 - whole: the update waits until all has been captured;
-- asked: each sub-group's update asks for its own memory, with the order told ahead; where the disk
-  is slow (so here: where it is given a rate), what it can take from where it lies is not copied.
+- asked: each sub-group's update asks for its own memory, with the order told ahead.
 """
 
 from __future__ import annotations

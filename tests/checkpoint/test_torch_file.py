@@ -197,6 +197,17 @@ def test_torch_load_gives_back_the_state(path: Path, options: Any, is_stable: bo
     assert_same(torch.load(path, weights_only=False, **options), state)
 
 
+def test_tensors_of_inference_mode_have_no_version(path: Path) -> None:
+    with torch.inference_mode():
+        made = torch.arange(4.0)
+    changed = torch.ones(3).add_(1.0)
+    laid_out = lay_out({"made": made, "changed": changed}, path, is_stable=lambda _tensor: True)
+    assert laid_out.versions == [0, 1]
+    assert [id(tensor) for tensor in laid_out.lazy] == [id(made), id(changed)]
+    write_plan(laid_out.plan)
+    assert_same(torch.load(path), {"made": made, "changed": changed})
+
+
 def test_result_equals_that_of_torch_save(path: Path) -> None:
     state = rich_state()
     save(state, path)

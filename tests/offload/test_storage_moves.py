@@ -484,9 +484,7 @@ def test_an_update_that_is_broken_off_in_a_move_leaves_each_piece_whole(
     for index in stored(bench):  # through the maps: each as it was before, or after
         expected = updated.get(index, old[index])
         assert all(map(torch.equal, expected, bench.executor.subgroups[index].state())), index
-    for flat, state in enumerate(bench.expected):  # go on from where ours has stopped
-        for expected, found in zip(state, bench.found[flat], strict=True):
-            expected.copy_(found)
+    bench.go_on_from_found()
     for _ in range(3):
         bench.run()
     bench.assert_equal()

@@ -85,8 +85,12 @@ def has_own_storage(facts: Any) -> bool:
 
 
 def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Return how often each tensor has been changed, as PyTorch counts."""
-    return list(map(_VERSION, tensors))
+    """Return how often each tensor has been changed, as PyTorch counts; 0 where it does not."""
+    tensors = list(tensors)
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:  # one was made in inference mode
+        return [0 if each.is_inference() else each._version for each in tensors]
 
 
 @dataclass

@@ -274,7 +274,7 @@ class Ranges:
             self.copy(storage, kept.begin, size)
 
     def _watch(self, tensors: list[torch.Tensor]) -> None:
-        """Note tensors whose memory is read later. What they are is in the caches now."""
+        """Note tensors whose memory is read later, and how often each has been changed."""
         self.lazy += tensors
         self.versions += versions(tensors)
 

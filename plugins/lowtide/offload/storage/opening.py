@@ -75,14 +75,18 @@ def open_tier(
         if rank == 0:
             logger.info("offload: all optimizer state fits in memory, storage is not used")
         return None
-    for file, rate, nbytes in zip(files, rates, tier.stored_bytes(), strict=True):
+    _log(tier, rank)
+    return tier
+
+
+def _log(tier: Tier, rank: int) -> None:
+    for file, rate, nbytes in zip(tier.files, tier.rates, tier.stored_bytes(), strict=True):
         logger.info(
             "offload: rank %d: %.2f GB of optimizer state in %s, %s; reads %.2f, writes %.2f GB/s",
             rank, nbytes / 1e9, file.folder,
             "direct" if file.is_direct else "through the page cache",
             rate.read_bytes_per_s / 1e9, rate.write_bytes_per_s / 1e9,
         )  # fmt: skip
-    return tier
 
 
 def _close(files: Sequence[ScratchFile]) -> None:
