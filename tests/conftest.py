@@ -10,6 +10,9 @@ import pytest
 from lowtide.core.registry import plugins
 from tests.helpers.probe_plugin import ProbePlugin
 
+# Before anything imports it: its asserts are to show what they compared.
+pytest.register_assert_rewrite("tests.helpers.codec_suite")
+
 # One thread per process: tests share two cores, and several of them start ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -304,6 +304,8 @@ def test_training_goes_on_about_as_well_from_moments_within_bounds(
     losses = {}
     codecs = {"exact": None, "SZ3 1e-4": {"id": "test.sz3", "value": 1e-4}}
     codecs |= {"SZ3 1e-3": {"id": "test.sz3", "value": 1e-3}, "each 1/16": RATIOS}
+    for mode, bound in (("rel", 1e-4), ("pw_rel", 1e-2)):
+        codecs[f"{mode} {bound:g}"] = {"id": "lowtide.sz", "mode": mode, "bound": bound}
     for name, codec in codecs.items():
         folder = tmp_path / name.replace("/", " of ")
         model, optimizer, batches = trainer()

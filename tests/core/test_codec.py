@@ -11,10 +11,8 @@ import pytest
 import torch
 import zstandard
 
-pytest.register_assert_rewrite("tests.helpers.codec_suite")
-
-from lowtide.core import codec as codec_module  # noqa: E402
-from lowtide.core.codec import (  # noqa: E402
+from lowtide.core import codec as codec_module
+from lowtide.core.codec import (
     ArrayData,
     Bound,
     Codec,
@@ -29,14 +27,14 @@ from lowtide.core.codec import (  # noqa: E402
     read_header,
     unpack_stream,
 )
-from lowtide.core.errors import (  # noqa: E402
+from lowtide.core.errors import (
     ConfigError,
     CorruptStreamError,
     LowtideError,
     UnknownNameError,
 )
-from lowtide.core.native import crc32c  # noqa: E402
-from tests.helpers.codec_suite import CodecSuite, assert_bound, forge, sample  # noqa: E402
+from lowtide.core.native import crc32c
+from tests.helpers.codec_suite import CodecSuite, assert_bound, forge, sample
 
 # Written by format version 1. Every later release must read it.
 GOLDEN = bytes.fromhex(

@@ -13,7 +13,17 @@ import typer
 from typer.core import TyperGroup
 
 import lowtide
-from lowtide.cli import checkpoint, doctor, launch, plan, report, schema
+from lowtide.cli import (
+    checkpoint,
+    compress,
+    decompress,
+    doctor,
+    inspect,
+    launch,
+    plan,
+    report,
+    schema,
+)
 from lowtide.core.errors import LowtideError
 
 DEBUG_VARIABLE = "LOWTIDE_DEBUG"
@@ -60,6 +70,9 @@ def _options(
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("report")(report.report)
+app.command("compress")(compress.compress)
+app.command("decompress")(decompress.decompress)
+app.command("inspect")(inspect.inspect)
 app.add_typer(launch.app, name="launch")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(plan.app, name="plan")

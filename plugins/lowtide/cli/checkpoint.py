@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowtide.cli.output import others_on_stderr, print_json
+from lowtide.cli.output import (
+    others_on_stderr,
+    print_json,
+    print_table,
+    size_text,
+    table_of,
+)
 from lowtide.core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lowtide.checkpoint.store.catalog import Entry
     from lowtide.checkpoint.store.integrity import Report
     from lowtide.checkpoint.store.scan import OnProgress
@@ -28,7 +32,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="What save_checkpoint was given.")]
 Item = Annotated[Path, typer.Argument(help="A checkpoint's folder, or a torch file.")]
 
-_LOG_WIDTH = 400
 _MARKS = {"complete": "green", "in progress": "cyan", "incomplete": "red", "abandoned": "red"}
 
 
@@ -106,10 +109,10 @@ def prune(
         return
     verb = "would remove" if dry_run else "removed"
     for entry in done.removed:
-        typer.echo(f"{verb} {entry.tag} ({_size(entry.size_bytes)})")
+        typer.echo(f"{verb} {entry.tag} ({size_text(entry.size_bytes)})")
     typer.echo(
         f"{verb} {len(done.removed)} of {len(done.removed) + len(done.kept)} complete checkpoints, "
-        f"{_size(done.removed_bytes)}"
+        f"{size_text(done.removed_bytes)}"
     )
 
 
@@ -128,12 +131,12 @@ def diff(first: Item, second: Item, as_json: AsJson = False) -> None:
     elif not found:
         typer.echo("no difference")
     else:
-        table = _table("file", "name", "what", "dtype", "shape", "max |A - B|", "elements")
+        table = table_of("file", "name", "what", "dtype", "shape", "max |A - B|", "elements")
         for d in found:
             largest = "" if d.max_abs_difference is None else f"{d.max_abs_difference:.3g}"
             count = "" if d.differing_elements is None else f"{d.differing_elements:,}"
             table.add_row(d.file, d.name, d.kind, d.dtype, d.shape, largest, count)
-        _print(table)
+        print_table(table)
     if found:
         raise typer.Exit(1)
 
@@ -164,7 +167,7 @@ def export(
         print_json({"out": str(out), "files": sizes})
     else:
         for path in files:
-            typer.echo(f"{path} ({_size(path.stat().st_size)})")
+            typer.echo(f"{path} ({size_text(path.stat().st_size)})")
 
 
 @app.command("expand")
@@ -183,7 +186,7 @@ def expand(
         print_json({"target": str(target), "files": sizes})
     else:
         total_bytes = sum(file.size_bytes for file in files)
-        typer.echo(f"{target}: {len(files)} files, {_size(total_bytes)}")
+        typer.echo(f"{target}: {len(files)} files, {size_text(total_bytes)}")
 
 
 def _checkpoints_at(path: Path, *, all_of_them: bool) -> tuple[list[Path], bool]:
@@ -202,7 +205,7 @@ def _checkpoints_at(path: Path, *, all_of_them: bool) -> tuple[list[Path], bool]
 
 
 def _print_entries(entries: list[Entry]) -> None:
-    table = _table("tag", "step", "state", "size", "files", "ranks", "written")
+    table = table_of("tag", "step", "state", "size", "files", "ranks", "written")
     for e in entries:
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(e.time_s))
         color = _MARKS.get(e.state, "yellow")
@@ -210,10 +213,10 @@ def _print_entries(entries: list[Entry]) -> None:
             f"{e.tag}{'  <- latest' if e.is_latest else ''}",
             "" if e.step is None else str(e.step),
             f"[{color}]{e.state}[/{color}]{'' if e.is_published else ', not named yet'}",
-            _size(e.size_bytes), str(e.files), "" if e.world_size is None else str(e.world_size),
-            written,
+            size_text(e.size_bytes), str(e.files),
+            "" if e.world_size is None else str(e.world_size), written,
         )  # fmt: skip
-    _print(table)
+    print_table(table)
 
 
 def _print_report(report: Report) -> None:
@@ -221,37 +224,10 @@ def _print_report(report: Report) -> None:
     rate = report.read_bytes / max(report.wall_s, 1e-9)
     typer.echo(
         f"{report.path.name}: {'ok' if report.is_ok else 'DAMAGED'} ({report.mode}, "
-        f"{_size(report.read_bytes)} read at {_size(rate)}/s{kind})"
+        f"{size_text(report.read_bytes)} read at {size_text(rate)}/s{kind})"
     )
     for damage in report.damage:
         typer.echo(f"  {damage}")
-
-
-def _table(*columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False)
-    if not console.is_terminal:  # rows stay whole for grep and for logs
-        console.width = _LOG_WIDTH
-    console.print(table)
-
-
-def _size(size_bytes: float) -> str:
-    value = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 @contextmanager

@@ -164,6 +164,65 @@ class Codec(ABC):
         return f"{type(self).__name__}({', '.join(arguments[1:])})"
 
 
+# A zstd block is at least 4 bytes long and gives at most 128 KiB.
+_MAX_ZSTD_RATIO = 1 << 15
+
+
+def checked_level(codec_id: str, level: Any) -> int:
+    """Return a zstandard level, 1 (fast) to 22 (small), or raise CodecError."""
+    if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= 22:
+        raise CodecError(f'codec "{codec_id}": level {level!r}, allowed are 1 to 22')
+    return level
+
+
+def compress_bytes(raw: Any, level: int) -> bytes:
+    """Return the bytes of a contiguous buffer as one zstd frame that says how many they are."""
+    import zstandard
+
+    # A context per call: they are not thread-safe.
+    return bytes(zstandard.ZstdCompressor(level=level).compress(raw))
+
+
+def decompress_bytes(frame: Any, size_bytes: int) -> bytes:
+    """Return the `size_bytes` bytes in a zstd frame, which nothing may follow.
+
+    Raises:
+        CorruptStreamError: the frame is damaged or holds another number of bytes.
+    """
+    import zstandard
+
+    try:
+        # zstandard allocates what the frame claims, so the claim is checked first.
+        claimed = zstandard.get_frame_parameters(frame).content_size
+        if claimed != size_bytes or claimed > len(frame) * _MAX_ZSTD_RATIO:
+            raise CorruptStreamError(
+                f"{len(frame)} bytes claim to hold {claimed}, the header says {size_bytes}; the "
+                "stream was not written by Lowtide"
+            )
+        decompressor = zstandard.ZstdDecompressor()
+        return bytes(decompressor.decompress(frame, claimed or 1, allow_extra_data=False))
+    except zstandard.ZstdError as error:
+        raise CorruptStreamError(f"damaged payload: {error}") from error
+
+
+def compress_planes(values: NDArray[Any], level: int) -> bytes:
+    """Return elements as a zstd frame of byte planes: all first bytes, all second bytes, ..."""
+    flat = values.reshape(-1)
+    planes = flat.view(np.uint8).reshape(flat.size, flat.itemsize).T  # (byte, element)
+    return compress_bytes(np.ascontiguousarray(planes).data, level)
+
+
+def decompress_planes(frame: Any, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    """Undo `compress_planes`: a flat, writable array of `count` elements.
+
+    Raises:
+        CorruptStreamError: as for `decompress_bytes`.
+    """
+    raw = decompress_bytes(frame, count * dtype.itemsize)
+    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
+    return np.array(planes.T, order="C").reshape(-1).view(dtype)  # always a copy: writable
+
+
 class ZstdCodec(Codec):
     """Lossless: the bytes of the elements sorted into planes, then zstandard.
 
@@ -172,13 +231,9 @@ class ZstdCodec(Codec):
     """
 
     codec_id = "lowtide.zstd"
-    # A zstd block is at least 4 bytes long and gives at most 128 KiB.
-    _MAX_RATIO = 1 << 15
 
     def __init__(self, level: int = 3) -> None:
-        if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= 22:
-            raise CodecError(f'codec "{self.codec_id}": level {level!r}, allowed are 1 to 22')
-        self.level = level
+        self.level = checked_level(self.codec_id, level)
 
     @property
     def bound(self) -> Bound:
@@ -186,38 +241,18 @@ class ZstdCodec(Codec):
         return Bound("lossless")
 
     def _encode(self, data: ArrayData) -> bytes:
-        import zstandard
-
-        flat = data.values.reshape(-1)
-        planes = flat.view(np.uint8).reshape(flat.size, flat.itemsize).T  # (byte, element)
-        # A context per call: they are not thread-safe.
-        compressor = zstandard.ZstdCompressor(level=self.level)
-        return bytes(compressor.compress(np.ascontiguousarray(planes).data))
+        return compress_planes(data.values, self.level)
 
     def _decode(self, header: StreamHeader, payload: memoryview) -> NDArray[Any]:
-        import zstandard
-
-        dtype = numpy_dtype(header.dtype)
         try:
-            # zstandard allocates what the frame claims, so the claim is checked first.
-            claimed = zstandard.get_frame_parameters(payload).content_size
-            if claimed != header.nbytes or claimed > len(payload) * self._MAX_RATIO:
-                raise CorruptStreamError(
-                    f'codec "{self.codec_id}": {len(payload)} bytes claim to hold {claimed}, the '
-                    f"header says {header.nbytes}; the stream was not written by Lowtide"
-                )
-            decompressor = zstandard.ZstdDecompressor()
-            raw = decompressor.decompress(payload, claimed or 1, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise CorruptStreamError(
-                f'codec "{self.codec_id}": damaged payload: {error}'
-            ) from error
-        planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
-        return np.array(planes.T, order="C").reshape(-1).view(dtype)  # always a copy: writable
+            return decompress_planes(payload, numpy_dtype(header.dtype), math.prod(header.shape))
+        except CorruptStreamError as error:
+            raise CorruptStreamError(f'codec "{self.codec_id}": {error}') from error
 
 
 codecs: Registry[Codec] = Registry("codec", "lowtide.codecs", Codec)
 codecs.register(ZstdCodec.codec_id, "lowtide.core.codec:ZstdCodec")
+codecs.register("lowtide.sz", "lowtide.compression.sz:SzCodec")  # lazy: core imports no plugin
 
 
 def get_codec(spec: str | Mapping[str, Any] | Codec) -> Codec:

@@ -1,0 +1,224 @@
+// Python face of csrc/compression: checks only, the work happens with the GIL released.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/buffer.hpp"
+#include "entropy.hpp"
+#include "predict.hpp"
+#include "verify.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace lowtide::compression;
+using lowtide::Span;
+
+template <typename T> using Array = py::array_t<T, py::array::c_style>;
+using Lengths = std::vector<std::size_t>;
+using Orders = std::vector<int>; // or weights, one for each axis
+
+template <typename T> Array<T> empty(std::size_t count) {
+    return Array<T>(static_cast<py::ssize_t>(count));
+}
+
+template <typename T> Span<T> writable(Array<T> &array) {
+    return {array.mutable_data(), static_cast<std::size_t>(array.size())};
+}
+
+template <typename T>
+Span<const T> values(const Array<T> &array, const Shape &shape, const char *name) {
+    const auto size = static_cast<std::size_t>(array.size());
+    if (size != shape.count) {
+        throw py::value_error(std::string(name) + ": got " + std::to_string(size) +
+                              " elements, the shape has " + std::to_string(shape.count));
+    }
+    return {array.data(), size};
+}
+
+void check_step(double step) {
+    if (!(step > 0.0) || !std::isfinite(step) || !std::isfinite(1.0 / step)) {
+        throw py::value_error("step: got " + std::to_string(step) +
+                              ", allowed are positive numbers with a finite inverse");
+    }
+}
+
+template <typename T>
+std::pair<Array<std::int32_t>, Array<T>> encode_differences(const Array<T> &work,
+                                                            const Lengths &lengths,
+                                                            const Orders &orders, double step) {
+    const Shape shape(lengths);
+    const Span<const T> from = values(work, shape, "work");
+    check_step(step);
+    auto codes = empty<std::int32_t>(shape.count);
+    auto restored = empty<T>(shape.count);
+    const auto to_codes = writable(codes);
+    const auto to_restored = writable(restored);
+    {
+        const py::gil_scoped_release release;
+        difference_encode<T>(from, shape, orders, step, to_codes, to_restored);
+    }
+    return {std::move(codes), std::move(restored)};
+}
+
+template <typename T>
+py::object decode_differences(Array<std::int32_t> &codes, const Shape &shape, const Orders &orders,
+                              double step) {
+    auto restored = empty<T>(shape.count);
+    const auto from = writable(codes);
+    const auto to = writable(restored);
+    {
+        const py::gil_scoped_release release;
+        difference_decode<T>(from, shape, orders, step, to);
+    }
+    return std::move(restored);
+}
+
+py::object difference_decode_any(Array<std::int32_t> codes, const Lengths &lengths,
+                                 const Orders &orders, double step, bool is_double) {
+    const Shape shape(lengths);
+    values(codes, shape, "codes");
+    check_step(step);
+    return is_double ? decode_differences<double>(codes, shape, orders, step)
+                     : decode_differences<float>(codes, shape, orders, step);
+}
+
+template <typename T>
+std::pair<Array<std::int32_t>, Array<T>>
+encode_interpolation(const Array<T> &work, const Lengths &lengths, const Orders &weights,
+                     bool cubic, int alpha, int beta, double step) {
+    const Shape shape(lengths);
+    const Span<const T> from = values(work, shape, "work");
+    check_step(step);
+    auto codes = empty<std::int32_t>(shape.count);
+    auto restored = empty<T>(shape.count);
+    const auto to_codes = writable(codes);
+    const auto to_restored = writable(restored);
+    {
+        const py::gil_scoped_release release;
+        interpolation_encode<T>(from, shape, {weights, cubic, alpha, beta}, step, to_codes,
+                                to_restored);
+    }
+    return {std::move(codes), std::move(restored)};
+}
+
+template <typename T>
+py::object decode_interpolation(Span<const std::int32_t> codes, const Shape &shape,
+                                const Interpolation &how, double step) {
+    auto restored = empty<T>(shape.count);
+    const auto to = writable(restored);
+    {
+        const py::gil_scoped_release release;
+        interpolation_decode<T>(codes, shape, how, step, to);
+    }
+    return std::move(restored);
+}
+
+py::object interpolation_decode_any(const Array<std::int32_t> &codes, const Lengths &lengths,
+                                    const Orders &weights, bool cubic, int alpha, int beta,
+                                    double step, bool is_double) {
+    const Shape shape(lengths);
+    const auto from = values(codes, shape, "codes");
+    check_step(step);
+    const Interpolation how{weights, cubic, alpha, beta};
+    return is_double ? decode_interpolation<double>(from, shape, how, step)
+                     : decode_interpolation<float>(from, shape, how, step);
+}
+
+std::vector<Pass> scan_of(const Shape &shape, const std::optional<Orders> &weights) {
+    return weights ? scan_of_interpolation(shape, *weights) : scan_of_differences(shape);
+}
+
+py::bytes encode_entropy(const Array<std::int32_t> &codes, const Lengths &lengths,
+                         const std::optional<Orders> &weights) {
+    const Shape shape(lengths);
+    const auto from = values(codes, shape, "codes");
+    std::vector<unsigned char> section;
+    {
+        const py::gil_scoped_release release;
+        section = entropy_encode(from, shape, scan_of(shape, weights));
+    }
+    return {reinterpret_cast<const char *>(section.data()), section.size()};
+}
+
+Array<std::int32_t> decode_entropy(const py::object &section, const Lengths &lengths,
+                                   const std::optional<Orders> &weights) {
+    const lowtide::ReadBuffer buffer(section, "section");
+    const Shape shape(lengths);
+    auto codes = empty<std::int32_t>(shape.count);
+    const auto to = writable(codes);
+    {
+        const py::gil_scoped_release release;
+        entropy_decode(buffer.bytes(), shape, scan_of(shape, weights), to);
+    }
+    return codes;
+}
+
+template <typename T>
+Array<std::int64_t> positions_outside(const Array<T> &original, const Array<T> &restored,
+                                      double limit, bool is_relative) {
+    const Span<const T> a{original.data(), static_cast<std::size_t>(original.size())};
+    const Span<const T> b{restored.data(), static_cast<std::size_t>(restored.size())};
+    std::vector<std::int64_t> found;
+    {
+        const py::gil_scoped_release release;
+        found = outside<T>(a, b, limit, is_relative);
+    }
+    auto positions = empty<std::int64_t>(found.size());
+    std::copy(found.begin(), found.end(), positions.mutable_data());
+    return positions;
+}
+
+Array<double> exp2_of(const Array<double> &y) {
+    auto out = empty<double>(static_cast<std::size_t>(y.size()));
+    const Span<const double> from{y.data(), static_cast<std::size_t>(y.size())};
+    const auto to = writable(out);
+    {
+        const py::gil_scoped_release release;
+        lowtide::compression::exp2(from, to);
+    }
+    return out;
+}
+
+double cost_of(const Array<std::int32_t> &codes) {
+    const Span<const std::int32_t> from{codes.data(), static_cast<std::size_t>(codes.size())};
+    const py::gil_scoped_release release;
+    return cost_bits(from);
+}
+
+template <typename T> void bind_values(py::module_ &module) {
+    module.def("difference_encode", &encode_differences<T>, py::arg("work").noconvert(),
+               py::arg("shape"), py::arg("orders"), py::arg("step"));
+    module.def("interpolation_encode", &encode_interpolation<T>, py::arg("work").noconvert(),
+               py::arg("shape"), py::arg("weights"), py::arg("cubic"), py::arg("alpha"),
+               py::arg("beta"), py::arg("step"));
+    module.def("outside", &positions_outside<T>, py::arg("original").noconvert(),
+               py::arg("restored").noconvert(), py::arg("limit"), py::arg("is_relative"));
+}
+
+} // namespace
+
+void bind_compression(py::module_ &module) {
+    module.doc() = "Primitives of the codec lowtide.sz; see lowtide.compression.";
+    bind_values<float>(module);
+    bind_values<double>(module);
+    module.def("difference_decode", &difference_decode_any, py::arg("codes").noconvert(),
+               py::arg("shape"), py::arg("orders"), py::arg("step"), py::arg("is_double"));
+    module.def("interpolation_decode", &interpolation_decode_any, py::arg("codes").noconvert(),
+               py::arg("shape"), py::arg("weights"), py::arg("cubic"), py::arg("alpha"),
+               py::arg("beta"), py::arg("step"), py::arg("is_double"));
+    module.def("entropy_encode", &encode_entropy, py::arg("codes").noconvert(), py::arg("shape"),
+               py::arg("weights"));
+    module.def("entropy_decode", &decode_entropy, py::arg("section"), py::arg("shape"),
+               py::arg("weights"));
+    module.def("exp2", &exp2_of, py::arg("y").noconvert());
+    module.def("cost_bits", &cost_of, py::arg("codes").noconvert());
+}

@@ -1,0 +1,242 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "contexts.hpp"
+#include "entropy.hpp"
+#include "rans.hpp"
+#include "tables.hpp"
+
+namespace lowtide::compression {
+namespace {
+
+template <typename T> void append(std::vector<unsigned char> &out, const T *values, std::size_t n) {
+    const auto *bytes = reinterpret_cast<const unsigned char *>(values);
+    out.insert(out.end(), bytes, bytes + n * sizeof(T));
+}
+
+// Bits into bytes, the lowest first.
+class BitWriter {
+  public:
+    void put(std::uint32_t value, unsigned bits) {
+        held_ |= std::uint64_t{value} << count_;
+        count_ += bits;
+        if (count_ >= 32) {
+            const auto word = static_cast<std::uint32_t>(held_);
+            append(bytes_, &word, 1);
+            held_ >>= 32;
+            count_ -= 32;
+        }
+    }
+
+    const std::vector<unsigned char> &finish() {
+        for (; count_ > 0; count_ = count_ > 8 ? count_ - 8 : 0) {
+            bytes_.push_back(static_cast<unsigned char>(held_));
+            held_ >>= 8;
+        }
+        return bytes_;
+    }
+
+  private:
+    std::vector<unsigned char> bytes_;
+    std::uint64_t held_ = 0;
+    unsigned count_ = 0;
+};
+
+// The tokens of a chunk in the order of the scan, each with its full context and its lane.
+struct Scanned {
+    std::vector<std::uint8_t> token;   // the lane in the highest bit
+    std::vector<std::uint8_t> context; // group * buckets + bucket
+    std::vector<Counts> counts;
+    BitWriter extra;
+};
+
+constexpr unsigned lane_bit = 7;
+static_assert(tokens == 1U << lane_bit, "a token and its lane share a byte");
+
+// Scans the codes of a chunk once.
+class Scanner {
+  public:
+    Scanner(Span<const std::int32_t> codes, const Shape &shape)
+        : codes_(codes), shape_(shape), magnitudes_(shape.count),
+          counts_(std::size_t{groups} * buckets), bucket_(bucket_table()) {
+        for (std::size_t i = 0; i < shape.count; ++i) {
+            magnitudes_[i] = 0;
+        }
+        out_.token.resize(shape.count);
+        out_.context.resize(shape.count);
+        for (auto &activity : activity_) {
+            activity.resize(shape.length[max_axes - 1]);
+        }
+    }
+
+    Scanned run(const std::vector<Pass> &scan) {
+        for (const Pass &pass : scan) {
+            const std::vector<Pass> lanes = lanes_of(pass);
+            Rows first(shape_, lanes.front()), second(shape_, lanes.back());
+            first_context_ = static_cast<unsigned>(pass.group) * buckets;
+            std::array<Row, 2> rows{};
+            while (first.next(rows[0])) {
+                const bool is_pair = lanes.size() == 2 && second.next(rows[1]);
+                scan_rows(lanes, rows, is_pair ? 2 : 1);
+            }
+        }
+        out_.counts.assign(counts_.size(), Counts{});
+        for (std::size_t context = 0; context < counts_.size(); ++context) {
+            std::copy(counts_[context].begin(), counts_[context].end(),
+                      out_.counts[context].begin());
+        }
+        return std::move(out_);
+    }
+
+  private:
+    void scan_rows(const std::vector<Pass> &lanes, const std::array<Row, 2> &rows,
+                   std::size_t count) {
+        for (std::size_t lane = 0; lane < count; ++lane) {
+            activity_of_row(magnitudes_.data(), shape_, lanes[lane], rows[lane],
+                            activity_[lane].data());
+        }
+        const std::size_t shared = count == 2 ? rows[1].count : 0;
+        std::array<unsigned, 2> left{};
+        for (std::size_t i = 0; i < shared; ++i) {
+            left[0] = scan_point(rows[0], i, 0, left[0]);
+            left[1] = scan_point(rows[1], i, 1, left[1]);
+        }
+        for (std::size_t i = shared; i < rows[0].count; ++i) {
+            left[0] = scan_point(rows[0], i, 0, left[0]);
+        }
+    }
+
+    // Returns the point's magnitude, the next one's left.
+    unsigned scan_point(const Row &row, std::size_t i, unsigned lane, unsigned left) {
+        const std::size_t at = row.base + i * row.step;
+        const std::uint32_t u = zigzag(codes_[at]);
+        const Token token = token_of(u);
+        const unsigned context = first_context_ + bucket_[activity_[lane][i] + 2 * left];
+        out_.token[index_] = static_cast<std::uint8_t>(token.token | lane << lane_bit);
+        out_.context[index_] = static_cast<std::uint8_t>(context);
+        ++index_;
+        ++counts_[context][token.token];
+        if (token.extra_bits != 0) {
+            out_.extra.put(u & ((1U << token.extra_bits) - 1), token.extra_bits);
+        }
+        return magnitudes_[at] = magnitude_of(u);
+    }
+
+    Span<const std::int32_t> codes_;
+    const Shape &shape_;
+    std::vector<std::uint16_t> magnitudes_;
+    std::array<std::vector<std::uint16_t>, 2> activity_;
+    std::vector<std::array<std::uint32_t, tokens>> counts_;
+    const std::array<std::uint8_t, largest_activity + 1> &bucket_;
+    unsigned first_context_ = 0;
+    std::size_t index_ = 0;
+    Scanned out_;
+};
+
+// A frequency as its encoder needs it: division by multiplication, exact for every 32-bit state.
+struct Divisor {
+    std::uint64_t inverse = 0; // floor(2^60 / frequency) + 1
+    std::uint32_t frequency = 0;
+    std::uint32_t begin = 0;
+
+    std::uint32_t next_state(std::uint32_t x) const {
+        __extension__ using Wide = unsigned __int128;
+        const auto quotient = static_cast<std::uint32_t>((Wide{x} * inverse) >> 60);
+        return (quotient << precision_bits) + (x - quotient * frequency) + begin;
+    }
+};
+using Divisors = std::array<Divisor, tokens>;
+
+Divisors divisors_of(const Frequencies &frequencies) {
+    const Slices slices = slices_of(frequencies);
+    Divisors divisors{};
+    for (unsigned token = 0; token < tokens; ++token) {
+        if (const std::uint32_t frequency = slices[token].frequency; frequency != 0) {
+            divisors[token] = {(std::uint64_t{1} << 60) / frequency + 1, frequency,
+                               slices[token].begin};
+        }
+    }
+    return divisors;
+}
+
+// Words in the order in which the decoder reads them.
+struct Words {
+    std::vector<std::uint16_t> all; // filled from the end
+    std::size_t first;
+    std::array<std::uint32_t, 2> states{least_state, least_state};
+};
+
+Words encode_tokens(const Scanned &scanned, const Merging &merging,
+                    const std::vector<Divisors> &divisors) {
+    std::array<const Divisor *, std::size_t{groups} * buckets> divisors_of_context{};
+    for (unsigned group = 0; group < groups; ++group) {
+        for (unsigned bucket = 0; bucket < buckets; ++bucket) {
+            divisors_of_context[group * buckets + bucket] =
+                divisors[merging.context(group, bucket)].data();
+        }
+    }
+    const std::size_t count = scanned.token.size();
+    Words words{std::vector<std::uint16_t>(count), count, {least_state, least_state}};
+    std::size_t first = count;
+    std::array<std::uint32_t, 2> states = words.states;
+    for (std::size_t i = count; i-- > 0;) {
+        const unsigned token = scanned.token[i];
+        const Divisor &divisor = divisors_of_context[scanned.context[i]][token & (tokens - 1)];
+        std::uint32_t x = states[token >> lane_bit];
+        if (x >= std::uint64_t{divisor.frequency} << 20) {
+            words.all[--first] = static_cast<std::uint16_t>(x);
+            x >>= 16;
+        }
+        states[token >> lane_bit] = divisor.next_state(x);
+    }
+    words.first = first;
+    words.states = states;
+    return words;
+}
+
+} // namespace
+
+std::vector<unsigned char> entropy_encode(Span<const std::int32_t> codes, const Shape &shape,
+                                          const std::vector<Pass> &scan) {
+    Scanned scanned = Scanner(codes, shape).run(scan);
+    const Merging merging = best_merging(scanned.counts, scan[0].level > 0);
+    std::vector<Frequencies> tables;
+    std::vector<Divisors> divisors;
+    for (const Counts &counts : merged(scanned.counts, merging)) {
+        tables.push_back(normalised(counts));
+        divisors.push_back(divisors_of(tables.back()));
+    }
+    const Words words = encode_tokens(scanned, merging, divisors);
+    std::vector<unsigned char> out;
+    write_tables(merging, tables, out);
+    const std::size_t count = words.all.size() - words.first;
+    const std::array<std::uint32_t, 3> head = {static_cast<std::uint32_t>(count), words.states[0],
+                                               words.states[1]};
+    append(out, head.data(), head.size());
+    append(out, words.all.data() + words.first, count);
+    const std::vector<unsigned char> &extra = scanned.extra.finish();
+    append(out, extra.data(), extra.size());
+    return out;
+}
+
+double cost_bits(Span<const std::int32_t> codes) {
+    Counts counts{};
+    double bits = 0.0;
+    for (const std::int32_t code : codes) {
+        const Token token = token_of(zigzag(code));
+        ++counts[token.token];
+        bits += token.extra_bits;
+    }
+    const auto total = static_cast<double>(codes.size());
+    for (const std::uint64_t count : counts) {
+        if (count != 0) {
+            bits += static_cast<double>(count) * std::log2(total / static_cast<double>(count));
+        }
+    }
+    return bits;
+}
+
+} // namespace lowtide::compression
