@@ -82,26 +82,28 @@ struct Lookup {
     }
 };
 
-// The 16-bit words of a section.
+// The 16-bit words of a section. Each symbol looks at the next one and few take it; a branch would
+// be mispredicted every third time.
 class WordReader {
   public:
-    explicit WordReader(ConstBytes bytes) : at_(bytes.begin()), end_(bytes.end()) {}
+    explicit WordReader(Span<const std::uint16_t> words) // the last one is not to be taken
+        : at_(words.begin()), end_(words.end() - 1) {}
 
-    std::uint32_t get() {
-        if (at_ == end_) {
+    std::uint32_t refilled(std::uint32_t state) {
+        const bool is_low = state < least_state;
+        const std::uint32_t filled = (state << 16) | *at_;
+        at_ += static_cast<int>(is_low);
+        if (at_ > end_) {
             throw std::invalid_argument("codes: there are too few words");
         }
-        std::uint16_t word;
-        std::memcpy(&word, at_, 2);
-        at_ += 2;
-        return word;
+        return is_low ? filled : state;
     }
 
     bool is_at_end() const { return at_ == end_; }
 
   private:
-    const unsigned char *at_;
-    const unsigned char *end_;
+    const std::uint16_t *at_;
+    const std::uint16_t *end_;
 };
 
 // Decodes a section's codes; the two lanes of a pass take turns.
@@ -161,11 +163,8 @@ class Decoder {
         const std::uint32_t slot = lane.state & slot_mask;
         const unsigned token = lookup_.token_of_slot[context][slot];
         const Slice slice = lookup_.slices[context][token];
-        std::uint32_t x = slice.frequency * (lane.state >> precision_bits) + slot - slice.begin;
-        if (x < least_state) {
-            x = (x << 16) | words.get();
-        }
-        lane.state = x;
+        lane.state =
+            words.refilled(slice.frequency * (lane.state >> precision_bits) + slot - slice.begin);
         std::uint32_t u = token;
         if (token >= direct_tokens) {
             if (token == no_token) {
@@ -209,7 +208,9 @@ void entropy_decode(ConstBytes section, const Shape &shape, const std::vector<Pa
         throw std::invalid_argument("codes: " + std::to_string(word_count) +
                                     " words are claimed, the section is shorter");
     }
-    WordReader words(section.subspan(offset, 2 * word_count));
+    std::vector<std::uint16_t> all_words(word_count + 1, 0); // with one that is never taken
+    std::memcpy(all_words.data(), section.subspan(offset, 2 * word_count).data(), 2 * word_count);
+    WordReader words(Span<const std::uint16_t>(all_words.data(), all_words.size()));
     BitReader extra(section.drop(offset + 2 * word_count));
     Decoder decoder(shape, lookup, codes);
     for (const Pass &pass : scan) {

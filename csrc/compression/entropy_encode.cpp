@@ -45,28 +45,29 @@ class BitWriter {
     unsigned count_ = 0;
 };
 
-// The tokens of a chunk in the order of the scan, each with its full context and its lane.
+// A token, its lane and its full context (group * buckets + bucket) in one number: a write of
+// bytes may change anything in the eyes of a compiler, a write of 16 bits may not.
+using Symbol = std::uint16_t;
+
+constexpr unsigned lane_bit = 7;
+constexpr unsigned context_bit = 8;
+static_assert(tokens == 1U << lane_bit, "a token takes the bits below its lane");
+
+// The codes of a chunk in the order of the scan.
 struct Scanned {
-    std::vector<std::uint8_t> token;   // the lane in the highest bit
-    std::vector<std::uint8_t> context; // group * buckets + bucket
+    std::vector<Symbol> symbols;
     std::vector<Counts> counts;
     BitWriter extra;
 };
-
-constexpr unsigned lane_bit = 7;
-static_assert(tokens == 1U << lane_bit, "a token and its lane share a byte");
 
 // Scans the codes of a chunk once.
 class Scanner {
   public:
     Scanner(Span<const std::int32_t> codes, const Shape &shape)
-        : codes_(codes), shape_(shape), magnitudes_(shape.count),
-          counts_(std::size_t{groups} * buckets), bucket_(bucket_table()) {
-        for (std::size_t i = 0; i < shape.count; ++i) {
-            magnitudes_[i] = 0;
-        }
-        out_.token.resize(shape.count);
-        out_.context.resize(shape.count);
+        : codes_(codes), shape_(shape), magnitudes_(shape.count, 0),
+          counts_(std::size_t{groups} * buckets) {
+        out_.symbols.resize(shape.count);
+        next_ = out_.symbols.data();
         for (auto &activity : activity_) {
             activity.resize(shape.length[max_axes - 1]);
         }
@@ -80,7 +81,11 @@ class Scanner {
             std::array<Row, 2> rows{};
             while (first.next(rows[0])) {
                 const bool is_pair = lanes.size() == 2 && second.next(rows[1]);
-                scan_rows(lanes, rows, is_pair ? 2 : 1);
+                for (std::size_t lane = 0; lane < (is_pair ? 2 : 1); ++lane) {
+                    activity_of_row(magnitudes_.data(), shape_, lanes[lane], rows[lane],
+                                    activity_[lane].data());
+                }
+                scan_rows(rows, is_pair ? rows[1].count : 0);
             }
         }
         out_.counts.assign(counts_.size(), Counts{});
@@ -92,37 +97,43 @@ class Scanner {
     }
 
   private:
-    void scan_rows(const std::vector<Pass> &lanes, const std::array<Row, 2> &rows,
-                   std::size_t count) {
-        for (std::size_t lane = 0; lane < count; ++lane) {
-            activity_of_row(magnitudes_.data(), shape_, lanes[lane], rows[lane],
-                            activity_[lane].data());
-        }
-        const std::size_t shared = count == 2 ? rows[1].count : 0;
-        std::array<unsigned, 2> left{};
+    struct Lane {
+        const std::uint16_t *activity;
+        std::size_t at;
+        std::size_t step;
+        unsigned mark; // what the lane adds to a symbol
+        unsigned left;
+    };
+
+    void scan_rows(const std::array<Row, 2> &rows, std::size_t shared) {
+        const std::int32_t *const codes = codes_.data();
+        const std::uint8_t *const bucket = bucket_table().data();
+        std::uint16_t *const magnitudes = magnitudes_.data();
+        std::array<std::uint32_t, tokens> *const counts = counts_.data() + first_context_;
+        Symbol *next = next_;
+        const auto scan_point = [&](Lane &lane, std::size_t i) {
+            const std::uint32_t u = zigzag(codes[lane.at]);
+            const Token token = token_of(u);
+            const unsigned context = bucket[lane.activity[i] + 2 * lane.left];
+            *next++ = static_cast<Symbol>((first_context_ + context) << context_bit | lane.mark |
+                                          token.token);
+            ++counts[context][token.token];
+            if (token.extra_bits != 0) {
+                out_.extra.put(u & ((1U << token.extra_bits) - 1), token.extra_bits);
+            }
+            lane.left = magnitudes[lane.at] = magnitude_of(u);
+            lane.at += lane.step;
+        };
+        Lane a{activity_[0].data(), rows[0].base, rows[0].step, 0, 0};
+        Lane b{activity_[1].data(), rows[1].base, rows[1].step, 1U << lane_bit, 0};
         for (std::size_t i = 0; i < shared; ++i) {
-            left[0] = scan_point(rows[0], i, 0, left[0]);
-            left[1] = scan_point(rows[1], i, 1, left[1]);
+            scan_point(a, i);
+            scan_point(b, i);
         }
         for (std::size_t i = shared; i < rows[0].count; ++i) {
-            left[0] = scan_point(rows[0], i, 0, left[0]);
+            scan_point(a, i);
         }
-    }
-
-    // Returns the point's magnitude, the next one's left.
-    unsigned scan_point(const Row &row, std::size_t i, unsigned lane, unsigned left) {
-        const std::size_t at = row.base + i * row.step;
-        const std::uint32_t u = zigzag(codes_[at]);
-        const Token token = token_of(u);
-        const unsigned context = first_context_ + bucket_[activity_[lane][i] + 2 * left];
-        out_.token[index_] = static_cast<std::uint8_t>(token.token | lane << lane_bit);
-        out_.context[index_] = static_cast<std::uint8_t>(context);
-        ++index_;
-        ++counts_[context][token.token];
-        if (token.extra_bits != 0) {
-            out_.extra.put(u & ((1U << token.extra_bits) - 1), token.extra_bits);
-        }
-        return magnitudes_[at] = magnitude_of(u);
+        next_ = next;
     }
 
     Span<const std::int32_t> codes_;
@@ -130,9 +141,8 @@ class Scanner {
     std::vector<std::uint16_t> magnitudes_;
     std::array<std::vector<std::uint16_t>, 2> activity_;
     std::vector<std::array<std::uint32_t, tokens>> counts_;
-    const std::array<std::uint8_t, largest_activity + 1> &bucket_;
     unsigned first_context_ = 0;
-    std::size_t index_ = 0;
+    Symbol *next_ = nullptr;
     Scanned out_;
 };
 
@@ -178,22 +188,29 @@ Words encode_tokens(const Scanned &scanned, const Merging &merging,
                 divisors[merging.context(group, bucket)].data();
         }
     }
-    const std::size_t count = scanned.token.size();
-    Words words{std::vector<std::uint16_t>(count), count, {least_state, least_state}};
-    std::size_t first = count;
-    std::array<std::uint32_t, 2> states = words.states;
+    const std::size_t count = scanned.symbols.size();
+    // One more than there can be: each symbol writes a word, and few keep it. A branch would be
+    // mispredicted every third time.
+    Words words{std::vector<std::uint16_t>(count + 1), count + 1, {least_state, least_state}};
+    std::uint16_t *first = words.all.data() + words.first;
+    const auto encode = [&](std::uint32_t &state, unsigned symbol) {
+        const Divisor &divisor = divisors_of_context[symbol >> context_bit][symbol & (tokens - 1)];
+        const bool is_full = state >= std::uint64_t{divisor.frequency} << 20;
+        first[-1] = static_cast<std::uint16_t>(state);
+        first -= static_cast<int>(is_full);
+        state = divisor.next_state(is_full ? state >> 16 : state);
+    };
+    std::uint32_t a = least_state, b = least_state; // not an array: they stay in registers
     for (std::size_t i = count; i-- > 0;) {
-        const unsigned token = scanned.token[i];
-        const Divisor &divisor = divisors_of_context[scanned.context[i]][token & (tokens - 1)];
-        std::uint32_t x = states[token >> lane_bit];
-        if (x >= std::uint64_t{divisor.frequency} << 20) {
-            words.all[--first] = static_cast<std::uint16_t>(x);
-            x >>= 16;
+        const unsigned symbol = scanned.symbols[i];
+        if ((symbol >> lane_bit & 1U) != 0) {
+            encode(b, symbol);
+        } else {
+            encode(a, symbol);
         }
-        states[token >> lane_bit] = divisor.next_state(x);
     }
-    words.first = first;
-    words.states = states;
+    words.states = {a, b};
+    words.first = static_cast<std::size_t>(first - words.all.data());
     return words;
 }
 
