@@ -6,6 +6,9 @@ in float64: elements outside the bound are counted, whatever the codec says of i
 MB (1e6 bytes) of the array per second of processor time, medians. Rivals that are not installed
 are left out.
 
+The last table compares at equal PSNR: the size that `lowtide.sz` with the goal "psnr" needs for the
+PSNR that each rival reached, interpolated between the bounds that it was run at.
+
     python benchmarks/bench_compression.py [--edge 192] [--fields FOLDER] [--rounds 3]
 """
 
@@ -15,17 +18,19 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from compression_fields import all_fields
-from compression_rivals import Array, Candidate, candidates
+from compression_rivals import Array, Candidate, candidates, ours
 from rich.console import Console
 from rich.table import Table
 
 BOUNDS = (1e-2, 1e-3, 1e-4)
+CURVE = tuple(10 ** (-exponent / 4) for exponent in range(4, 22))  # 1e-1 to 5.6e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +80,11 @@ def main() -> None:
     console = Console(width=110)
     codecs = candidates()
     gains: dict[tuple[str, float], list[float]] = {}
+    at_psnr: dict[tuple[str, float], list[float]] = {}
     for field, values in all_fields(options.edge, options.fields):
         spread = float(values.max()) - float(values.min())
+        curve = [measured(ours(goal="psnr"), values, r * spread, 1) for r in CURVE]
+        curve = [point for point in curve if math.isfinite(point.psnr_db)]
         table = Table(title=f"{field}, {values.shape}, {values.nbytes / 1e6:.1f} MB")
         for column in ("r", "codec", "ratio", "outside", "error/bound", "PSNR", "enc MB/s", "dec"):
             table.add_column(column, justify="left" if column == "codec" else "right")
@@ -86,6 +94,14 @@ def main() -> None:
             best = results[codecs[0].name].ratio
             for name, found in results.items():
                 gains.setdefault((name, r), []).append(math.log(best / found.ratio))
+                if curve and curve[0].psnr_db <= found.psnr_db <= curve[-1].psnr_db:
+                    reached = np.interp(
+                        found.psnr_db,
+                        [point.psnr_db for point in curve],
+                        [math.log(point.ratio) for point in curve],
+                    )
+                    gain = float(reached) - math.log(found.ratio)
+                    at_psnr.setdefault((name, r), []).append(gain)
                 table.add_row(
                     f"{r:g}", name, f"{found.ratio:.2f}", str(found.outside),
                     f"{found.largest:.4f}", f"{found.psnr_db:.1f}",
@@ -93,13 +109,28 @@ def main() -> None:
                 )  # fmt: skip
             table.add_section()
         console.print(table)
-    table = Table(title="ratio of lowtide.sz over that of others, geometric mean over the fields")
+    means_table(console, "at the same bound", codecs[1:], gains)
+    means_table(console, "at the PSNR of the other", codecs[1:], at_psnr)
+
+
+def means_table(
+    console: Console,
+    what: str,
+    codecs: Sequence[Candidate],
+    gains: Mapping[tuple[str, float], Sequence[float]],
+) -> None:
+    """Print how much larger the ratio of `lowtide.sz` is, and over how many fields that is."""
+    table = Table(title=f"ratio of lowtide.sz over that of others {what}, mean over the fields")
     table.add_column("codec")
     for r in BOUNDS:
         table.add_column(f"r = {r:g}", justify="right")
-    for codec in codecs[1:]:
-        means = [math.exp(statistics.fmean(gains[codec.name, r])) for r in BOUNDS]
-        table.add_row(codec.name, *(f"{mean:.2f}x" for mean in means))
+    for codec in codecs:
+        cells = []
+        for r in BOUNDS:
+            found = gains.get((codec.name, r), ())
+            mean = f"{math.exp(statistics.fmean(found)):.2f}x ({len(found)})" if found else "-"
+            cells.append(mean)
+        table.add_row(codec.name, *cells)
     console.print(table)
 
 

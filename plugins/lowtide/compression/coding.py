@@ -41,16 +41,18 @@ class Coder:
         limits: What they may lose.
         fill: The fill value in the working type, or None.
         policy: One of `selection.PREDICTORS`.
+        goal: One of `selection.GOALS`.
         level: zstandard's.
     """
 
     def __init__(
-        self, element: ElementType, limits: Limits, fill: Any, *, policy: str, level: int
+        self, element: ElementType, limits: Limits, fill: Any, *, policy: str, goal: str, level: int
     ) -> None:
         self._element = element
         self._limits = limits
         self._fill = fill
         self._policy = policy
+        self._goal = goal
         self._level = level
 
     def encode(self, elements: Array, shape: Shape) -> bytes:
@@ -86,7 +88,7 @@ class Coder:
         step = self._limits.step
         is_log = self._limits.domain == LOGARITHMIC
         work = _working_values(original, mask, is_log=is_log)
-        predictor = choose(work, shape, step, self._policy)
+        predictor = choose(work, shape, step, self._policy, self._goal)
         codes, restored = predictor.encode(work, shape, step)
         section = primitives().entropy_encode(codes, shape, predictor.scan)
         is_negative = original < 0 if is_log else None

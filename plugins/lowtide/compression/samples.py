@@ -1,4 +1,9 @@
-"""Samples of a chunk, and how many bits its elements will take, judged by them."""
+"""Samples of a chunk, and what its elements will cost, judged by them.
+
+The cost is the number of bits, or, where the error counts as well as the size, that plus the bits
+that it would take to bring the error to a common size: at equal error, the lowest cost is the
+smallest stream.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ _BLOCKS = 10
 _PLACES, _STRIDES = 11, (3, 1, 4, 5)
 # Points of coarse levels that are looked at all over the chunk: at most a 150th of it.
 _COARSE_ELEMENTS, _COARSE_SHARE = 8_000, 150
+_LEAST_ERROR = 2.0**-20  # steps; no error at all has no logarithm
 _WEIGHT_POWER = 3  # of the inverse error; 2 to 4 differ by less than 1 %
 
 
@@ -29,15 +35,21 @@ class Samples:
         work: The chunk's working values, flat.
         shape: Its shape.
         step: Of the quantizer.
+        counts_error: Whether the error is part of the cost.
     """
 
-    def __init__(self, work: Array, shape: Shape, step: float) -> None:
+    def __init__(
+        self, work: Array, shape: Shape, step: float, *, counts_error: bool = False
+    ) -> None:
         self.ndim = len(shape)
+        self._work = work
+        self._counts_error = counts_error
         self._shape = shape
         self._count = math.prod(shape)
         self._step = step
         self._codes: dict[Predictor, Array] = {}
         self._bits: dict[Predictor, tuple[float, float]] = {}
+        self._squares: dict[Predictor, float] = {}
         # The axis along which blocks are put together again. It is longer than a block.
         self._along = shape.index(max(shape))
         self._is_whole = self._count <= _WHOLE_ELEMENTS
@@ -74,15 +86,39 @@ class Samples:
         found = tuple(round(255 * (least / size) ** _WEIGHT_POWER) for size in sizes)
         return found if min(found) < 255 else (1,) * self.ndim  # one way to say it
 
-    def entropy(self, predictor: Predictor) -> float:
-        """Return the bits of each element by the frequencies of tokens alone."""
+    def estimate(self, predictor: Predictor) -> float:
+        """Return the cost of each element by the frequencies of tokens alone."""
+        return self._entropy(predictor) + self._error_cost(predictor)
+
+    def cost(self, predictor: Predictor) -> float:
+        """Return the cost of each element by the entropy coder."""
+        return self._size(predictor) + self._error_cost(predictor)
+
+    def _error_cost(self, predictor: Predictor) -> float:
+        return self._bits_per_octave * self._octaves(predictor) if self._counts_error else 0.0
+
+    def _octaves(self, predictor: Predictor) -> float:
+        """Return the base-2 logarithm of the error's root mean square, in steps."""
+        self._codes_of(predictor)
+        mean = self._squares[predictor] / sum(block.size for block in self._blocks)
+        return math.log2(max(math.sqrt(mean) / self._step, _LEAST_ERROR))
+
+    @functools.cached_property
+    def _bits_per_octave(self) -> float:
+        """What it costs here to halve the error by a smaller step."""
+        base = Interpolation((1,) * self.ndim, True, 0, 0)
+        finer = Samples(self._work, self._shape, self._step / 2, counts_error=True)
+        octaves = 1.0 + self._octaves(base) - finer._octaves(base)
+        return max(0.0, finer._entropy(base) - self._entropy(base)) / max(octaves, 0.25)
+
+    def _entropy(self, predictor: Predictor) -> float:
         if isinstance(predictor, Interpolation) and not self._is_whole:
             return self._by_level(predictor)[1]
         codes = self._codes_of(predictor)
         return _entropy(codes) / max(1, codes.size)
 
-    def size(self, predictor: Predictor) -> float:
-        """Return the bits of each element by the entropy coder, tables shared by all the chunk."""
+    def _size(self, predictor: Predictor) -> float:
+        """Return the bits of each element, tables shared by all the chunk."""
         codes = self._codes_of(predictor)
         section = primitives().entropy_encode(codes.reshape(-1), codes.shape, predictor.scan)
         tables = table_bytes(section)
@@ -102,13 +138,21 @@ class Samples:
             self._codes[predictor] = np.ascontiguousarray(np.concatenate(parts, axis=self._along))
         return self._codes[predictor]
 
+    def _encoded(self, predictor: Predictor) -> list[Array]:
+        """Return the codes of each block in its shape; remember the errors."""
+        parts, squares = [], 0.0
+        for block in self._blocks:
+            codes, restored = predictor.encode(block.reshape(-1), block.shape, self._step)
+            parts.append(codes.reshape(block.shape))
+            if self._counts_error:
+                errors = (restored - block.reshape(-1)).astype(np.float64)
+                squares += float(errors @ errors)
+        self._squares[predictor] = squares
+        return parts
+
     @functools.cached_property
     def _quantized(self) -> list[Array]:
-        zeros = Differences((0,) * self.ndim)
-        return [
-            zeros.encode(block.reshape(-1), block.shape, self._step)[0].reshape(block.shape)
-            for block in self._blocks
-        ]
+        return self._encoded(Differences((0,) * self.ndim))
 
     def _differences(self, predictor: Differences) -> list[Array]:
         parts = []
@@ -119,19 +163,16 @@ class Samples:
                     before = {"prepend": np.int32(0)} if self._is_whole else {}
                     codes = np.diff(codes, axis=axis, **before)
             parts.append(codes)
+        self._squares[predictor] = self._squares[Differences((0,) * self.ndim)]
         return parts
 
     def _interpolated(self, predictor: Interpolation) -> list[Array]:
-        parts = []
-        for block in self._blocks:
-            codes = predictor.encode(block.reshape(-1), block.shape, self._step)[0]
-            codes = codes.reshape(block.shape)
-            if not self._is_whole:
-                # Blocks end one point after a multiple of 2^levels: without that point, all points
-                # of these levels stay what they are when blocks are put together.
-                codes = codes[(slice(None),) * self._along + (slice(-1),)]
-            parts.append(codes)
-        return parts
+        parts = self._encoded(predictor)
+        if self._is_whole:
+            return parts
+        # Blocks end one point after a multiple of 2^levels: without that point, all points of these
+        # levels stay what they are when blocks are put together.
+        return [codes[(slice(None),) * self._along + (slice(-1),)] for codes in parts]
 
     def _by_level(self, predictor: Interpolation) -> tuple[float, float]:
         """Return the bits of each element: in the blocks, and as they will be in the chunk.

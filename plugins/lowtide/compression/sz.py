@@ -36,7 +36,7 @@ from lowtide.compression.payload import (
     parse_record,
 )
 from lowtide.compression.predictors import Differences, Interpolation
-from lowtide.compression.selection import PREDICTORS
+from lowtide.compression.selection import GOALS, PREDICTORS
 from lowtide.core.codec import ArrayData, Bound, Codec, checked_level
 from lowtide.core.errors import CodecError, CorruptStreamError, listed, near
 from lowtide.core.stream import StreamHeader
@@ -59,6 +59,8 @@ class SzCodec(Codec):
             in units of |x|.
         bound: Finite, not negative. It has no default.
         predictor: "differences", "interpolation", or the one that makes each chunk smaller.
+        goal: "size": the smallest stream that keeps the bound; "psnr": somewhat larger, with a
+            smaller mean error, so that it is the smallest for the PSNR that it has.
         fill_value: Stands for "no value": exact, and not part of max - min.
         chunk_elements: The array is cut into chunks of at most so many elements, which are
             independent of each other.
@@ -73,6 +75,7 @@ class SzCodec(Codec):
         *,
         bound: float | None = None,
         predictor: str = "auto",
+        goal: str = "size",
         fill_value: float | None = None,
         chunk_elements: int = 4 << 20,
         level: int = 3,
@@ -87,6 +90,7 @@ class SzCodec(Codec):
         if self._value < 0:
             raise CodecError(f'codec "{self.codec_id}": bound {bound}, allowed are 0 and more')
         self.predictor = _checked_name("predictor", predictor, PREDICTORS)
+        self.goal = _checked_name("goal", goal, GOALS)
         self.fill_value = None if fill_value is None else _checked_number("fill_value", fill_value)
         if (
             isinstance(chunk_elements, bool)
@@ -125,7 +129,7 @@ class SzCodec(Codec):
             limits = self._limits(flat, element, grid, fill, workers)
             # Only differences stay on a lattice.
             policy = Differences.name if limits.is_lattice else self.predictor
-            coder = Coder(element, limits, fill, policy=policy, level=self.level)
+            coder = Coder(element, limits, fill, policy=policy, goal=self.goal, level=self.level)
             records = workers.map(
                 lambda chunk: coder.encode(flat[chunk.elements], chunk.shape), grid
             )
