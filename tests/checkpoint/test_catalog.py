@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lowtide.checkpoint import list_checkpoints
-from lowtide.checkpoint.store import catalog
+from lowtide.checkpoint.store import processes
 from lowtide.checkpoint.store.catalog import Entry, is_checkpoint
 from lowtide.core.errors import CheckpointError
 from tests.helpers.checkpoints import ATTEMPT, make_checkpoint, make_part, make_stock
@@ -44,14 +44,14 @@ def test_a_process_whose_first_thread_has_ended_may_still_write(tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
         end_s = time.monotonic() + 60.0
-        while catalog._state_and_start(process.pid)[0] != "Z" and time.monotonic() < end_s:
+        while processes.state_and_start(process.pid)[0] != "Z" and time.monotonic() < end_s:
             time.sleep(0.01)
-        assert catalog._state_and_start(process.pid)[0] == "Z"
-        assert catalog._is_running(process.pid, since_s=time.time())
+        assert processes.state_and_start(process.pid)[0] == "Z"
+        assert processes.is_running(process.pid, since_s=time.time())
     finally:
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert not catalog._is_running(process.pid, since_s=time.time())
+        assert not processes.is_running(process.pid, since_s=time.time())
         process.wait()
 
 
@@ -158,11 +158,11 @@ def test_number_that_is_no_process_is_dead(tmp_path: Path, pid: int) -> None:
 
 
 def test_start_of_this_process_is_known() -> None:
-    state, started_s = catalog._state_and_start(os.getpid())
+    state, started_s = processes.state_and_start(os.getpid())
     assert state == "R"
     assert started_s is not None
     assert started_s < time.time() + 1
-    assert catalog._state_and_start(2**30) == ("", None)
+    assert processes.state_and_start(2**30) == ("", None)
 
 
 def test_unreadable_latest_is_none(tmp_path: Path) -> None:

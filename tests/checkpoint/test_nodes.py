@@ -34,7 +34,7 @@ from tests.checkpoint.node_runs import (
     start,
     tags,
 )
-from tests.checkpoint.ranks import file_name, make_boards, make_config, on_all, save
+from tests.checkpoint.ranks import file_name, hidden, make_boards, make_config, on_all, save
 from tests.helpers.ranks import run_ranks
 
 # -- commit ---------------------------------------------------------------------------------------
@@ -63,8 +63,7 @@ def test_each_node_has_its_ranks_files_and_the_next_ones_copies(tmp_path: Path, 
             for name, raw in contents(copy).items():
                 assert raw == (folder / "step7" / name).read_bytes()
             assert file_name(rank) in contents(copy)
-        hidden = {path.name for path in folder.iterdir() if path.name.startswith(".")}
-        assert hidden == {".copies"}
+        assert hidden(folder) == {".copies"}
     assert len(attempts) == 1
     for saving in savings:
         assert saving.stage is Stage.DRAINED
@@ -204,7 +203,7 @@ def test_a_leader_that_cannot_publish_takes_all_parts_back(
             folder = tmp_path / f"node{node}"
             assert tags(folder) == ["step1"]
             assert read_latest(folder) == "step1"
-            assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == [".copies"]
+            assert hidden(folder) == {".copies"}
         assert assert_found(run, tmp_path, "step1") == []
 
 

@@ -23,7 +23,7 @@ from lowtide.checkpoint.store.catalog import read_latest
 from lowtide.checkpoint.store.folders import make_part_folder, remove
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import read_record
-from tests.checkpoint.ranks import DETAILS, file_name, on_all, save, savers, state_of
+from tests.checkpoint.ranks import DETAILS, file_name, hidden, on_all, save, savers, state_of
 from tests.helpers.plugin_suite import open_files, resident_bytes
 
 EVER = 30.0
@@ -43,10 +43,6 @@ def assert_holds(checkpoint: Path, step: int, world_size: int = 2) -> None:
         assert (loaded["rank"], loaded["step"]) == (rank, step)
 
 
-def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
 def test_checkpoint_is_complete_on_all_ranks_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     with savers(3) as all_savers:
         savings = save(all_savers, tmp_path, 7)
@@ -54,7 +50,7 @@ def test_checkpoint_is_complete_on_all_ranks_and_nothing_is_left_beside_it(tmp_p
     assert [saving.stage for saving in savings] == [Stage.DRAINED] * 3
     assert_holds(tmp_path / "step7", 7, world_size=3)
     assert read_latest(tmp_path) == "step7"
-    assert hidden(tmp_path) == []
+    assert hidden(tmp_path) == set()
     record = read_record(tmp_path / "step7")
     assert record is not None
     assert (record["step"], record["world_size"], record["tag"]) == (7, 3, "step7")
@@ -111,7 +107,7 @@ def test_change_between_save_and_update_is_found_and_the_checkpoint_not_used(
             assert {saving.stage for saving in savings} == {Stage.FAILED}
             assert "were changed between save_checkpoint and the update" in str(savings[0].error)
             assert not (tmp_path / f"step{step}").exists()
-            assert hidden(tmp_path) == []
+            assert hidden(tmp_path) == set()
             return
     pytest.fail("captured before the change, thirty times")
 
@@ -141,7 +137,7 @@ def test_a_tag_used_again_is_replaced_whole(tmp_path: Path) -> None:
             save(all_savers, tmp_path, step, tag="best")
             assert wait_all(all_savers) == [True, True]
             assert_holds(tmp_path / "best", step)
-    assert hidden(tmp_path) == []
+    assert hidden(tmp_path) == set()
 
 
 def test_a_tag_used_again_without_exchange(tmp_path: Path, monkeypatch: Any) -> None:
@@ -172,7 +168,7 @@ def test_failure_of_one_rank_fails_all_and_training_goes_on(tmp_path: Path) -> N
         assert wait_all(all_savers) == [True, True]
     assert not (tmp_path / "step2").exists()
     assert read_latest(tmp_path) == "step3"
-    assert hidden(tmp_path) == []
+    assert hidden(tmp_path) == set()
 
 
 def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
@@ -298,7 +294,7 @@ def test_checkpoint_comes_down_to_every_level(tmp_path: Path) -> None:
     for folder in (fast, middle, slow):
         assert_holds(folder / "step5", 5)
         assert read_latest(folder) == "step5"
-        assert hidden(folder) == []
+        assert hidden(folder) == set()
 
 
 def test_other_folders_are_written_directly(tmp_path: Path) -> None:

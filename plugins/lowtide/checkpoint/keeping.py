@@ -11,6 +11,7 @@ from pathlib import Path
 from lowtide.checkpoint.config import CheckpointConfig
 from lowtide.checkpoint.nodes.epochs import prune_copies
 from lowtide.checkpoint.saving import Level
+from lowtide.checkpoint.store.claim import remove_old_scratch
 from lowtide.checkpoint.store.commit import Committer
 from lowtide.checkpoint.store.folders import remove_scratch, remove_trash
 from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
@@ -44,7 +45,8 @@ class Keeper:
                 with contextlib.suppress(OSError):  # the save itself will tell
                     level.folder.mkdir(parents=True, exist_ok=True)
                 remove_unowned = partial(remove_scratch, token=self._token)
-                for clean in (finish_published, remove_abandoned, remove_unowned, remove_trash):
+                work = (finish_published, remove_abandoned, remove_unowned, remove_trash)
+                for clean in (*work, remove_old_scratch):
                     with contextlib.suppress(OSError, CheckpointError):  # as much as is possible
                         clean(level.folder)
 

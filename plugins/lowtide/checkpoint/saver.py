@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lowtide.checkpoint.board import Board
+from lowtide.checkpoint.claims import Claims
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
 from lowtide.checkpoint.errands import Errands
@@ -88,9 +89,10 @@ class Saver:
         self.current: Saving | None = None
         self.last_error: CheckpointError | None = None
         self.errands = Errands()
-        self._committer = Committer(
-            board, Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s), nodes
-        )
+        levels, timeout_s = len(config.tiers), config.max_wait_s
+        self.claims = Claims(board, nodes, self.errands, levels=levels, timeout_s=timeout_s)
+        limits = Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s)
+        self._committer = Committer(board, limits, nodes, check=self.claims.check)
         self._drain = Drain(config, self._committer, self.peers)
         self._count = 0
         self._memos: dict[str, Memo] = {}  # of the files of the checkpoint before
@@ -123,12 +125,20 @@ class Saver:
             tag: Name of the checkpoint.
             step: Optimizer steps in it.
             details: ``config`` and ``client_keys`` of its record.
+
+        Raises:
+            CheckpointError: another job saves there.
         """
         if self.current is not None:  # the save before this one ended in an exception
             self.abandon(self.current, "save_checkpoint did not return")
         self._count += 1
         attempt = f"{self.board.token}{self._count:08x}"
         levels = self.router.route(folder.absolute(), attempt)
+        try:
+            self.claims.take(levels, tag)
+        except CheckpointError:
+            self.router.missed(levels[1:])
+            raise
         saving = Saving(levels, tag=tag, attempt=attempt, step=step, details=details)
         self.current = saving
         self.router.costs.begin(levels[0].number)
@@ -258,6 +268,7 @@ class Saver:
         self._drain.close()
         if self.peers is not None:
             self.peers.close()
+        self.claims.close()
         self.stager.close(timeout_s=1.0)
         self.writer.close(timeout_s=1.0)
         return not late

@@ -13,13 +13,13 @@ from typing import Any, Literal, TypeAlias
 
 from lowtide.checkpoint.store.folders import LATEST_FILE, OWNER_FILE
 from lowtide.checkpoint.store.manifest import is_manifest_name
+from lowtide.checkpoint.store.processes import is_running
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import RECORD_FILE, TRASH, read_record
 
 State: TypeAlias = Literal[
     "complete", "unverified", "incomplete", "in progress", "abandoned", "trash"
 ]
-_ENDED = ("Z", "X")  # states of processes that are only still listed
 MAX_AGE_S = 3600.0  # nothing was written for so long: whoever began it is gone
 
 _PART = re.compile(r"\.(?P<tag>.+)\.(?P<attempt>[0-9a-f]{16})\.part")
@@ -202,7 +202,7 @@ def is_abandoned(part: Path, *, newest_s: float, max_age_s: float = MAX_AGE_S) -
     """
     owner = _read_owner(part)
     if owner is not None and owner["host"] == socket.gethostname():
-        return not _is_running(owner["pid"], since_s=owner["time_s"])
+        return not is_running(owner["pid"], since_s=owner["time_s"])
     return time.time() - newest_s > max_age_s
 
 
@@ -211,7 +211,7 @@ def has_live_owner(part: Path) -> bool:
     owner = _read_owner(part)
     if owner is None or owner["host"] != socket.gethostname():
         return False
-    return _is_running(owner["pid"], since_s=owner["time_s"])
+    return is_running(owner["pid"], since_s=owner["time_s"])
 
 
 def _read_owner(part: Path) -> dict[str, Any] | None:
@@ -221,44 +221,3 @@ def _read_owner(part: Path) -> dict[str, Any] | None:
         return {**owner, "time_s": float(owner["time_s"])} if is_whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _is_running(pid: int, *, since_s: float) -> bool:
-    """Tell whether process `pid` runs and did so at the time `since_s`."""
-    if pid <= 0:
-        return False  # to kill() these are groups of processes
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # somebody else's, but there
-    state, started_s = _state_and_start(pid)
-    # A zombie runs no more: nobody has asked yet how it ended. In a container that was started
-    # again the same number is soon given to the next run.
-    has_ended = state in _ENDED and not _has_other_threads(pid)
-    return not has_ended and (started_s is None or started_s <= since_s + 1.0)
-
-
-def _has_other_threads(pid: int) -> bool:
-    """Tell whether threads of a process run on though its first one, which names it, has ended."""
-    try:
-        threads = [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]
-    except OSError:  # it has gone meanwhile
-        return False
-    return any(_state_and_start(each)[0] not in ("", *_ENDED) for each in threads)
-
-
-def _state_and_start(pid: int) -> tuple[str, float | None]:
-    """Return the letter of a process's or thread's state, and the Unix time of its start.
-
-    "" and None where they cannot be known.
-    """
-    try:
-        # The name of the program, in brackets, may hold blanks and brackets itself.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
-        ticks = os.sysconf("SC_CLK_TCK")
-        return fields[0], None if boot is None else int(boot[1]) + int(fields[19]) / ticks
-    except (OSError, ValueError, IndexError):
-        return "", None
