@@ -536,3 +536,14 @@ def test_a_failed_save_beside_the_levels_leaves_no_level_out(tmp_path: Path) -> 
         save(all_savers, slow, 2)
         assert wait_all(all_savers) == [True, True]
     assert_holds(fast / "step2", 2)
+
+
+def test_scripts_that_a_killed_run_was_copying_are_removed(tmp_path: Path) -> None:
+    for name, age_s in ((".scripts.01234567", 3600.0), (".scripts.89abcdef", 0.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zero_to_fp32.py").write_text("half of i")
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    with savers(1) as all_savers:
+        save(all_savers, tmp_path, 1)
+        assert wait_all(all_savers) == [True]
+    assert hidden(tmp_path) == {".scripts.89abcdef"}  # that may be this run's own
