@@ -24,6 +24,7 @@ from lowtide.checkpoint.store.folders import make_part_folder, remove
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import read_record
 from tests.checkpoint.ranks import DETAILS, file_name, hidden, on_all, save, savers, state_of
+from tests.helpers.checkpoints import make_part
 from tests.helpers.plugin_suite import open_files, resident_bytes
 
 EVER = 30.0
@@ -547,3 +548,31 @@ def test_scripts_that_a_killed_run_was_copying_are_removed(tmp_path: Path) -> No
         save(all_savers, tmp_path, 1)
         assert wait_all(all_savers) == [True]
     assert hidden(tmp_path) == {".scripts.89abcdef"}  # that may be this run's own
+
+
+def test_tags_with_slashes_are_kept_and_cleaned_up_beside_each_other(tmp_path: Path) -> None:
+    for run in ("run1", "run2"):
+        make_part(tmp_path / run, 9, pid=2**22 + 1)
+    with savers(2, keep=2) as all_savers:
+        for step in range(1, 5):
+            for tag in (f"step{step}", f"run1/step{step}"):
+                save(all_savers, tmp_path, step, tag=tag)
+                assert wait_all(all_savers) == [True, True]
+    assert [entry.tag for entry in list_checkpoints(tmp_path, below=True)] == [
+        "run2/global_step9",  # another job's: that will clean up there
+        "run1/step4",
+        "step4",
+        "run1/step3",
+        "step3",
+    ]
+
+
+def test_nothing_is_removed_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "link").symlink_to(tmp_path / "elsewhere")
+    with savers(2, keep=1) as all_savers:
+        for step in range(1, 4):
+            save(all_savers, tmp_path / "checkpoints", step, tag=f"link/step{step}")
+            assert wait_all(all_savers) == [True, True]
+    assert len(list_checkpoints(tmp_path / "elsewhere")) == 3

@@ -321,11 +321,11 @@ class Saver:
             self._to_drain.put(saving)
         else:
             saving.advance(Stage.DRAINED)
-        self._prune(level)
+        self._prune(level, saving)
 
     def _commit_on(self, level: Level, saving: Saving) -> None:
         results: list[FileResult] = []
-        self._keeper.clean(saving.levels)
+        self._keeper.clean(saving.levels, saving.tag)
         try:
             if saving.error is not None:
                 raise saving.error
@@ -349,7 +349,7 @@ class Saver:
             self._committer.decide(saving, level, vote)
         except CheckpointError:
             self.router.fell_ill(level)
-            self._prune(level)  # on a full disk nothing else would ever make room
+            self._prune(level, saving)  # on a full disk nothing else would ever make room
             raise
         self.router.recovered(level)
         self._keeper.committed(level, saving.tag)
@@ -362,7 +362,7 @@ class Saver:
                 try:
                     is_there = self._bring(saving, above, level)
                 finally:
-                    self._prune(level)
+                    self._prune(level, saving)
                 if is_there:
                     self._replicate(saving, level)
                     above = level
@@ -393,7 +393,7 @@ class Saver:
         is_superseded = level.copies > 0 and self._is_superseded(saving, level)
         if level.copies and self._drain.replicate(saving, level, is_superseded=is_superseded):
             self._keeper.replicated(level, saving.tag)
-            self._prune(level)
+            self._prune(level, saving)
 
     def _failed(self, saving: Saving, error: CheckpointError) -> None:
         self.last_error = error
@@ -402,7 +402,7 @@ class Saver:
         if self.board.rank == 0:
             logger.warning("%s; training goes on", error)
 
-    def _prune(self, level: Level) -> None:
+    def _prune(self, level: Level, saving: Saving) -> None:
         with self._lock:
             in_use = [each.tag for each in self._draining]
-        self._keeper.prune(level, in_use)
+        self._keeper.prune(level, saving.tag, in_use)
