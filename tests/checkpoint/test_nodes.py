@@ -539,3 +539,11 @@ def test_deepspeed_goes_on_after_a_node_was_lost(tmp_path: Path) -> None:
             assert facts[stage]["is_replicated"] is True
         assert "another ZeRO stage" in facts["other stage"]
         assert 'take the levels of "scope" "node" out' in facts["other stage"]
+
+
+def test_a_rate_that_is_allowed_is_no_silence(tmp_path: Path) -> None:
+    # A file takes half a second, to the disk and to the next node.
+    with start(tmp_path, bytes_per_s=4e5, stall_timeout_s=0.2) as run:
+        savings = run.save(1)
+        assert [saving.replica_error for saving in savings] == [None] * 4
+        assert all(saving.is_replicated for saving in savings), run.savers[0].last_error

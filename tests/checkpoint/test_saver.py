@@ -576,3 +576,26 @@ def test_nothing_is_removed_behind_a_link(tmp_path: Path) -> None:
             save(all_savers, tmp_path / "checkpoints", step, tag=f"link/step{step}")
             assert wait_all(all_savers) == [True, True]
     assert len(list_checkpoints(tmp_path / "elsewhere")) == 3
+
+
+def test_a_rate_that_is_allowed_is_no_hang(tmp_path: Path) -> None:
+    entries = [{"path": str(tmp_path), "bytes_per_s": 8 * MIB}]  # a chunk in half a second
+    with savers(1, tiers=entries, stall_timeout_s=0.1) as (saver,):
+        saver.begin(tmp_path, "step1", step=1, details=DETAILS)
+        for name, chunks in (("first.pt", 2), ("behind.pt", 1)):
+            state = {"weights": torch.zeros(chunks * MIB - 4096)}
+            saver.add(state, name, is_stable=lambda _: True)
+        saver.end()
+        saver.save_file({"step": 1}, tmp_path / "alone.pt")  # behind both
+        assert saver.wait(Stage.DRAINED, EVER), saver.last_error
+    assert verify(tmp_path / "step1").is_ok
+    assert torch.load(tmp_path / "alone.pt") == {"step": 1}
+
+
+def test_nor_on_the_way_down(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    entries = [{"path": str(fast)}, {"path": str(slow), "bytes_per_s": 8 * MIB}]
+    with savers(1, tiers=entries, stall_timeout_s=0.1) as (saver,):
+        save([saver], slow, 1, states=[{"weights": torch.zeros(MIB - 4096)}])
+        assert saver.wait(Stage.DRAINED, EVER), saver.last_error
+    assert verify(slow / "step1").is_ok

@@ -132,9 +132,8 @@ class Drain:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             plans.append(_plan_copy(source / name, part / name, sums))
         ticket = self._writer(level).submit(plans)
-        results = wait_durable(
-            ticket, what=f"{saving.tag} to {level.folder}", stall_s=self._config.stall_timeout_s
-        )
+        stall_s = self._config.stall_timeout_s + level.pace_s
+        results = wait_durable(ticket, what=f"{saving.tag} to {level.folder}", stall_s=stall_s)
         for result, (name, sums) in zip(results, manifest.files.items(), strict=True):
             if tuple(result.crc32) != sums.crc32:
                 raise CheckpointError(

@@ -84,6 +84,9 @@ class Saver:
             io=config.io,
             bytes_per_s=config.tiers[0].bytes_per_s if config.tiers else None,
         )
+        # What is written at an allowed rate stands still in between, and behind a full buffer.
+        self._pace_s = self.router.levels[0].pace_s if self.router.levels else 0.0
+        self._queue_s = self._pace_s * (buffer_bytes // CHUNK_BYTES)
         self.stager = Stager() if stager is None else stager
         self.history: deque[Saving] = deque()
         self.current: Saving | None = None
@@ -197,7 +200,8 @@ class Saver:
 
     def save_file(self, state: Any, path: Path) -> None:
         """Write one torch file and return when it is on storage under its name."""
-        write_file(self.writer, state, path, stall_s=self.config.stall_timeout_s)
+        stall_s = self.config.stall_timeout_s + self._pace_s + self._queue_s
+        write_file(self.writer, state, path, stall_s=stall_s)
 
     def wait_captured(self) -> float:
         """Make sure that no memory of the model is needed any more; called before every update.
@@ -325,6 +329,7 @@ class Saver:
 
     def _commit_on(self, level: Level, saving: Saving) -> None:
         results: list[FileResult] = []
+        stall_s = self.config.stall_timeout_s + self._pace_s
         self._keeper.clean(saving.levels, saving.tag)
         try:
             if saving.error is not None:
@@ -332,7 +337,7 @@ class Saver:
             for part in saving.parts:
                 what = f"checkpoint {saving.tag}, {part.name}"
                 part.wait_fed()  # training may take its time; from then on the disk's counts
-                results += wait_durable(part.ticket, what=what, stall_s=self.config.stall_timeout_s)
+                results += wait_durable(part.ticket, what=what, stall_s=stall_s)
             make_part_folder(saving.part(), is_owner=False)  # a rank may have no file at all
             saving.settle()
             if saving.error is not None:  # it was torn

@@ -51,12 +51,14 @@ def wait_durable(ticket: Ticket, *, what: str, stall_s: float) -> list[FileResul
     """Wait until a ticket's files are on storage.
 
     Raises:
-        CheckpointError: they cannot be written, or nothing has moved for `stall_s`.
+        CheckpointError: they cannot be written, or nothing has moved for `stall_s` while this
+            waited: before, its turn may not have come.
     """
+    begin_s = time.monotonic()
     while not ticket.wait_durable(_LOOK_S):
         if ticket.error is not None:
             break
-        idle_s = ticket.progress().idle_s
+        idle_s = min(ticket.progress().idle_s, time.monotonic() - begin_s)
         if idle_s > stall_s:
             ticket.cancel()
             raise CheckpointError(
