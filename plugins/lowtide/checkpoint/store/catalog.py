@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 
-from lowtide.checkpoint.compact.table import SUFFIX
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.store.folders import LATEST_FILE, OWNER_FILE
 from lowtide.checkpoint.store.manifest import is_manifest_name
 from lowtide.checkpoint.store.processes import is_running
