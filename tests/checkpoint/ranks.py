@@ -15,6 +15,7 @@ from lowtide.checkpoint.board import Board
 from lowtide.checkpoint.config import MIB, CheckpointConfig
 from lowtide.checkpoint.saver import Saver
 from lowtide.checkpoint.saving import Saving
+from lowtide.checkpoint.store.claim import CLAIM_FILE
 
 T = TypeVar("T")
 DETAILS: dict[str, Any] = {"config": {"checkpoint": {}}, "client_keys": []}
@@ -88,3 +89,11 @@ def save(
         return saver.end()
 
     return on_all([lambda s=saver: save_one(s) for saver in all_savers])  # type: ignore[misc]
+
+
+def hidden(folder: Path) -> set[str]:
+    """Return what is hidden in `folder`, but for the claim of whoever saves there."""
+    if not folder.is_dir():
+        return set()
+    names = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    return names - {CLAIM_FILE}

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from lowtide.checkpoint import verify
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.compact.copies import CompactConfig, beside, compact, expand
 from lowtide.checkpoint.compact.file import read_table
-from lowtide.checkpoint.compact.table import SUFFIX, Record
+from lowtide.checkpoint.compact.table import Record
 from lowtide.checkpoint.store.manifest import Manifest, read_manifest, write_manifest
 from lowtide.core.codec import ArrayData, Bound, Codec, StreamHeader
 from lowtide.core.restart import read_record, write_record

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
 from lowtide.checkpoint import list_checkpoints
-from lowtide.checkpoint.store import catalog
+from lowtide.checkpoint.store import catalog, processes
 from lowtide.checkpoint.store.catalog import Entry, is_checkpoint
 from lowtide.core.errors import CheckpointError
 from tests.helpers.checkpoints import ATTEMPT, make_checkpoint, make_part, make_stock
@@ -44,14 +44,14 @@ def test_a_process_whose_first_thread_has_ended_may_still_write(tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
         end_s = time.monotonic() + 60.0
-        while catalog._state_and_start(process.pid)[0] != "Z" and time.monotonic() < end_s:
+        while processes.state_and_start(process.pid)[0] != "Z" and time.monotonic() < end_s:
             time.sleep(0.01)
-        assert catalog._state_and_start(process.pid)[0] == "Z"
-        assert catalog._is_running(process.pid, since_s=time.time())
+        assert processes.state_and_start(process.pid)[0] == "Z"
+        assert processes.is_running(process.pid, since_s=time.time())
     finally:
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert not catalog._is_running(process.pid, since_s=time.time())
+        assert not processes.is_running(process.pid, since_s=time.time())
         process.wait()
 
 
@@ -158,11 +158,11 @@ def test_number_that_is_no_process_is_dead(tmp_path: Path, pid: int) -> None:
 
 
 def test_start_of_this_process_is_known() -> None:
-    state, started_s = catalog._state_and_start(os.getpid())
+    state, started_s = processes.state_and_start(os.getpid())
     assert state == "R"
     assert started_s is not None
     assert started_s < time.time() + 1
-    assert catalog._state_and_start(2**30) == ("", None)
+    assert processes.state_and_start(2**30) == ("", None)
 
 
 def test_unreadable_latest_is_none(tmp_path: Path) -> None:
@@ -182,3 +182,50 @@ def test_checkpoint_is_told_from_a_folder_of_them(tmp_path: Path) -> None:
     assert not is_checkpoint(tmp_path)
     assert not is_checkpoint(tmp_path / "gone")
     assert not is_checkpoint(path / "lowtide.json")
+
+
+def make_tagged(folder: Path, step: int, tag: str) -> Path:
+    return make_checkpoint(folder, step, name=tag, tag=tag, ranks=1)
+
+
+def test_tags_with_slashes_are_seen_below(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step, tag in ((1, "a"), (2, "run/step2"), (3, "run/long/step3"), (4, "1/2/3/4/step4")):
+        make_tagged(folder, step, tag)
+    make_tagged(folder, 5, "1/2/3/4/5/step5")  # deeper than it is looked
+    make_tagged(folder, 6, "run/.hidden/step6")
+    make_tagged(folder, 7, "a/inside/step7")  # below a checkpoint
+    make_tagged(elsewhere, 8, "step8")
+    (folder / "link").symlink_to(elsewhere)
+    make_part(folder / "run", 9)
+    (folder / "latest").write_text("run/step2")
+    assert [entry.tag for entry in list_checkpoints(folder)] == ["a"]
+    entries = list_checkpoints(folder, below=True)
+    tags = [entry.tag for entry in entries]
+    assert tags == ["run/global_step9", "1/2/3/4/step4", "run/long/step3", "run/step2", "a"]
+    assert [entry.is_published for entry in entries] == [False, True, True, True, True]
+    assert [entry.tag for entry in entries if entry.is_latest] == ["run/step2"]
+    assert entries[3].path == folder / "run" / "step2"
+    assert PurePath("link") not in catalog._places_below(folder, PurePath())
+
+
+def test_only_so_many_folders_are_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(catalog, "_MOST_FOLDERS", 3)
+    for number in range(3):
+        make_tagged(tmp_path, number, f"run{number}/step")
+    assert len(list_checkpoints(tmp_path, below=True)) == 3
+    assert caplog.text == ""
+    make_tagged(tmp_path, 3, "run3/step")
+    assert len(list_checkpoints(tmp_path, below=True)) == 3
+    assert "more than 3 folders below it" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["..", "a/../..", "/", "link", "link/below"])
+def test_no_place_leads_out_of_the_folder(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "below").mkdir(parents=True)
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is not a folder below"):
+        catalog.list_place(tmp_path / "folder", PurePath(place))

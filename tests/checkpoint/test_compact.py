@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lowtide.checkpoint import verify
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.compact.copies import beside, expand, is_compact
 from lowtide.checkpoint.compact.file import read_table
 from lowtide.checkpoint.compact.records import find_records
-from lowtide.checkpoint.compact.table import SUFFIX
 from lowtide.cli import app
 from lowtide.core.codec import codecs
 from lowtide.core.errors import CheckpointError

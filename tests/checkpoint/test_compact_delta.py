@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.compact import encode as compact_encode
 from lowtide.checkpoint.compact import file as compact_file
 from lowtide.checkpoint.compact.copies import bases_of, beside, expand, expand_files, is_compact
 from lowtide.checkpoint.compact.file import read_table
-from lowtide.checkpoint.compact.table import SUFFIX
 from lowtide.checkpoint.store.manifest import manifest_name, read_manifest
 from lowtide.core.codec import codecs
 from lowtide.core.errors import CheckpointError

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lowtide.checkpoint import verify
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.compact import encode as compact_encode
 from lowtide.checkpoint.compact.bound import keeps_bound
 from lowtide.checkpoint.compact.copies import CompactConfig, beside, expand
 from lowtide.checkpoint.compact.file import read_table
 from lowtide.checkpoint.compact.records import find_records
-from lowtide.checkpoint.compact.table import SUFFIX
 from lowtide.core.codec import Bound, codecs
 from tests.checkpoint import plans
 from tests.checkpoint.small_copies import (

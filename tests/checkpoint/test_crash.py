@@ -33,7 +33,7 @@ from tests.checkpoint.crash_worker import (
     load_step,
     tag_of,
 )
-from tests.checkpoint.ranks import DETAILS, on_all, save, savers
+from tests.checkpoint.ranks import DETAILS, hidden, on_all, save, savers
 from tests.checkpoint.test_saver import assert_holds, wait_all
 from tests.helpers.ranks import REPOSITORY, environment, free_port
 
@@ -164,12 +164,6 @@ def run_until_death(nursery: Nursery, root: Path, **options: Any) -> Run:
 
 def promised(run: Run, what: str = "committed") -> int:
     return max(run.values(what), default=0)
-
-
-def hidden(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        return set()
-    return {path.name for path in folder.iterdir() if path.name.startswith(".")}
 
 
 def check_names(folder: Path, *, most: int = KEEP + 2) -> None:

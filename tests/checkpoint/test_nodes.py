@@ -34,7 +34,7 @@ from tests.checkpoint.node_runs import (
     start,
     tags,
 )
-from tests.checkpoint.ranks import file_name, make_boards, make_config, on_all, save
+from tests.checkpoint.ranks import file_name, hidden, make_boards, make_config, on_all, save
 from tests.helpers.ranks import run_ranks
 
 # -- commit ---------------------------------------------------------------------------------------
@@ -63,8 +63,7 @@ def test_each_node_has_its_ranks_files_and_the_next_ones_copies(tmp_path: Path, 
             for name, raw in contents(copy).items():
                 assert raw == (folder / "step7" / name).read_bytes()
             assert file_name(rank) in contents(copy)
-        hidden = {path.name for path in folder.iterdir() if path.name.startswith(".")}
-        assert hidden == {".copies"}
+        assert hidden(folder) == {".copies"}
     assert len(attempts) == 1
     for saving in savings:
         assert saving.stage is Stage.DRAINED
@@ -204,7 +203,7 @@ def test_a_leader_that_cannot_publish_takes_all_parts_back(
             folder = tmp_path / f"node{node}"
             assert tags(folder) == ["step1"]
             assert read_latest(folder) == "step1"
-            assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == [".copies"]
+            assert hidden(folder) == {".copies"}
         assert assert_found(run, tmp_path, "step1") == []
 
 
@@ -540,3 +539,11 @@ def test_deepspeed_goes_on_after_a_node_was_lost(tmp_path: Path) -> None:
             assert facts[stage]["is_replicated"] is True
         assert "another ZeRO stage" in facts["other stage"]
         assert 'take the levels of "scope" "node" out' in facts["other stage"]
+
+
+def test_a_rate_that_is_allowed_is_no_silence(tmp_path: Path) -> None:
+    # A file takes half a second, to the disk and to the next node.
+    with start(tmp_path, bytes_per_s=4e5, stall_timeout_s=0.2) as run:
+        savings = run.save(1)
+        assert [saving.replica_error for saving in savings] == [None] * 4
+        assert all(saving.is_replicated for saving in savings), run.savers[0].last_error

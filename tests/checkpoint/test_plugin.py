@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import threading
 import time
 import weakref
@@ -206,6 +208,47 @@ def test_nothing_is_lazy_with_optimizers_that_update_early(tmp_path: Path, name:
     counters = run.loop.session.telemetry.snapshot()["counters"]
     state_bytes = sum(p.numel() * 12 for p in run.model.parameters())
     assert counters["lowtide.checkpoint.eager_bytes"] >= state_bytes
+
+
+class Copying(Engine):
+    """Copies its scripts beside the checkpoints as DeepSpeed does."""
+
+    text = "print(1)" * 100
+    room_bytes = 10_000
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        for name in ("zero_to_fp32.py", "zero_to_torch.py"):
+            path = Path(save_path) / name
+            path.write_text(self.text[: self.room_bytes])
+            if self.room_bytes < len(self.text):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            path.chmod(0o755)
+
+
+def test_scripts_beside_the_checkpoints_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    run = Loop()
+    adapter = DeepSpeedAdapter(run.checkpoint, run.loop.session.state)
+    engine: Any = Copying()
+    adapter.after_engine(engine)
+    engine.room_bytes = 100
+    with pytest.raises(OSError, match="No space left"):  # no save is under way: as stock
+        engine._copy_recovery_script(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    engine.room_bytes = 10_000
+    engine._copy_recovery_script(str(tmp_path))
+    paths = [tmp_path / name for name in ("zero_to_fp32.py", "zero_to_torch.py")]
+    assert sorted(tmp_path.iterdir()) == paths
+    assert [path.read_text() for path in paths] == [engine.text] * 2
+    assert all(os.access(path, os.X_OK) for path in paths)
+    before, engine.text, engine.room_bytes = engine.text, "print(2)" * 100, 100
+    with pytest.raises(OSError, match="No space left"):
+        engine._copy_recovery_script(str(tmp_path))
+    assert [path.read_text() for path in paths] == [before] * 2
+    engine.room_bytes = 10_000
+    engine._copy_recovery_script(str(tmp_path))
+    assert [path.read_text() for path in paths] == [engine.text] * 2
+    adapter.close()
+    run.loop.close()
 
 
 def test_a_script_that_saves_by_itself_is_left_alone(tmp_path: Path) -> None:

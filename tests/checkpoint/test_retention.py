@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -304,3 +304,43 @@ def test_rename_is_synced_before_anything_is_deleted(
     with _dying(monkeypatch, 10**6) as calls:
         prune(tmp_path, keep=1)
     assert calls[:3] == ["rename", "fsync", "unlink"]
+
+
+# ---- tags with slashes
+
+
+def test_each_folder_below_is_thinned_out_by_itself(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step in range(1, 5):
+        for tag in (f"step{step}", f"run1/step{step}", f"run2/step{step}"):
+            make_checkpoint(folder, step, name=tag, tag=tag, ranks=1)
+        make_checkpoint(folder, step, name=f"own/step{step}", ranks=1)  # saved to "own" itself
+        make_checkpoint(elsewhere, step, name=f"step{step}", tag=f"link/step{step}", ranks=1)
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "latest").write_text("run1/step1")
+    make_checkpoint(folder, 1, name="run2/x").rename(folder / "run2" / ".x.0123abcd.trash")
+    make_checkpoint(folder, 1, name="own/x").rename(folder / "own" / ".x.0123abcd.trash")
+    planned = prune(folder, keep=2, dry_run=True, protect=["run2/step2"])
+    done = prune(folder, keep=2, protect=["run2/step2"])
+    assert done == planned
+    assert _names(folder) == {"step3", "step4", "run1", "run2", "own", "link", "latest"}
+    assert _names(folder / "run1") == {"step1", "step3", "step4"}
+    assert _names(folder / "run2") == {"step2", "step3", "step4"}
+    assert _names(folder / "own") == {*(f"step{step}" for step in range(1, 5)), ".x.0123abcd.trash"}
+    assert _names(elsewhere) == {f"step{step}" for step in range(1, 5)}
+    removed = [entry.tag for entry in done.removed]
+    assert sorted(removed) == ["run1/step2", "run2/step1", "step1", "step2"]
+    assert _names(tmp_path) == {"checkpoints", "elsewhere"}
+
+
+def test_one_place_is_thinned_out_alone(tmp_path: Path) -> None:
+    for step in range(1, 4):
+        for tag in (f"step{step}", f"run1/step{step}"):
+            make_checkpoint(tmp_path, step, name=tag, tag=tag, ranks=1)
+    prune(tmp_path, keep=1, place=PurePath("run1"))
+    assert _names(tmp_path) == {"step1", "step2", "step3", "run1"}
+    assert _names(tmp_path / "run1") == {"step3"}
+    prune(tmp_path, keep=2, place=PurePath())
+    assert _names(tmp_path) == {"step2", "step3", "run1"}
+    with pytest.raises(CheckpointError, match="is not a folder below"):
+        prune(tmp_path / "run1", keep=1, place=PurePath(".."))

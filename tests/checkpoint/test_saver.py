@@ -23,7 +23,8 @@ from lowtide.checkpoint.store.catalog import read_latest
 from lowtide.checkpoint.store.folders import make_part_folder, remove
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import read_record
-from tests.checkpoint.ranks import DETAILS, file_name, on_all, save, savers, state_of
+from tests.checkpoint.ranks import DETAILS, file_name, hidden, on_all, save, savers, state_of
+from tests.helpers.checkpoints import make_part
 from tests.helpers.plugin_suite import open_files, resident_bytes
 
 EVER = 30.0
@@ -43,10 +44,6 @@ def assert_holds(checkpoint: Path, step: int, world_size: int = 2) -> None:
         assert (loaded["rank"], loaded["step"]) == (rank, step)
 
 
-def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
 def test_checkpoint_is_complete_on_all_ranks_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     with savers(3) as all_savers:
         savings = save(all_savers, tmp_path, 7)
@@ -54,7 +51,7 @@ def test_checkpoint_is_complete_on_all_ranks_and_nothing_is_left_beside_it(tmp_p
     assert [saving.stage for saving in savings] == [Stage.DRAINED] * 3
     assert_holds(tmp_path / "step7", 7, world_size=3)
     assert read_latest(tmp_path) == "step7"
-    assert hidden(tmp_path) == []
+    assert hidden(tmp_path) == set()
     record = read_record(tmp_path / "step7")
     assert record is not None
     assert (record["step"], record["world_size"], record["tag"]) == (7, 3, "step7")
@@ -111,7 +108,7 @@ def test_change_between_save_and_update_is_found_and_the_checkpoint_not_used(
             assert {saving.stage for saving in savings} == {Stage.FAILED}
             assert "were changed between save_checkpoint and the update" in str(savings[0].error)
             assert not (tmp_path / f"step{step}").exists()
-            assert hidden(tmp_path) == []
+            assert hidden(tmp_path) == set()
             return
     pytest.fail("captured before the change, thirty times")
 
@@ -141,7 +138,7 @@ def test_a_tag_used_again_is_replaced_whole(tmp_path: Path) -> None:
             save(all_savers, tmp_path, step, tag="best")
             assert wait_all(all_savers) == [True, True]
             assert_holds(tmp_path / "best", step)
-    assert hidden(tmp_path) == []
+    assert hidden(tmp_path) == set()
 
 
 def test_a_tag_used_again_without_exchange(tmp_path: Path, monkeypatch: Any) -> None:
@@ -172,7 +169,7 @@ def test_failure_of_one_rank_fails_all_and_training_goes_on(tmp_path: Path) -> N
         assert wait_all(all_savers) == [True, True]
     assert not (tmp_path / "step2").exists()
     assert read_latest(tmp_path) == "step3"
-    assert hidden(tmp_path) == []
+    assert hidden(tmp_path) == set()
 
 
 def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
@@ -298,7 +295,7 @@ def test_checkpoint_comes_down_to_every_level(tmp_path: Path) -> None:
     for folder in (fast, middle, slow):
         assert_holds(folder / "step5", 5)
         assert read_latest(folder) == "step5"
-        assert hidden(folder) == []
+        assert hidden(folder) == set()
 
 
 def test_other_folders_are_written_directly(tmp_path: Path) -> None:
@@ -540,3 +537,65 @@ def test_a_failed_save_beside_the_levels_leaves_no_level_out(tmp_path: Path) -> 
         save(all_savers, slow, 2)
         assert wait_all(all_savers) == [True, True]
     assert_holds(fast / "step2", 2)
+
+
+def test_scripts_that_a_killed_run_was_copying_are_removed(tmp_path: Path) -> None:
+    for name, age_s in ((".scripts.01234567", 3600.0), (".scripts.89abcdef", 0.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zero_to_fp32.py").write_text("half of i")
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    with savers(1) as all_savers:
+        save(all_savers, tmp_path, 1)
+        assert wait_all(all_savers) == [True]
+    assert hidden(tmp_path) == {".scripts.89abcdef"}  # that may be this run's own
+
+
+def test_tags_with_slashes_are_kept_and_cleaned_up_beside_each_other(tmp_path: Path) -> None:
+    for run in ("run1", "run2"):
+        make_part(tmp_path / run, 9, pid=2**22 + 1)
+    with savers(2, keep=2) as all_savers:
+        for step in range(1, 5):
+            for tag in (f"step{step}", f"run1/step{step}"):
+                save(all_savers, tmp_path, step, tag=tag)
+                assert wait_all(all_savers) == [True, True]
+    assert [entry.tag for entry in list_checkpoints(tmp_path, below=True)] == [
+        "run2/global_step9",  # another job's: that will clean up there
+        "run1/step4",
+        "step4",
+        "run1/step3",
+        "step3",
+    ]
+
+
+def test_nothing_is_removed_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "link").symlink_to(tmp_path / "elsewhere")
+    with savers(2, keep=1) as all_savers:
+        for step in range(1, 4):
+            save(all_savers, tmp_path / "checkpoints", step, tag=f"link/step{step}")
+            assert wait_all(all_savers) == [True, True]
+    assert len(list_checkpoints(tmp_path / "elsewhere")) == 3
+
+
+def test_a_rate_that_is_allowed_is_no_hang(tmp_path: Path) -> None:
+    entries = [{"path": str(tmp_path), "bytes_per_s": 8 * MIB}]  # a chunk in half a second
+    with savers(1, tiers=entries, stall_timeout_s=0.1) as (saver,):
+        saver.begin(tmp_path, "step1", step=1, details=DETAILS)
+        for name, chunks in (("first.pt", 2), ("behind.pt", 1)):
+            state = {"weights": torch.zeros(chunks * MIB - 4096)}
+            saver.add(state, name, is_stable=lambda _: True)
+        saver.end()
+        saver.save_file({"step": 1}, tmp_path / "alone.pt")  # behind both
+        assert saver.wait(Stage.DRAINED, EVER), saver.last_error
+    assert verify(tmp_path / "step1").is_ok
+    assert torch.load(tmp_path / "alone.pt") == {"step": 1}
+
+
+def test_nor_on_the_way_down(tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    entries = [{"path": str(fast)}, {"path": str(slow), "bytes_per_s": 8 * MIB}]
+    with savers(1, tiers=entries, stall_timeout_s=0.1) as (saver,):
+        save([saver], slow, 1, states=[{"weights": torch.zeros(MIB - 4096)}])
+        assert saver.wait(Stage.DRAINED, EVER), saver.last_error
+    assert verify(slow / "step1").is_ok

@@ -40,7 +40,13 @@ def write_data(folder: Path, *, ranks: int = 2, numbers: int = 3000, seed: int =
 
 
 def certify(
-    folder: Path, paths: Sequence[Path], *, step: int, attempt: str = ATTEMPT, ranks: int = 2
+    folder: Path,
+    paths: Sequence[Path],
+    *,
+    step: int,
+    attempt: str = ATTEMPT,
+    ranks: int = 2,
+    tag: str | None = None,
 ) -> None:
     """Write manifests of `paths`, dealt out to ranks, and the record."""
     manifests, sizes = {}, {}
@@ -52,17 +58,23 @@ def certify(
         sizes |= {name: sums.size_bytes for name, sums in files.items()}
     write_record(
         folder, step=step, world_size=ranks, config={"telemetry": {}}, client_keys=["epoch"],
-        files=sizes, attempt=attempt, tag=folder.name, manifests=manifests,
+        files=sizes, attempt=attempt, tag=tag or folder.name, manifests=manifests,
     )  # fmt: skip
 
 
 def make_checkpoint(
-    save_dir: Path, step: int, *, name: str | None = None, ranks: int = 2, attempt: str = ATTEMPT
+    save_dir: Path,
+    step: int,
+    *,
+    name: str | None = None,
+    ranks: int = 2,
+    attempt: str = ATTEMPT,
+    tag: str | None = None,
 ) -> Path:
-    """Make a committed checkpoint and return its folder."""
+    """Make a committed checkpoint and return its folder; `tag` by default is the last of `name`."""
     folder = save_dir / (name or f"global_step{step}")
     paths = write_data(folder, ranks=ranks, seed=step)
-    certify(folder, paths, step=step, attempt=attempt, ranks=ranks)
+    certify(folder, paths, step=step, attempt=attempt, ranks=ranks, tag=tag)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from lowtide.core.errors import HostError, StaleLockError
+from lowtide.hosts import deepspeed as host
 from lowtide.hosts import deepspeed_ops
+from lowtide.hosts._deepspeed_needs import operators_of
 from lowtide.hosts.deepspeed_ops import (
     BuildResult,
     check_locks,
@@ -300,3 +303,99 @@ def test_builders_are_deepspeeds_own() -> None:
     builders = pytest.importorskip("deepspeed.ops.op_builder.cpu")
     for name, builder in deepspeed_ops.BUILDERS.items():
         assert name == getattr(builders, builder).NAME
+
+
+NVME = {"device": "nvme", "nvme_path": "/nvme"}
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("config", "operators"),
+    [
+        ({}, set()),
+        ({"optimizer": {"type": "AdamW"}}, {"fused_adam"}),
+        ({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}, set()),
+        ({"optimizer": {"type": "Lamb"}}, {"fused_lamb"}),
+        ({"optimizer": {"type": "Adagrad"}}, set()),
+        ({"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 2}}, set()),
+        (
+            {"optimizer": {"type": "Lion"}, "zero_optimization": {"offload_optimizer": CPU}},
+            {"cpu_lion"},
+        ),
+        (
+            {"optimizer": {"type": "AdamW"}, "zero_optimization": {"offload_optimizer": CPU}},
+            {"cpu_adam"},
+        ),
+        (
+            {"optimizer": {"type": "AdamW"}, "zero_optimization": {"offload_optimizer": NVME}},
+            {"cpu_adam", "async_io"},
+        ),
+        ({"zero_optimization": {"offload_param": NVME}}, {"async_io"}),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, {"quantizer"}),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, {"async_io", "utils"}),
+        ({"aio": {"use_gds": True}}, {"gds"}),
+        ({"compile": {"deepcompile": True}}, {"dc"}),
+    ],
+)
+def test_what_a_configuration_builds(config: dict[str, object], operators: set[str]) -> None:
+    always = {"deepspeed_shm_comm", "deepspeed_ccl_comm", "pin_memory"}
+    assert operators_of(config) == always | operators
+    assert operators_of(config, makes_optimizer=True) >= always | operators | {"cpu_adam"}
+
+
+def test_only_operators_of_this_job_keep_it_back(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deepspeed = pytest.importorskip("deepspeed")
+    started: list[str] = []
+
+    @functools.wraps(deepspeed.initialize)
+    def stock(**_: object) -> None:
+        started.append(caplog.text)
+        raise StopIteration
+
+    offload = {"stage": 2, "offload_optimizer": CPU}
+    config = {
+        "train_batch_size": 1,
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": offload,
+        "lowtide": {},
+    }
+    unused = make_lock(root, "async_io")
+    make_lock(root, "somebody_elses")
+    with pytest.raises(StopIteration):
+        host._initialize(stock, (), {"model": None, "config": config})
+    (text,) = started
+    assert f"{unused} (60 s old" in text
+    assert "somebody_elses" in text
+    assert "This job does not use it" in text
+    assert "lowtide doctor --fix" in text
+    used = make_lock(root, "cpu_adam")
+    with pytest.raises(StaleLockError) as caught:
+        host._initialize(stock, (), {"model": None, "config": config})
+    assert str(used) in str(caught.value)
+    assert "async_io" not in str(caught.value)
+    used.unlink()
+    make_lock(root, "fused_adam")
+    arguments = {"model": None, "config": config, "optimizer": lambda _: None}
+    with pytest.raises(StaleLockError):  # a function may make any optimizer
+        host._initialize(stock, (), arguments)
+    assert len(started) == 1
+
+
+def test_operators_are_called_as_deepspeed_calls_them() -> None:
+    pytest.importorskip("deepspeed")
+    folder = Path(sys.modules["deepspeed"].__file__ or "").parent / "ops" / "op_builder"
+    text = "".join(path.read_text() for path in folder.rglob("*.py"))
+    every = operators_of(
+        {
+            "zero_optimization": {"offload_param": NVME, "zero_quantized_weights": True},
+            "aio": {"use_gds": True},
+            "compile": {"deepcompile": True},
+            "checkpoint": {"writer": {"type": "fast"}},
+            "data_efficiency": {},
+            "compression_training": {},
+        },
+        makes_optimizer=True,
+    )
+    assert [name for name in sorted(every) if f'NAME = "{name}"' not in text] == []

@@ -318,6 +318,8 @@ def failing_alone(folder: Path) -> list[str]:
         except (LowtideError, RuntimeError) as error:
             said.append(f"{type(error).__name__}: {error}")
         setattr(owner, name, real)
+        if run.loop is not None:
+            run.loop.close()
     return said
 
 
@@ -390,6 +392,7 @@ def main() -> None:
     with pretend_gpu(example.without_gpu):
         parallel_state.initialize_model_parallel(1, 1)
         folder = Path(sys.argv[1])
+        groups = set(dist.distributed_c10d._world.pg_map)
         for name, case in CASES.items():
             blocks = {"random": RANDOM, "auto": DEVICE}
             if name == STORED:
@@ -397,6 +400,7 @@ def main() -> None:
             facts[name] = case_facts(case, blocks)
         facts = {"cases": facts, "resume": resume_facts(folder)}
         facts["failing alone"] = failing_alone(folder)
+        facts["groups"] = len(set(dist.distributed_c10d._world.pg_map) - groups)
         facts["readers"] = reader_facts()
         facts["refusals"] = refusal_facts()
     leave_result(facts)

@@ -127,6 +127,11 @@ def test_closing_gives_megatron_its_optimizer_back(ranks: list[dict[str, Any]]) 
         assert stock == planned
 
 
+def test_no_group_of_ranks_stays_behind(ranks: list[dict[str, Any]]) -> None:
+    """Of runs with storage: one to its end, one each that a rank ended early."""
+    assert [facts["groups"] for facts in ranks] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("attempt", "parts"),
     [

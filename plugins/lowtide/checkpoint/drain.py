@@ -123,7 +123,7 @@ class Drain:
         make_part_folder(part, is_owner=self._committer.leads(level))
         if level.compact is not None:
             pace = _Pace(level.bytes_per_s)
-            base = _newest_compact(level.folder, but=saving.tag)
+            base = _newest_compact(saving.final(level))
             return compact(
                 source, part, manifest=manifest, config=level.compact, base=base, pace=pace.wait
             )
@@ -132,9 +132,8 @@ class Drain:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             plans.append(_plan_copy(source / name, part / name, sums))
         ticket = self._writer(level).submit(plans)
-        results = wait_durable(
-            ticket, what=f"{saving.tag} to {level.folder}", stall_s=self._config.stall_timeout_s
-        )
+        stall_s = self._config.stall_timeout_s + level.pace_s
+        results = wait_durable(ticket, what=f"{saving.tag} to {level.folder}", stall_s=stall_s)
         for result, (name, sums) in zip(results, manifest.files.items(), strict=True):
             if tuple(result.crc32) != sums.crc32:
                 raise CheckpointError(
@@ -168,11 +167,11 @@ class _Pace:
             time.sleep(max(0.0, due_s - time.monotonic()))
 
 
-def _newest_compact(folder: Path, *, but: str) -> Path | None:
-    """Return what a new checkpoint in `folder` may refer to: not the one whose place it takes."""
-    entries = list_checkpoints(folder) if folder.is_dir() else []
+def _newest_compact(final: Path) -> Path | None:
+    """Return what a new checkpoint `final` may refer to, beside it: not the one it replaces."""
+    entries = list_checkpoints(final.parent) if final.parent.is_dir() else []
     complete = (e.path for e in entries if e.state == "complete" and e.is_published)
-    return next((path for path in complete if path.name != but and is_compact(path)), None)
+    return next((path for path in complete if path != final and is_compact(path)), None)
 
 
 def _plan_copy(source: Path, target: Path, sums: FileSums) -> FilePlan:

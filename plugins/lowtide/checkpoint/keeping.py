@@ -6,11 +6,13 @@ import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lowtide.checkpoint.config import CheckpointConfig
 from lowtide.checkpoint.nodes.epochs import prune_copies
 from lowtide.checkpoint.saving import Level
+from lowtide.checkpoint.store.catalog import is_within
+from lowtide.checkpoint.store.claim import remove_old_scratch
 from lowtide.checkpoint.store.commit import Committer
 from lowtide.checkpoint.store.folders import remove_scratch, remove_trash
 from lowtide.checkpoint.store.retention import finish_published, prune, remove_abandoned
@@ -36,17 +38,29 @@ class Keeper:
         self._committed: dict[int, str] = {}  # the newest of each level, by its tag
         self._replicated: dict[int, str] = {}  # the newest of which all nodes' copies are there
 
-    def clean(self, levels: Sequence[Level]) -> None:
-        """Finish or remove what an earlier run left half done, once for each folder."""
+    def clean(self, levels: Sequence[Level], tag: str) -> None:
+        """Finish or remove what an earlier run left half done, once for each folder.
+
+        Also in the sub-folder that `tag` lies in, where it has slashes.
+        """
+        place = PurePath(tag).parent
         for level in levels:
-            if self._committer.leads(level) and level.folder not in self._cleaned:
-                self._cleaned.add(level.folder)
-                with contextlib.suppress(OSError):  # the save itself will tell
-                    level.folder.mkdir(parents=True, exist_ok=True)
-                remove_unowned = partial(remove_scratch, token=self._token)
-                for clean in (finish_published, remove_abandoned, remove_unowned, remove_trash):
-                    with contextlib.suppress(OSError, CheckpointError):  # as much as is possible
-                        clean(level.folder)
+            if not self._committer.leads(level):
+                continue
+            places = (PurePath(), place) if is_within(level.folder, place) else (PurePath(),)
+            for folder in dict.fromkeys(level.folder / each for each in places):
+                if folder not in self._cleaned:
+                    self._cleaned.add(folder)
+                    with contextlib.suppress(OSError):  # the save itself will tell
+                        folder.mkdir(parents=True, exist_ok=True)
+                    self._clean(folder)
+
+    def _clean(self, folder: Path) -> None:
+        remove_unowned = partial(remove_scratch, token=self._token)
+        work = (finish_published, remove_abandoned, remove_unowned, remove_trash)
+        for clean in (*work, remove_old_scratch):
+            with contextlib.suppress(OSError, CheckpointError):  # as much as is possible
+                clean(folder)
 
     def committed(self, level: Level, tag: str) -> None:
         """Note the newest checkpoint of a level."""
@@ -56,8 +70,11 @@ class Keeper:
         """Note the newest checkpoint of a level of which all nodes' copies are there."""
         self._replicated[level.number] = tag
 
-    def prune(self, level: Level, in_use: Iterable[str]) -> None:
-        """Remove old checkpoints of a level, but none whose tag is `in_use`."""
+    def prune(self, level: Level, tag: str, in_use: Iterable[str]) -> None:
+        """Remove old checkpoints of a level, but none whose tag is `in_use`.
+
+        Those beside `tag`: where tags have slashes, each sub-folder is thinned out by itself.
+        """
         if not self._committer.leads(level) or level.keep is None:
             return
         newest = (self._committed.get(level.number), self._replicated.get(level.number))
@@ -69,8 +86,9 @@ class Keeper:
                 keep=level.keep + is_waiting,
                 keep_every=self._config.keep_every_n_steps,
                 protect=[*in_use, *filter(None, newest)],
+                place=PurePath(tag).parent,
             )
             if level.is_of_node:
-                prune_copies(level.folder)
+                prune_copies(level.folder, PurePath(tag).parent)
         except (OSError, CheckpointError) as error:
             logger.warning("%s: old checkpoints cannot be removed: %s", level.folder, error)

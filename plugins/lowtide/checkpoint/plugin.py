@@ -237,6 +237,7 @@ class CheckpointPlugin(Plugin):
         sizes = choose_buffers(self.config, self._stable.expected_bytes(), session.config.decide)
         stager = Stager(Homes(telemetry=session.telemetry), pinned_bytes=sizes.pinned_bytes)
         self._saver = Saver(self.config, board, buffer_bytes=sizes.host_bytes, stager=stager)
+        self._saver.claims.warn(self._saver.router.levels)
         session.state.add_reader(self._saver.pending)
         wanted = None if self._adapter is None else self._adapter.wanted
         self._finder = Finder(board, self.config.verify, self._saver.peers, wanted)

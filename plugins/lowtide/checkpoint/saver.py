@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lowtide.checkpoint.board import Board
+from lowtide.checkpoint.claims import Claims
 from lowtide.checkpoint.config import CHUNK_BYTES, CheckpointConfig
 from lowtide.checkpoint.drain import Drain
 from lowtide.checkpoint.errands import Errands
@@ -83,14 +84,18 @@ class Saver:
             io=config.io,
             bytes_per_s=config.tiers[0].bytes_per_s if config.tiers else None,
         )
+        # What is written at an allowed rate stands still in between, and behind a full buffer.
+        self._pace_s = self.router.levels[0].pace_s if self.router.levels else 0.0
+        self._queue_s = self._pace_s * (buffer_bytes // CHUNK_BYTES)
         self.stager = Stager() if stager is None else stager
         self.history: deque[Saving] = deque()
         self.current: Saving | None = None
         self.last_error: CheckpointError | None = None
         self.errands = Errands()
-        self._committer = Committer(
-            board, Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s), nodes
-        )
+        levels, timeout_s = len(config.tiers), config.max_wait_s
+        self.claims = Claims(board, nodes, self.errands, levels=levels, timeout_s=timeout_s)
+        limits = Limits(stall_s=config.stall_timeout_s, commit_s=config.commit_timeout_s)
+        self._committer = Committer(board, limits, nodes, check=self.claims.check)
         self._drain = Drain(config, self._committer, self.peers)
         self._count = 0
         self._memos: dict[str, Memo] = {}  # of the files of the checkpoint before
@@ -123,12 +128,20 @@ class Saver:
             tag: Name of the checkpoint.
             step: Optimizer steps in it.
             details: ``config`` and ``client_keys`` of its record.
+
+        Raises:
+            CheckpointError: another job saves there.
         """
         if self.current is not None:  # the save before this one ended in an exception
             self.abandon(self.current, "save_checkpoint did not return")
         self._count += 1
         attempt = f"{self.board.token}{self._count:08x}"
         levels = self.router.route(folder.absolute(), attempt)
+        try:
+            self.claims.take(levels, tag)
+        except CheckpointError:
+            self.router.missed(levels[1:])
+            raise
         saving = Saving(levels, tag=tag, attempt=attempt, step=step, details=details)
         self.current = saving
         self.router.costs.begin(levels[0].number)
@@ -187,7 +200,8 @@ class Saver:
 
     def save_file(self, state: Any, path: Path) -> None:
         """Write one torch file and return when it is on storage under its name."""
-        write_file(self.writer, state, path, stall_s=self.config.stall_timeout_s)
+        stall_s = self.config.stall_timeout_s + self._pace_s + self._queue_s
+        write_file(self.writer, state, path, stall_s=stall_s)
 
     def wait_captured(self) -> float:
         """Make sure that no memory of the model is needed any more; called before every update.
@@ -258,6 +272,7 @@ class Saver:
         self._drain.close()
         if self.peers is not None:
             self.peers.close()
+        self.claims.close()
         self.stager.close(timeout_s=1.0)
         self.writer.close(timeout_s=1.0)
         return not late
@@ -310,18 +325,19 @@ class Saver:
             self._to_drain.put(saving)
         else:
             saving.advance(Stage.DRAINED)
-        self._prune(level)
+        self._prune(level, saving)
 
     def _commit_on(self, level: Level, saving: Saving) -> None:
         results: list[FileResult] = []
-        self._keeper.clean(saving.levels)
+        stall_s = self.config.stall_timeout_s + self._pace_s
+        self._keeper.clean(saving.levels, saving.tag)
         try:
             if saving.error is not None:
                 raise saving.error
             for part in saving.parts:
                 what = f"checkpoint {saving.tag}, {part.name}"
                 part.wait_fed()  # training may take its time; from then on the disk's counts
-                results += wait_durable(part.ticket, what=what, stall_s=self.config.stall_timeout_s)
+                results += wait_durable(part.ticket, what=what, stall_s=stall_s)
             make_part_folder(saving.part(), is_owner=False)  # a rank may have no file at all
             saving.settle()
             if saving.error is not None:  # it was torn
@@ -338,7 +354,7 @@ class Saver:
             self._committer.decide(saving, level, vote)
         except CheckpointError:
             self.router.fell_ill(level)
-            self._prune(level)  # on a full disk nothing else would ever make room
+            self._prune(level, saving)  # on a full disk nothing else would ever make room
             raise
         self.router.recovered(level)
         self._keeper.committed(level, saving.tag)
@@ -351,7 +367,7 @@ class Saver:
                 try:
                     is_there = self._bring(saving, above, level)
                 finally:
-                    self._prune(level)
+                    self._prune(level, saving)
                 if is_there:
                     self._replicate(saving, level)
                     above = level
@@ -382,7 +398,7 @@ class Saver:
         is_superseded = level.copies > 0 and self._is_superseded(saving, level)
         if level.copies and self._drain.replicate(saving, level, is_superseded=is_superseded):
             self._keeper.replicated(level, saving.tag)
-            self._prune(level)
+            self._prune(level, saving)
 
     def _failed(self, saving: Saving, error: CheckpointError) -> None:
         self.last_error = error
@@ -391,7 +407,7 @@ class Saver:
         if self.board.rank == 0:
             logger.warning("%s; training goes on", error)
 
-    def _prune(self, level: Level) -> None:
+    def _prune(self, level: Level, saving: Saving) -> None:
         with self._lock:
             in_use = [each.tag for each in self._draining]
-        self._keeper.prune(level, in_use)
+        self._keeper.prune(level, saving.tag, in_use)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lowtide.checkpoint.compact.copies import CompactConfig
-from lowtide.checkpoint.config import NODE, CheckpointConfig, TierConfig
+from lowtide.checkpoint.config import CHUNK_BYTES, NODE, CheckpointConfig, TierConfig
 from lowtide.checkpoint.files.memo import Memo, versions
 from lowtide.checkpoint.files.torch_file import TorchFile
 from lowtide.checkpoint.nodes.placement import Nodes
@@ -62,6 +62,11 @@ class Level:
     is_of_node: bool = False
     copies: int = 0
     compact: CompactConfig | None = None
+
+    @property
+    def pace_s(self) -> float:
+        """How long the rate alone may keep anything from moving: one chunk."""
+        return 0.0 if self.bytes_per_s is None else CHUNK_BYTES / self.bytes_per_s
 
     @classmethod
     def of_tier(cls, number: int, tier: TierConfig, keep: int | None, *, node: int = 0) -> Level:

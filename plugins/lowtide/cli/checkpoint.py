@@ -37,10 +37,13 @@ _MARKS = {"complete": "green", "in progress": "cyan", "incomplete": "red", "aban
 
 @app.command("ls")
 def ls(folder: Folder, as_json: AsJson = False) -> None:
-    """List the checkpoints in a folder, the newest first, with what is left of unfinished ones."""
+    """List the checkpoints in a folder, the newest first, with what is left of unfinished ones.
+
+    Also those in its sub-folders, four levels deep, but not through symbolic links.
+    """
     from lowtide.checkpoint.store.catalog import list_checkpoints
 
-    entries = list_checkpoints(folder)
+    entries = list_checkpoints(folder, below=True)
     if as_json:
         print_json({"folder": str(folder), "checkpoints": [e.as_dict() for e in entries]})
     elif entries:
@@ -100,7 +103,10 @@ def prune(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove old complete checkpoints: never the newest one, nor the one that `latest` names."""
+    """Remove old complete checkpoints: never the newest one, nor the one that `latest` names.
+
+    Tags with slashes are thinned out too, in each sub-folder by itself.
+    """
     from lowtide.checkpoint.store.retention import prune as remove_old
 
     done = remove_old(folder, keep=keep, keep_every=keep_every, dry_run=dry_run)
@@ -196,7 +202,7 @@ def _checkpoints_at(path: Path, *, all_of_them: bool) -> tuple[list[Path], bool]
     if is_checkpoint(path):
         return [path], False
     done = ("complete", "unverified", "incomplete")
-    paths = [entry.path for entry in list_checkpoints(path) if entry.state in done]
+    paths = [entry.path for entry in list_checkpoints(path, below=True) if entry.state in done]
     if not paths:
         raise CheckpointError(
             f"{path}: holds no checkpoint; pass a checkpoint, or what save_checkpoint was given"
@@ -212,11 +218,16 @@ def _print_entries(entries: list[Entry]) -> None:
         table.add_row(
             f"{e.tag}{'  <- latest' if e.is_latest else ''}",
             "" if e.step is None else str(e.step),
-            f"[{color}]{e.state}[/{color}]{'' if e.is_published else ', not named yet'}",
+            f"[{color}]{e.state}[/{color}]{_notes(e)}",
             size_text(e.size_bytes), str(e.files),
             "" if e.world_size is None else str(e.world_size), written,
         )  # fmt: skip
     print_table(table)
+
+
+def _notes(entry: Entry) -> str:
+    notes = [] if entry.is_published else ["not named yet"]
+    return "".join(f", {note}" for note in [*notes, *(["compact"] if entry.is_compact else [])])
 
 
 def _print_report(report: Report) -> None:

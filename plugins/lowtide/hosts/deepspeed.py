@@ -27,6 +27,7 @@ from lowtide.core.config import load_block, load_config
 from lowtide.core.errors import ConfigError, HostError
 from lowtide.core.lifecycle import Event, Session
 from lowtide.hosts import accelerate, deepspeed_ops
+from lowtide.hosts._deepspeed_needs import operators_of
 from lowtide.hosts._deepspeed_save import UNCERTIFIED, certify, checkpoint_methods, end_step
 from lowtide.hosts._guard import Symbol, check_host, process_rank
 
@@ -147,7 +148,11 @@ def _initialize(
     )
     try:
         check_host("deepspeed", TESTED, _SYMBOLS)
-        deepspeed_ops.check_locks(deepspeed_ops.extensions_dir())
+        makes_optimizer = callable(call.arguments.get("optimizer"))
+        operators = operators_of(host_config, makes_optimizer=makes_optimizer)
+        others = deepspeed_ops.check_locks(deepspeed_ops.extensions_dir(), operators)
+        if others is not None and rank == 0:
+            logger.warning("%s", others)
         moment = session.fire(
             Event.MODEL_BUILT,
             model=call.arguments.get("model"),

@@ -154,8 +154,8 @@ class OffloadPlugin(Plugin):
                 pace=Pace(config.emulated.device_params_per_s, config.emulated.host_params_per_s),
             )  # fmt: skip
 
+        self._adapter = adapter  # to be closed even if it cannot be connected
         self._updater = updater = adapter.connect(build)
-        self._adapter = adapter
         if session.host == "deepspeed":
             # Under Megatron-core the host copies masters and weights by itself, both ways.
             session.state.promise(self.name, updater.overwritten)

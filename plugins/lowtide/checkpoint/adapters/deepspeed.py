@@ -10,15 +10,19 @@ the copies is a listener of BEFORE_UPDATE, which pipeline parallelism passes thr
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import functools
 import logging
 import math
+import os
+import shutil
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.checkpoint.adapters.overwriting import StockUpdates
+from lowtide.checkpoint.store.folders import scripts_folder
 from lowtide.core.errors import CheckpointError, HostError
 from lowtide.core.restart import read_record
 from lowtide.core.state import StateAuthority
@@ -227,10 +231,26 @@ def _forgiving(plugin: CheckpointPlugin, stock: Callable[..., Any]) -> Callable[
     @functools.wraps(stock)
     def forgiving(save_path: Any) -> None:
         what = "zero_to_fp32.py, a copy of DeepSpeed's own,"
-        work = functools.partial(stock, save_path)
+        work = functools.partial(_write_whole, stock, Path(save_path))
         _beside_a_save(plugin, Path(save_path), work, what=what, most_s=_SCRIPTS_S)
 
     return forgiving
+
+
+def _write_whole(stock: Callable[[str], object], folder: Path) -> None:
+    """Have `stock` write its files into `folder`, each of them whole or not at all."""
+    scratch = scripts_folder(folder)
+    scratch.mkdir()
+    try:
+        stock(str(scratch))
+        for path in scratch.iterdir():
+            target = folder / path.name
+            if not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                path.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make_engine(plugin: CheckpointPlugin) -> Any:

@@ -17,9 +17,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.compact.encode import Encoder, compact_file
 from lowtide.checkpoint.compact.file import CompactFile, FindBase, SummedFile, read_table
-from lowtide.checkpoint.compact.table import SUFFIX, Record
+from lowtide.checkpoint.compact.table import Record
 from lowtide.checkpoint.store.folders import make_part_folder, part_folder, publish, remove
 from lowtide.checkpoint.store.manifest import Manifest, read_manifest, write_manifest
 from lowtide.checkpoint.writer.plan import FileResult

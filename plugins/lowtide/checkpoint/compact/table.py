@@ -9,11 +9,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.compact.records import ROLES
 from lowtide.core.errors import CheckpointError
 from lowtide.core.stream import numpy_dtype
 
-SUFFIX = ".compact"
 BLOCK_BYTES = 1 << 20
 RAW, CODEC, LOSSY, BASE = "raw", "codec", "lossy", "base"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lowtide.checkpoint.store.catalog import list_checkpoints
@@ -114,21 +114,28 @@ def what_is_missing(epoch: Mapping[str, Any]) -> str | None:
     return f"no node has the files of rank {ranks}, neither in place nor as a copy"
 
 
-def prune_copies(folder: Path) -> None:
-    """Remove copies of checkpoints that this level has no longer itself."""
-    if not (folder / COPIES).is_dir():
+def prune_copies(folder: Path, place: PurePath) -> None:
+    """Remove copies of checkpoints that this level has no longer itself.
+
+    Args:
+        folder: The level's.
+        place: The sub-folder that they lie in, where their tags have slashes; else "".
+    """
+    copies = folder / COPIES / place
+    if not copies.is_dir():
         return
-    for path in (folder / COPIES).iterdir():
-        if not (folder / path.name).is_dir():
+    for path in copies.iterdir():
+        checkpoint = folder / place / path.name
+        if not checkpoint.is_dir():
             remove(path, path)
         else:
-            _remove_half_done(path)
+            _remove_half_done(path, checkpoint)
 
 
-def _remove_half_done(folder: Path) -> None:
+def _remove_half_done(copies: Path, checkpoint: Path) -> None:
     """Remove what a dead run left of copies that were just being made."""
-    for path in folder.glob(".*"):
-        record = read_record(folder.parent.parent / folder.name)
+    for path in copies.glob(".*"):
+        record = read_record(checkpoint)
         is_of_now = record is not None and str(record.get("attempt")) in path.name
         if not is_of_now:
             shutil.rmtree(path, ignore_errors=True)

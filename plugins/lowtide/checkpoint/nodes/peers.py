@@ -48,7 +48,8 @@ class Peers:
         self.nodes = nodes
         self._board = board
         self._levels = {level.number: level for level in levels}
-        self._stall_s = stall_s
+        # Whoever sends at an allowed rate says nothing for as long as a chunk takes.
+        self._stall_s = stall_s + max((level.pace_s for level in levels), default=0.0)
         self._token: str = board.share("peers/token", lambda: secrets.token_hex(16))
         self._closed = threading.Event()
         self._lock = threading.Lock()

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 
+from lowtide.checkpoint.compact import SUFFIX
 from lowtide.checkpoint.store.folders import LATEST_FILE, OWNER_FILE
 from lowtide.checkpoint.store.manifest import is_manifest_name
+from lowtide.checkpoint.store.processes import is_running
 from lowtide.core.errors import CheckpointError
 from lowtide.core.restart import RECORD_FILE, TRASH, read_record
+
+logger = logging.getLogger("lowtide")
 
 State: TypeAlias = Literal[
     "complete", "unverified", "incomplete", "in progress", "abandoned", "trash"
 ]
-_ENDED = ("Z", "X")  # states of processes that are only still listed
+_DEEPEST, _MOST_FOLDERS = 4, 2000  # levels, and folders that are looked into, below the one given
 MAX_AGE_S = 3600.0  # nothing was written for so long: whoever began it is gone
 
 _PART = re.compile(r"\.(?P<tag>.+)\.(?P<attempt>[0-9a-f]{16})\.part")
@@ -31,7 +39,7 @@ class Entry:
     """One checkpoint, or what is left of one.
 
     Attributes:
-        tag: Its name; for one in the making the name that it is to have.
+        tag: Its name, with slashes where it lies below; for one in the making what it is to have.
         path: Its folder, whatever that is called.
         state: "complete": the record is whole and every file has its size. "unverified": without
             a record, as stock DeepSpeed writes it. "incomplete": files or the record are missing or
@@ -42,7 +50,8 @@ class Entry:
         size_bytes: Bytes of all its files.
         files: Number of its files.
         world_size: Number of ranks that wrote it, where known.
-        is_latest: Whether the file ``latest`` names it.
+        is_latest: Whether the file ``latest`` names it, in the folder given or in its own.
+        is_compact: Whether it is a small copy, to be expanded before it is loaded.
     """
 
     tag: str
@@ -54,11 +63,17 @@ class Entry:
     files: int
     world_size: int | None
     is_latest: bool
+    is_compact: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last part of its tag."""
+        return PurePath(self.tag).name
 
     @property
     def is_published(self) -> bool:
         """Whether its folder bears its name."""
-        return self.path.name == self.tag
+        return self.path.name == self.name
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON types."""
@@ -98,7 +113,9 @@ class _Contents:
         return all(self.sizes_bytes.get(n) == w["size_bytes"] for n, w in named.items())
 
 
-def list_checkpoints(folder: Path | str, *, max_age_s: float = MAX_AGE_S) -> list[Entry]:
+def list_checkpoints(
+    folder: Path | str, *, max_age_s: float = MAX_AGE_S, below: bool = False
+) -> list[Entry]:
     """Return the checkpoints in `folder`, the newest (by step) first.
 
     Reads records, names and sizes, so it is quick and sees no damage within files: `verify` does.
@@ -107,22 +124,78 @@ def list_checkpoints(folder: Path | str, *, max_age_s: float = MAX_AGE_S) -> lis
         folder: What ``save_checkpoint`` was given.
         max_age_s: After how long without a write an unfinished checkpoint of another machine
             counts as abandoned.
+        below: Look into its sub-folders too, for tags with slashes: four levels deep, into 2000
+            folders at most (else a warning), never through a symbolic link.
 
     Raises:
         CheckpointError: there is no such folder, or it cannot be read.
     """
     folder = Path(folder)
-    latest = read_latest(folder)
+    entries = list_place(folder, PurePath(), max_age_s=max_age_s)
+    if below:
+        found = list(islice(_places_below(folder, PurePath()), _MOST_FOLDERS + 1))
+        if len(found) > _MOST_FOLDERS:
+            logger.warning(
+                "%s: more than %d folders below it; not all are seen", folder, _MOST_FOLDERS
+            )
+        for place in found[:_MOST_FOLDERS]:
+            with contextlib.suppress(CheckpointError):  # it has just gone, or is somebody else's
+                entries += list_place(folder, place, max_age_s=max_age_s)
+    return sorted(entries, key=age_key, reverse=True)
+
+
+def list_place(folder: Path, place: PurePath, *, max_age_s: float = MAX_AGE_S) -> list[Entry]:
+    """Return the checkpoints of `folder` whose tags lie in the sub-folder `place`.
+
+    Raises:
+        CheckpointError: it is no sub-folder (a link, or outside), or cannot be read.
+    """
+    within = folder / place
+    if not is_within(folder, place):
+        raise CheckpointError(f"{within}: is not a folder below {folder}; links are not followed")
+    latest = [read_latest(within), None]
+    if place != PurePath():
+        latest[1] = _name_in(place, read_latest(folder))
     try:
-        paths = [path for path in folder.iterdir() if path.is_dir()]
+        paths = [path for path in within.iterdir() if path.is_dir()]
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot be listed ({error.strerror}); pass the folder that save_checkpoint "
+            f"{within}: cannot be listed ({error.strerror}); pass the folder that save_checkpoint "
             "was given"
         ) from error
-    found = (_look_at(path, latest=latest, max_age_s=max_age_s) for path in paths)
+    found = (_look_at(path, place=place, latest=latest, max_age_s=max_age_s) for path in paths)
     entries = [entry for entry in found if entry is not None]
     return sorted(entries, key=age_key, reverse=True)
+
+
+def _name_in(place: PurePath, tag: str | None) -> str | None:
+    """Return the last part of `tag`, if it lies in `place`."""
+    return None if tag is None or PurePath(tag).parent != place else PurePath(tag).name
+
+
+def is_within(folder: Path, place: PurePath) -> bool:
+    """Tell whether `place` is a sub-folder of `folder`: not outside, nor behind a link."""
+    if place.is_absolute() or ".." in place.parts:
+        return False
+    steps = [folder / PurePath(*place.parts[: i + 1]) for i in range(len(place.parts))]
+    return not any(step.is_symlink() for step in steps)
+
+
+def _places_below(folder: Path, place: PurePath) -> Iterator[PurePath]:
+    """Give the sub-folders that may hold checkpoints, those nearer to `folder` first."""
+    waiting = [place]
+    for _ in range(_DEEPEST):
+        waiting, above = [], waiting
+        for each in above:
+            try:
+                with os.scandir(folder / each) as entries:
+                    names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+            except OSError:
+                continue
+            for name in names:
+                if not name.startswith(".") and not _looks_like_one(folder / each / name):
+                    waiting.append(each / name)
+                    yield each / name
 
 
 def age_key(entry: Entry) -> tuple[int, float, str]:
@@ -140,10 +213,16 @@ def read_latest(folder: Path) -> str | None:
 
 def is_checkpoint(path: Path) -> bool:
     """Tell whether `path` is the folder of a checkpoint, finished or not."""
-    return path.is_dir() and _look_at(path, latest=None, max_age_s=MAX_AGE_S) is not None
+    return path.is_dir() and _look_at(path) is not None
 
 
-def _look_at(path: Path, *, latest: str | None, max_age_s: float) -> Entry | None:
+def _look_at(
+    path: Path,
+    *,
+    place: PurePath = PurePath(),  # noqa: B008 - it is immutable
+    latest: Sequence[str | None] = (),
+    max_age_s: float = MAX_AGE_S,
+) -> Entry | None:
     hidden = _PART.fullmatch(path.name) or _TRASH.fullmatch(path.name)
     if hidden is None and not _looks_like_one(path):
         return None
@@ -152,7 +231,7 @@ def _look_at(path: Path, *, latest: str | None, max_age_s: float) -> Entry | Non
     tag = hidden["tag"] if hidden else path.name
     digits = re.search(r"(\d+)$", tag)
     return Entry(
-        tag=tag,
+        tag=(place / tag).as_posix(),
         path=path,
         state=_state_of(path, contents, record, max_age_s=max_age_s),
         step=record["step"] if record else int(digits[1]) if digits else None,
@@ -160,7 +239,8 @@ def _look_at(path: Path, *, latest: str | None, max_age_s: float) -> Entry | Non
         size_bytes=sum(contents.sizes_bytes.values()),
         files=len(contents.sizes_bytes),
         world_size=record["world_size"] if record else None,
-        is_latest=path.name == latest,
+        is_latest=path.name in latest,
+        is_compact=any(name.endswith(SUFFIX) for name in contents.sizes_bytes),
     )
 
 
@@ -202,7 +282,7 @@ def is_abandoned(part: Path, *, newest_s: float, max_age_s: float = MAX_AGE_S) -
     """
     owner = _read_owner(part)
     if owner is not None and owner["host"] == socket.gethostname():
-        return not _is_running(owner["pid"], since_s=owner["time_s"])
+        return not is_running(owner["pid"], since_s=owner["time_s"])
     return time.time() - newest_s > max_age_s
 
 
@@ -211,7 +291,7 @@ def has_live_owner(part: Path) -> bool:
     owner = _read_owner(part)
     if owner is None or owner["host"] != socket.gethostname():
         return False
-    return _is_running(owner["pid"], since_s=owner["time_s"])
+    return is_running(owner["pid"], since_s=owner["time_s"])
 
 
 def _read_owner(part: Path) -> dict[str, Any] | None:
@@ -221,44 +301,3 @@ def _read_owner(part: Path) -> dict[str, Any] | None:
         return {**owner, "time_s": float(owner["time_s"])} if is_whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _is_running(pid: int, *, since_s: float) -> bool:
-    """Tell whether process `pid` runs and did so at the time `since_s`."""
-    if pid <= 0:
-        return False  # to kill() these are groups of processes
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # somebody else's, but there
-    state, started_s = _state_and_start(pid)
-    # A zombie runs no more: nobody has asked yet how it ended. In a container that was started
-    # again the same number is soon given to the next run.
-    has_ended = state in _ENDED and not _has_other_threads(pid)
-    return not has_ended and (started_s is None or started_s <= since_s + 1.0)
-
-
-def _has_other_threads(pid: int) -> bool:
-    """Tell whether threads of a process run on though its first one, which names it, has ended."""
-    try:
-        threads = [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]
-    except OSError:  # it has gone meanwhile
-        return False
-    return any(_state_and_start(each)[0] not in ("", *_ENDED) for each in threads)
-
-
-def _state_and_start(pid: int) -> tuple[str, float | None]:
-    """Return the letter of a process's or thread's state, and the Unix time of its start.
-
-    "" and None where they cannot be known.
-    """
-    try:
-        # The name of the program, in brackets, may hold blanks and brackets itself.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
-        ticks = os.sysconf("SC_CLK_TCK")
-        return fields[0], None if boot is None else int(boot[1]) + int(fields[19]) / ticks
-    except (OSError, ValueError, IndexError):
-        return "", None

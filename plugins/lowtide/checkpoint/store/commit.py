@@ -17,7 +17,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,14 @@ def wait_durable(ticket: Ticket, *, what: str, stall_s: float) -> list[FileResul
     """Wait until a ticket's files are on storage.
 
     Raises:
-        CheckpointError: they cannot be written, or nothing has moved for `stall_s`.
+        CheckpointError: they cannot be written, or nothing has moved for `stall_s` while this
+            waited: before, its turn may not have come.
     """
+    begin_s = time.monotonic()
     while not ticket.wait_durable(_LOOK_S):
         if ticket.error is not None:
             break
-        idle_s = ticket.progress().idle_s
+        idle_s = min(ticket.progress().idle_s, time.monotonic() - begin_s)
         if idle_s > stall_s:
             ticket.cancel()
             raise CheckpointError(
@@ -73,12 +75,21 @@ class Committer:
         board: Where ranks vote.
         limits: How long things may take.
         nodes: Who is on which node, where there are levels of which each has its own.
+        check: Raises where another job has taken the folder over that a checkpoint comes to.
     """
 
-    def __init__(self, board: Board, limits: Limits, nodes: Nodes | None = None) -> None:
+    def __init__(
+        self,
+        board: Board,
+        limits: Limits,
+        nodes: Nodes | None = None,
+        *,
+        check: Callable[[Path], None] = lambda _: None,
+    ) -> None:
         self._board = board
         self._limits = limits
         self._nodes = nodes
+        self._check = check
         self._errands = Errands()
         self._late: list[tuple[Path, Path, list[str]]] = []  # failed, some rank said nothing yet
         self._outcomes: list[str] = []  # posts of rank 0 that nobody needs any more, soon
@@ -298,6 +309,7 @@ class Committer:
 
     def _complete(self, saving: Saving, level: Level, votes: Iterable[Mapping[str, Any]]) -> None:
         part, final = saving.part(level), saving.final(level)
+        self._check(final.parent)
         files: dict[str, int] = {}
         manifests: dict[str, dict[str, int]] = {}
         for vote in votes:

@@ -20,6 +20,8 @@ from lowtide.core.restart import RECORD_FILE, TRASH, sync_folder
 OWNER_FILE = "owner.json"
 LATEST_FILE = "latest"
 _HEX = "[0-9a-f]"
+_SCRIPTS = ".scripts."
+_SCRIPTS_OLD_S = 60.0
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
 
@@ -120,8 +122,13 @@ def write_latest(folder: Path, tag: str) -> None:
     sync_folder(folder)
 
 
+def scripts_folder(folder: Path) -> Path:
+    """Return a name in `folder` for one in which scripts are put before they come there."""
+    return folder / f"{_SCRIPTS}{secrets.token_hex(4)}"
+
+
 def remove_scratch(folder: Path, *, token: str) -> None:
-    """Remove what runs left in `folder` that were killed in `write_latest` or `make_part_folder`.
+    """Remove what runs left in `folder` that were killed in one of the above.
 
     Args:
         folder: The folder that holds checkpoints.
@@ -136,6 +143,10 @@ def remove_scratch(folder: Path, *, token: str) -> None:
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it is not empty: its age will tell
                 part.rmdir()
+    for path in folder.glob(f"{_SCRIPTS}{_HEX * 8}"):
+        with contextlib.suppress(FileNotFoundError):  # this run's own has just gone
+            if time.time() - path.stat().st_mtime > _SCRIPTS_OLD_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def trash_folder(final: Path) -> Path:

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lowtide.checkpoint.compact.copies import bases_of
@@ -20,6 +20,7 @@ from lowtide.checkpoint.store.catalog import (
     age_key,
     has_live_owner,
     list_checkpoints,
+    list_place,
 )
 from lowtide.checkpoint.store.folders import trash_folder
 from lowtide.core.errors import CheckpointError
@@ -56,12 +57,14 @@ def prune(
     keep_every: int | None = None,
     dry_run: bool = False,
     protect: Iterable[str] = (),
+    place: PurePath | None = None,
 ) -> Pruned:
     """Remove old complete checkpoints, and trash that a killed run left.
 
     Never removed: the newest complete one, the one that ``latest`` names, one without a whole
     record (stock DeepSpeed's, or damaged), one in the making, one that a kept compact checkpoint
-    refers to, and a symbolic link.
+    refers to, and a symbolic link. Tags with slashes are thinned out in each sub-folder by itself;
+    what others have saved there, with ``save_checkpoint`` to that sub-folder, stays.
 
     Args:
         folder: What ``save_checkpoint`` was given.
@@ -69,6 +72,7 @@ def prune(
         keep_every: Those whose step is a multiple of it stay too.
         dry_run: Only say what would be removed.
         protect: Tags that stay too.
+        place: The one sub-folder to thin out, or itself (""); by default all of them.
 
     Raises:
         CheckpointError: there is no such folder, an argument is wrong, or something cannot be
@@ -79,8 +83,7 @@ def prune(
     if keep_every is not None and keep_every < 1:
         raise CheckpointError(f"keep_every: got {keep_every}, allowed is 1 or more, or none")
     folder = Path(folder)
-    entries = list_checkpoints(folder)
-    complete = [entry for entry in entries if entry.state == "complete" and entry.is_published]
+    entries = list_checkpoints(folder, below=True) if place is None else list_place(folder, place)
     protected = set(protect)
 
     def stays(position: int, entry: Entry) -> bool:
@@ -88,12 +91,18 @@ def prune(
         is_named = entry.is_latest or entry.tag in protected
         return position < keep or is_milestone or is_named or entry.path.is_symlink()
 
-    kept = [entry for position, entry in enumerate(complete) if stays(position, entry)]
-    # Also of those that have all but their name: the next start will give it to them.
-    needed = _bases([*kept, *(e for e in entries if e.state == "complete" and not e.is_published)])
-    kept = [entry for entry in complete if entry in kept or entry.tag in needed]
-    removed = [entry for entry in complete if entry not in kept]
-    trash = [entry for entry in entries if entry.state == "trash"]
+    kept, removed, trash = [], [], []
+    for some in _by_folder(entries):
+        complete = [e for e in some if e.state == "complete" and e.is_published and _is_own(e)]
+        new = [entry for position, entry in enumerate(complete) if stays(position, entry)]
+        # Also of those that have all but their name: the next start will give it to them. And of
+        # those that are not ours to remove.
+        others = [e for e in some if e.state == "complete" and e not in complete]
+        needed = _bases([*new, *others])
+        kept += [entry for entry in complete if entry in new or entry.name in needed]
+        removed += [entry for entry in complete if entry not in new and entry.name not in needed]
+        if some[0].path.parent == folder or complete:
+            trash += [entry for entry in some if entry.state == "trash"]
     if not dry_run:
         for entry in reversed(removed):  # the oldest first
             _remove(entry)
@@ -101,7 +110,27 @@ def prune(
             with _errors_named(entry.path):
                 _delete(entry.path)
     freed_bytes = sum(entry.size_bytes for entry in [*removed, *trash])
-    return Pruned(removed=removed, kept=kept, removed_bytes=freed_bytes)
+    return Pruned(
+        removed=sorted(removed, key=age_key, reverse=True),
+        kept=sorted(kept, key=age_key, reverse=True),
+        removed_bytes=freed_bytes,
+    )
+
+
+def _by_folder(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Return entries by the folder that they lie in, in the order given."""
+    groups: dict[Path, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.path.parent, []).append(entry)
+    return list(groups.values())
+
+
+def _is_own(entry: Entry) -> bool:
+    """Tell whether it was saved to the folder that is looked at, and not to one below it."""
+    if entry.tag == entry.name:
+        return True
+    record = read_record(entry.path)
+    return record is not None and record.get("tag") == entry.tag
 
 
 def _bases(entries: Iterable[Entry]) -> set[str]:
@@ -212,7 +241,7 @@ def _publish(entry: Entry, holder: Entry | None) -> Entry:
 
 
 def _remove(entry: Entry) -> None:
-    trash = trash_folder(entry.path.with_name(entry.tag))
+    trash = trash_folder(entry.path.with_name(entry.name))
     with _errors_named(entry.path):
         try:
             os.rename(entry.path, trash)

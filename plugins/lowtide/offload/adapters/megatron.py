@@ -13,6 +13,7 @@ Megatron reads and replaces the optimizer's ``state`` in many places without cal
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,18 +58,28 @@ def open_adapter(optimizer: Any, *, is_joint: bool = False) -> MegatronAdapter |
         return _open(optimizer)
     # Numbers of the host, which NCCL does not take.
     group = dist.new_group(backend="gloo")
-    adapter, failure = outcome_of(lambda: _open(optimizer))
-    are_all = _smallest(group, [float(adapter is not None)])[0] > 0.0
-    if failure is not None:
-        raise failure
-    if adapter is None or not are_all:
-        raise ConfigError(
-            "lowtide.offload.storage: a rank has no optimizer state in host memory, or cannot plan "
-            "its update, and then its log says why; all ranks need some, as those with storage "
-            "wait for each other: correct that, or remove lowtide.offload.storage"
-        )
+    try:
+        adapter, failure = outcome_of(lambda: _open(optimizer))
+        are_all = _smallest(group, [float(adapter is not None)])[0] > 0.0
+        if failure is not None:
+            raise failure
+        if adapter is None or not are_all:
+            raise ConfigError(
+                "lowtide.offload.storage: a rank has no optimizer state in host memory, or cannot "
+                "plan its update, and then its log says why; all ranks need some, as those with "
+                "storage wait for each other: correct that, or remove lowtide.offload.storage"
+            )
+    except BaseException:
+        _free(group)
+        raise
     adapter.group = group
     return adapter
+
+
+def _free(group: Any) -> None:
+    """End a group of this rank; another one that still waits in it finds what was sent."""
+    with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # all groups have gone
+        dist.destroy_process_group(group)
 
 
 def _smallest(group: Any, numbers: list[float]) -> list[float]:
@@ -133,7 +144,15 @@ class MegatronAdapter:
         return self.agree() if self.group is None else functools.partial(_smallest, self.group)
 
     def close(self) -> None:
-        """Give the optimizer its class back, with all its state on the host."""
+        """Give the optimizer its class back, with all its state on the host. Free the group."""
+        group, self.group = self.group, None
+        try:
+            self._give_back()
+        finally:
+            if group is not None:
+                _free(group)
+
+    def _give_back(self) -> None:
         if HOLDER not in self._hybrid.__dict__:
             return
         try:
