@@ -58,6 +58,10 @@ class StaleStateError(LowtideError, RuntimeError):
     """A piece of optimizer state was about to be read where it is not the newest copy."""
 
 
+class SavedTensorError(LowtideError, RuntimeError):
+    """A tensor that autograd saved was changed in place before the backward pass read it."""
+
+
 class OptimizerError(LowtideError, ValueError):
     """An optimizer update cannot take a tensor or a setting."""
 
