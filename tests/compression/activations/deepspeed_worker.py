@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ def gathered_after_forward(lowtide_block: Any) -> dict[str, Any]:
     train(engine, 2)
     weights.clear()
     loss = engine(*batch(9, rank=dist.get_rank()))
+    # Gloo's threads let go of what they gathered a moment later, in stock too.
+    deadline_s = time.monotonic() + 5.0
+    while not all(each.expired() for each in weights) and time.monotonic() < deadline_s:
+        time.sleep(0.001)
     found = {"seen": len(weights), "kept": sum(not each.expired() for each in weights)}
     engine.backward(loss)
     engine.step()
