@@ -222,6 +222,40 @@ def test_old_folders_are_let_go(tmp_path: Path) -> None:
         assert claimed == {f"checkpoint-{step}" for step in range(2, _MOST + 2)}
 
 
+def test_folder_that_hangs_holds_no_other_one_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, own, goes_on = claim.Shared(), holder(run="mine"), threading.Event()
+    occupied = claim.occupy
+
+    def slow(path: Path, *arguments: Any, **options: Any) -> Holder | None:
+        if path.parent.name == "frozen":
+            assert goes_on.wait(30)
+        return occupied(path, *arguments, **options)
+
+    monkeypatch.setattr(claim, "occupy", slow)
+    for name in ("frozen", "healthy"):
+        (tmp_path / name).mkdir()
+    taken: dict[str, Any] = {}
+
+    def take(name: str) -> None:
+        taken[name] = shared.take(tmp_path / name, own, object())
+
+    frozen, healthy = (
+        threading.Thread(target=take, args=(name,), daemon=True) for name in ("frozen", "healthy")
+    )
+    frozen.start()
+    healthy.start()
+    healthy.join(20)
+    is_blocked = healthy.is_alive()
+    goes_on.set()
+    frozen.join(20)
+    assert not is_blocked
+    assert sorted(taken) == ["frozen", "healthy"]
+    for _, each in taken.values():
+        each.release()
+
+
 @pytest.mark.parametrize("has_links", [True, False])
 def test_one_of_many_at_once_replaces_a_dead_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool

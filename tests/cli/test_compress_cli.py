@@ -17,7 +17,7 @@ from lowtide.compression.sz import SzCodec
 from lowtide.compression.verify import measure
 from lowtide.core.codec import ArrayData, Bound
 from lowtide.core.errors import CodecError
-from lowtide.core.stream import read_header
+from lowtide.core.stream import pack_stream, read_header
 
 runner = CliRunner()
 
@@ -199,7 +199,7 @@ def test_wrong_files_are_exit_code_2(tmp_path: Path, field: Path) -> None:
         (["compress", tmp_path / "objects.npy", out, *bound], "objects.npy: cannot be read"),
         (["compress", tmp_path / "integers.npy", out, *bound], "elements are int64"),
         (["compress", field, tmp_path / "no" / "out", *bound], "out: cannot be written (No such"),
-        (["compress", field, tmp_path, *bound], "exists; remove it"),
+        (["compress", field, tmp_path, *bound], "is not a file; name another"),
         (["decompress", tmp_path / "gone", out], "gone: cannot be read: No such file"),
         (["decompress", tmp_path / "empty", out], "stream has 0 bytes"),
         (["decompress", tmp_path / "damaged", out], "payload does not match its checksum"),
@@ -236,3 +236,19 @@ def test_the_check_counts_to_the_last_bit() -> None:
     with pytest.raises(CodecError, match="6 elements of float64 cannot be compared with 5"):
         measure(given, ArrayData(y[1:], "float64"), Bound("lossless"))
     assert read_header(compress(x, bound=1)).shape == (6,)
+
+
+def test_inspect_shows_the_text_of_strangers_as_it_is(tmp_path: Path) -> None:
+    config = {"id": "a[/b]", "text": "[red]\x1b[2J"}
+    path = tmp_path / "forged"
+    path.write_bytes(pack_stream(config, "float32", (0,), b""))
+    shown = _run("inspect", path)
+    assert shown.exit_code == 0
+    assert "a[/b]" in shown.stdout
+    assert "[red]\\x1b[2J" in shown.stdout
+
+
+def test_a_folder_as_the_target_is_named_even_with_force(tmp_path: Path, field: Path) -> None:
+    shown = _run("compress", field, tmp_path, "--bound", "0.1", "--force")
+    assert shown.exit_code != 0
+    assert "is not a file" in shown.output

@@ -69,6 +69,24 @@ def test_data_without_anything_to_gain_keep_their_bound(kind: str) -> None:
     assert np.abs(decoded.astype(np.float64) - values[kind]).max() <= 0.01
 
 
+@pytest.mark.parametrize("goal", ["size", "psnr"])
+@pytest.mark.parametrize(("scale", "bound"), [(1e200, 1e190), (1e-305, 4e-309), (1e-200, 1e-203)])
+def test_very_large_and_very_small_numbers_keep_their_bound(
+    scale: float, bound: float, goal: str
+) -> None:
+    values = np.random.default_rng(2).normal(size=(40, 50)) * scale
+    decoded = decompress(compress(values, bound=bound, goal=goal))
+    assert (np.abs(decoded - values) <= bound).all()
+
+
+@pytest.mark.parametrize("goal", ["size", "psnr"])
+def test_values_whose_sums_overflow_in_one_row_keep_their_bound(goal: str) -> None:
+    values = np.random.default_rng(2).normal(size=(64, 64)).astype(np.float32)
+    values[0] = np.finfo(np.float32).min  # as files without a fill value mark what is missing
+    decoded = decompress(compress(values, bound=1e-3, goal=goal))
+    assert (np.abs(decoded.astype(np.float64) - values) <= 1e-3).all()
+
+
 def test_an_unknown_goal_names_the_known_ones() -> None:
     with pytest.raises((CodecError, ConfigError), match=r"goal 'pnsr'.*psnr"):
         compress(np.zeros(3, np.float32), bound=1.0, goal="pnsr")

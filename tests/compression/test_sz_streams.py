@@ -310,3 +310,14 @@ def test_the_reference_reads_and_writes_the_same(tmp_path: Path) -> None:
         reference = (tmp_path / f"{name}.reference").read_bytes()
         assert bits(decode_stream(reference)).tobytes() == wanted
         assert reference == native
+
+
+def test_elements_that_find_no_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = stream("differences")
+
+    def empty(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", empty)
+    with pytest.raises(CorruptStreamError, match="set max_bytes for streams of strangers"):
+        decompress(blob)

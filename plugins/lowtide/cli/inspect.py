@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowtide.cli.arrays import read_stream, shape_text
-from lowtide.cli.output import print_json, print_table, size_text, table_of
+from lowtide.cli.output import plain, print_json, print_table, size_text, table_of
 
 
 def inspect(
@@ -31,8 +31,9 @@ def inspect(
         table.add_row(
             "ratio", f"{found['ratio']:.2f}, {found['bits_per_value']:.3g} bits per value"
         )
-    table.add_row("codec", codec["id"])
-    table.add_row("parameters", ", ".join(f"{k} {v}" for k, v in codec.items() if k != "id"))
+    table.add_row("codec", plain(codec["id"]))
+    parameters = ", ".join(f"{k} {v}" for k, v in codec.items() if k != "id")
+    table.add_row("parameters", plain(parameters))
     if "chunks" in found:
         table.add_row("step", f"{found['step']:g}, {found['domain']}")
         table.add_row("exceptions", f"{found['exceptions']:,}")

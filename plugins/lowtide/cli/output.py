@@ -59,6 +59,15 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
+def plain(text: str) -> str:
+    """Return text of a stranger for a table cell: no markup, nothing that steers a terminal."""
+    from rich.markup import escape
+
+    return escape(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
+
+
 def size_text(size_bytes: float) -> str:
     """Return a number of bytes for people, such as "12.3 MB"."""
     value = float(size_bytes)
@@ -76,7 +85,9 @@ def whole_file(path: Path, *, may_replace: bool) -> Iterator[IO[bytes]]:
     Raises:
         LowtideError: `path` exists and must not be replaced, or cannot be written.
     """
-    if path.exists() and not (may_replace and path.is_file()):
+    if path.exists() and not path.is_file():
+        raise LowtideError(f"{path}: is not a file; name another one")
+    if path.exists() and not may_replace:
         raise LowtideError(f"{path}: exists; remove it, name another file, or pass --force")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

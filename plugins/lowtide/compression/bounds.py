@@ -15,6 +15,7 @@ from lowtide.compression.payload import LINEAR, LOGARITHMIC
 _LARGEST_STEP = 1e300
 _SAMPLE = 4096  # elements that rule out a lattice, in nearly every array
 _CODES = 1 << 30  # larger ones are not coded
+_FINEST = 256.0  # steps of coarse levels and of samples are at most so much finer
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Limits:
     @property
     def is_lossless(self) -> bool:
         """Whether no element may differ at all, or the quantizer cannot work."""
-        return not (self.limit > 0 and self.step > 0 and math.isfinite(1 / self.step))
+        return not (self.limit > 0 and self.step > 0 and math.isfinite(_FINEST / self.step))
 
 
 def fill_of(fill_value: float | None, element: ElementType) -> np.floating | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 MAX_AXES = 4
 # A record of a few bytes may stand for a whole chunk of one value, so a reader has to limit what
-# it allocates for one; 2^26 elements take about 1 GiB while they are decoded.
+# it allocates for one; 2^26 elements take up to 2.6 GiB while they are decoded, by each thread.
 MAX_CHUNK_ELEMENTS = 1 << 26
 
 

@@ -166,5 +166,5 @@ def _elements_of(
     """Return the elements that a decoder makes of working values."""
     values = primitives().exp2(restored) if is_log else restored
     if is_negative is not None:
-        values = np.where(is_negative, -values, values)
+        np.negative(values, out=values, where=is_negative)
     return element.narrow(values)

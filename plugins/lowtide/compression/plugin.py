@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowtide.compression.activations.excluding import Excluding
+from lowtide.compression.activations.excluding import Excluding, Hook
 from lowtide.compression.activations.saving import Saving
 from lowtide.compression.config import ActivationsConfig, CompressionConfig
 from lowtide.core.lifecycle import Event, Moment, Plugin, Session
@@ -35,7 +35,7 @@ class CompressionPlugin(Plugin):
         self._saving: Saving | None = None
         self._watched: weakref.WeakKeyDictionary[torch.nn.Module, _Watched]
         self._watched = weakref.WeakKeyDictionary()
-        self._depth = 0  # a model may call itself
+        self._open: list[bool] = []  # forwards that run, and whether each saves: models may nest
         self._forwards = 0  # since the last update
         self._last: dict[str, Any] = {}
         self._has_told: set[str] = set()
@@ -78,10 +78,12 @@ class CompressionPlugin(Plugin):
 
     def _begin(self, moment: Moment) -> None:
         saving, settings = self._saving, self._settings
-        if saving is None or settings is None or not moment.data.get("training", True):
+        is_saving = moment.data.get("training", True) and torch.is_grad_enabled()
+        if saving is None or settings is None or not is_saving:
+            self._open.append(False)
             return
-        self._depth += 1
         if saving.is_active:
+            self._open.append(True)
             return
         model = moment.model
         watched = self._watched.get(model)
@@ -97,16 +99,14 @@ class CompressionPlugin(Plugin):
         whole = [each for each in parameters if id(each) not in divided]
         saving.begin((*whole, *buffers), self._seed(settings, moment), find)
         self._forwards += 1
+        self._open.append(True)
 
     def _end(self, _moment: Moment) -> None:
-        if self._depth > 0:
-            self._depth -= 1
-            if self._depth == 0:
-                self._leave()
+        if self._open and self._open.pop() and not any(self._open):
+            self._leave()
 
     def _failed(self) -> None:
         """End a forward that raised: AFTER_FORWARD does not come then."""
-        self._depth = 0
         self._leave()
 
     def _updated(self, moment: Moment) -> None:
@@ -118,7 +118,7 @@ class CompressionPlugin(Plugin):
 
     def _leave(self) -> None:
         saving = self._saving
-        self._depth = 0
+        self._open.clear()
         if saving is None or not saving.is_active:
             return
         saving.end()
@@ -175,7 +175,7 @@ class _Watched:
     ) -> None:
         self.excluding = Excluding(model, exclude, saving)
         self._failed = failed
-        self._handle = model.register_forward_hook(self._after, always_call=True)
+        self._handle = model.register_forward_hook(Hook(self._after), always_call=True)
 
     def close(self) -> None:
         self.excluding.close()

@@ -80,6 +80,7 @@ class Samples:
             math.hypot(total / count, noise) if count else math.inf
             for total, count in zip(sums, counts, strict=True)
         ]
+        sizes = [size if math.isfinite(size) else math.inf for size in sizes]  # huge values
         least = min(sizes)
         if not 0 < least < math.inf:
             return (1,) * self.ndim
@@ -101,7 +102,7 @@ class Samples:
         """Return the base-2 logarithm of the error's root mean square, in steps."""
         self._codes_of(predictor)
         mean = self._squares[predictor] / sum(block.size for block in self._blocks)
-        return math.log2(max(math.sqrt(mean) / self._step, _LEAST_ERROR))
+        return math.log2(max(math.sqrt(mean), _LEAST_ERROR))
 
     @functools.cached_property
     def _bits_per_octave(self) -> float:
@@ -139,14 +140,15 @@ class Samples:
         return self._codes[predictor]
 
     def _encoded(self, predictor: Predictor) -> list[Array]:
-        """Return the codes of each block in its shape; remember the errors."""
+        """Return the codes of each block in its shape; remember the errors, in steps."""
         parts, squares = [], 0.0
         for block in self._blocks:
             codes, restored = predictor.encode(block.reshape(-1), block.shape, self._step)
             parts.append(codes.reshape(block.shape))
             if self._counts_error:
-                errors = (restored - block.reshape(-1)).astype(np.float64)
-                squares += float(errors @ errors)
+                with np.errstate(all="ignore"):  # in steps: neither too large nor too small
+                    errors = (restored.astype(np.float64) - block.reshape(-1)) / self._step
+                    squares += float(np.square(errors).sum())
         self._squares[predictor] = squares
         return parts
 

@@ -105,5 +105,5 @@ def _smallest(samples: Samples, costs: dict[P, float]) -> tuple[float, Predictor
     """Return the candidate that costs least by the entropy coder, and its cost per element."""
     best = sorted(costs, key=costs.__getitem__)[:_MOST]
     limit = costs[best[0]] + (_NEAR - 1) * abs(costs[best[0]])
-    near = [each for each in best if costs[each] <= limit]
+    near = [each for each in best if costs[each] <= limit] or best[:1]
     return min(((samples.cost(each), each) for each in near), key=lambda pair: pair[0])

@@ -167,7 +167,13 @@ def _decode_all(header: StreamHeader, payload: memoryview) -> Array:
     except CodecError as error:
         raise CorruptStreamError(f"{error}; the stream was not written by Lowtide") from error
     head, records = parse_payload(payload, header.shape)
-    out = np.empty(math.prod(header.shape), element.dtype)
+    try:
+        out = np.empty(math.prod(header.shape), element.dtype)
+    except MemoryError as error:
+        raise CorruptStreamError(
+            f"stream claims {header.nbytes} bytes of elements, more than there is memory for; set "
+            f"max_bytes for streams of strangers"
+        ) from error
 
     def decode(number: int) -> None:
         chunk, raw = records[number]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lowtide.compression.config import CompressionConfig
+from lowtide.compression.activations.saving import Saving
+from lowtide.compression.config import ActivationsConfig, CompressionConfig
+from lowtide.compression.plugin import _Watched
 from lowtide.core.config import resolve
 from lowtide.core.errors import ConfigError, PluginError
 from lowtide.core.lifecycle import Event
@@ -197,12 +201,47 @@ def test_only_training_is_compressed() -> None:
     model.train()
     with torch.no_grad():
         model(*batch(0))
-    # Without gradients autograd saves nothing but what `hooks_are_set` looks at.
-    assert loop.session.compression.summary()["activations"]["packed"] == 1
+    assert "packed" not in loop.session.compression.summary()["activations"]
     model(*batch(0)).backward()
-    assert loop.session.compression.summary()["activations"]["packed"] > 10
-    assert seen == [False, True, True]
+    packed = loop.session.compression.summary()["activations"]["packed"]
+    assert packed > 10
+    assert seen == [False, False, True]
+    with torch.no_grad():
+        model(*batch(0))
+    assert loop.session.compression.summary()["activations"]["packed"] == packed
     loop.close()
+
+
+def test_an_evaluation_inside_a_forward_does_not_end_it() -> None:
+    model = Transformer()
+    loop = models.attached(model, block_of())
+    fire = loop.session.fire
+    seen: list[bool] = []
+
+    def evaluate(*_: Any) -> None:
+        fire(Event.BEFORE_FORWARD, model=model, training=False)
+        fire(Event.AFTER_FORWARD, model=model, training=False)
+        seen.append(hooks_are_set())
+
+    model.norm.register_forward_hook(evaluate)
+    model(*batch(0)).backward()
+    assert seen == [True]
+    assert not hooks_are_set()
+    loop.close()
+
+
+def test_copies_of_a_watched_model_are_not_watched() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    failed: list[int] = []
+    saving = Saving(ActivationsConfig().quantiser(), 0)
+    watched = _Watched(model, ("0",), saving, lambda: failed.append(1))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(torch.ones(2, 8)), model(torch.ones(2, 8)))
+        with pytest.raises(RuntimeError, match="shapes"):
+            other(torch.ones(2, 9))
+    assert saving.excluded == 0
+    assert not failed
+    watched.close()
 
 
 class Recursive(nn.Module):

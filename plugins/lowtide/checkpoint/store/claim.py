@@ -240,7 +240,8 @@ class Shared:
 
     def __init__(self) -> None:
         self._claims: dict[tuple[int, str], tuple[Claim, list[object]]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the two tables, never held while files are touched
+        self._folder_locks: dict[tuple[int, str], threading.Lock] = {}
 
     def take(
         self, folder: Path, own: Holder, user: object, *, dead: Holder | None = None
@@ -251,7 +252,7 @@ class Shared:
             OSError: the claim's file cannot be read or written.
         """
         key = (os.getpid(), os.path.realpath(folder))  # a fork is a process of its own
-        with self._lock:
+        with self._folder(key):
             claim, users = self._claims.get(key, (None, []))
             if claim is None:
                 other = occupy(folder / CLAIM_FILE, own, dead=dead)
@@ -266,14 +267,22 @@ class Shared:
     def give_back(self, claim: Claim, user: object) -> None:
         """Note that `user` needs it no more; without users it is released."""
         with self._lock:
-            for key, (each, users) in self._claims.items():
-                if each is claim:
-                    left = [one for one in users if one is not user]
-                    self._claims[key] = (each, left)
-                    if not left:
-                        del self._claims[key]
-                        claim.release()
-                    return
+            found = [key for key, (each, _) in self._claims.items() if each is claim]
+        for key in found:
+            with self._folder(key):
+                each, users = self._claims.get(key, (None, []))
+                left = [one for one in users if one is not user]
+                if each is not claim:
+                    continue
+                self._claims[key] = (claim, left)
+                if not left:
+                    del self._claims[key]
+                    claim.release()
+
+    def _folder(self, key: tuple[int, str]) -> threading.Lock:
+        """Return the lock of one folder: another one that hangs must not hold this one up."""
+        with self._lock:
+            return self._folder_locks.setdefault(key, threading.Lock())
 
 
 shared = Shared()

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lowtide.compression.activations.saving import Saving
+
+
+class Hook:
+    """A hook on a module; in copies of the module, and in pickled ones, it does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> None:
+        """Listen."""
+        self._function(*arguments)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., None]]]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    """Stand for a hook where nobody listens."""
 
 
 class Excluding:
@@ -26,8 +44,8 @@ class Excluding:
         self.unused = [pattern for pattern, names in found.items() if not names]
         for name in dict.fromkeys(name for names in found.values() for name in names):
             self._handles += [
-                named[name].register_forward_pre_hook(self._enter),
-                named[name].register_forward_hook(self._leave, always_call=True),
+                named[name].register_forward_pre_hook(Hook(self._enter)),
+                named[name].register_forward_hook(Hook(self._leave), always_call=True),
             ]
 
     def close(self) -> None:
