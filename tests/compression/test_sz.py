@@ -270,8 +270,8 @@ def test_bfloat16_is_rounded_once() -> None:
 def test_a_configuration_is_numbers_and_gives_the_bound() -> None:
     codec = get_codec({"id": "lowtide.sz", "mode": "rel", "bound": 1})
     assert codec.get_config() == {
-        "id": "lowtide.sz", "mode": "rel", "bound": 1.0, "predictor": "auto", "fill_value": None,
-        "chunk_elements": 4 << 20, "level": 3,
+        "id": "lowtide.sz", "mode": "rel", "bound": 1.0, "predictor": "auto", "goal": "size",
+        "fill_value": None, "chunk_elements": 4 << 20, "level": 3,
     }  # fmt: skip
     assert isinstance(codec.get_config()["bound"], float)
     assert codec.bound == Bound("rel", 1.0)
