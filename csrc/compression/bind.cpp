@@ -51,10 +51,10 @@ void check_step(double step) {
     }
 }
 
-template <typename T>
-std::pair<Array<std::int32_t>, Array<T>> encode_differences(const Array<T> &work,
-                                                            const Lengths &lengths,
-                                                            const Orders &orders, double step) {
+// Codes and restored values, by encode(work, shape, codes, restored) without the GIL.
+template <typename T, typename Encode>
+std::pair<Array<std::int32_t>, Array<T>> encoded(const Array<T> &work, const Lengths &lengths,
+                                                 double step, const Encode &encode) {
     const Shape shape(lengths);
     const Span<const T> from = values(work, shape, "work");
     check_step(step);
@@ -64,22 +64,35 @@ std::pair<Array<std::int32_t>, Array<T>> encode_differences(const Array<T> &work
     const auto to_restored = writable(restored);
     {
         const py::gil_scoped_release release;
-        difference_encode<T>(from, shape, orders, step, to_codes, to_restored);
+        encode(from, shape, to_codes, to_restored);
     }
     return {std::move(codes), std::move(restored)};
 }
 
-template <typename T>
-py::object decode_differences(Array<std::int32_t> &codes, const Shape &shape, const Orders &orders,
-                              double step) {
-    auto restored = empty<T>(shape.count);
-    const auto from = writable(codes);
+// Restored values, by decode(restored) without the GIL.
+template <typename T, typename Decode> py::object decoded(std::size_t count, const Decode &decode) {
+    auto restored = empty<T>(count);
     const auto to = writable(restored);
     {
         const py::gil_scoped_release release;
-        difference_decode<T>(from, shape, orders, step, to);
+        decode(to);
     }
     return std::move(restored);
+}
+
+template <typename Decode>
+py::object decoded_as(bool is_double, std::size_t count, const Decode &decode) {
+    return is_double ? decoded<double>(count, decode) : decoded<float>(count, decode);
+}
+
+template <typename T>
+std::pair<Array<std::int32_t>, Array<T>> encode_differences(const Array<T> &work,
+                                                            const Lengths &lengths,
+                                                            const Orders &orders, double step) {
+    return encoded(work, lengths, step,
+                   [&](auto from, const Shape &shape, auto codes, auto restored) {
+                       difference_encode<T>(from, shape, orders, step, codes, restored);
+                   });
 }
 
 py::object difference_decode_any(Array<std::int32_t> codes, const Lengths &lengths,
@@ -87,39 +100,20 @@ py::object difference_decode_any(Array<std::int32_t> codes, const Lengths &lengt
     const Shape shape(lengths);
     values(codes, shape, "codes");
     check_step(step);
-    return is_double ? decode_differences<double>(codes, shape, orders, step)
-                     : decode_differences<float>(codes, shape, orders, step);
+    const auto from = writable(codes);
+    return decoded_as(is_double, shape.count,
+                      [&](auto to) { difference_decode(from, shape, orders, step, to); });
 }
 
 template <typename T>
 std::pair<Array<std::int32_t>, Array<T>>
 encode_interpolation(const Array<T> &work, const Lengths &lengths, const Orders &weights,
                      bool cubic, int alpha, int beta, double step) {
-    const Shape shape(lengths);
-    const Span<const T> from = values(work, shape, "work");
-    check_step(step);
-    auto codes = empty<std::int32_t>(shape.count);
-    auto restored = empty<T>(shape.count);
-    const auto to_codes = writable(codes);
-    const auto to_restored = writable(restored);
-    {
-        const py::gil_scoped_release release;
-        interpolation_encode<T>(from, shape, {weights, cubic, alpha, beta}, step, to_codes,
-                                to_restored);
-    }
-    return {std::move(codes), std::move(restored)};
-}
-
-template <typename T>
-py::object decode_interpolation(Span<const std::int32_t> codes, const Shape &shape,
-                                const Interpolation &how, double step) {
-    auto restored = empty<T>(shape.count);
-    const auto to = writable(restored);
-    {
-        const py::gil_scoped_release release;
-        interpolation_decode<T>(codes, shape, how, step, to);
-    }
-    return std::move(restored);
+    const Interpolation how{weights, cubic, alpha, beta};
+    return encoded(work, lengths, step,
+                   [&](auto from, const Shape &shape, auto codes, auto restored) {
+                       interpolation_encode<T>(from, shape, how, step, codes, restored);
+                   });
 }
 
 py::object interpolation_decode_any(const Array<std::int32_t> &codes, const Lengths &lengths,
@@ -129,8 +123,8 @@ py::object interpolation_decode_any(const Array<std::int32_t> &codes, const Leng
     const auto from = values(codes, shape, "codes");
     check_step(step);
     const Interpolation how{weights, cubic, alpha, beta};
-    return is_double ? decode_interpolation<double>(from, shape, how, step)
-                     : decode_interpolation<float>(from, shape, how, step);
+    return decoded_as(is_double, shape.count,
+                      [&](auto to) { interpolation_decode(from, shape, how, step, to); });
 }
 
 std::vector<Pass> scan_of(const Shape &shape, const std::optional<Orders> &weights) {

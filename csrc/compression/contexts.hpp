@@ -77,4 +77,39 @@ struct Merging {
 void activity_of_row(const std::uint16_t *magnitudes, const Shape &shape, const Pass &pass,
                      const Row &row, std::uint16_t *activity);
 
+// How large the codes of a chunk are that encoder or decoder have seen, and the activities of the
+// rows that they are at.
+class Neighbours {
+  public:
+    explicit Neighbours(const Shape &shape) : shape_(shape), magnitudes_(shape.count, 0) {
+        for (auto &activity : activity_) {
+            activity.resize(shape.length[max_axes - 1]);
+        }
+    }
+
+    std::uint16_t *magnitudes() { return magnitudes_.data(); } // of all points
+    const std::uint16_t *activity(std::size_t lane) const { return activity_[lane].data(); }
+
+    // Calls function(rows, shared) for the rows of both lanes of a pass, which go by turns for
+    // `shared` points; the second row counts only if that is not 0. Activities are up to date.
+    template <typename Function> void for_each_pair(const Pass &pass, const Function &function) {
+        const std::vector<Pass> lanes = lanes_of(pass);
+        Rows first(shape_, lanes.front()), second(shape_, lanes.back());
+        std::array<Row, 2> rows{};
+        while (first.next(rows[0])) {
+            const bool is_pair = lanes.size() == 2 && second.next(rows[1]);
+            for (std::size_t lane = 0; lane < (is_pair ? 2 : 1); ++lane) {
+                activity_of_row(magnitudes_.data(), shape_, lanes[lane], rows[lane],
+                                activity_[lane].data());
+            }
+            function(rows, is_pair ? rows[1].count : 0);
+        }
+    }
+
+  private:
+    const Shape &shape_;
+    std::vector<std::uint16_t> magnitudes_;
+    std::array<std::vector<std::uint16_t>, 2> activity_;
+};
+
 } // namespace lowtide::compression

@@ -110,26 +110,15 @@ class WordReader {
 class Decoder {
   public:
     Decoder(const Shape &shape, const Lookup &lookup, Span<std::int32_t> codes)
-        : shape_(shape), lookup_(lookup), codes_(codes.data()), magnitudes_(shape.count, 0) {
-        for (auto &activity : activity_) {
-            activity.resize(shape.length[max_axes - 1]);
-        }
-    }
+        : lookup_(lookup), codes_(codes.data()), neighbours_(shape),
+          magnitudes_(neighbours_.magnitudes()) {}
 
     void decode_pass(const Pass &pass, WordReader &words, BitReader &extra,
                      std::array<std::uint32_t, 2> &states) {
-        const std::vector<Pass> lanes = lanes_of(pass);
-        Rows first(shape_, lanes.front()), second(shape_, lanes.back());
         context_of_ = lookup_.context_of[static_cast<std::size_t>(pass.group)].data();
-        std::array<Row, 2> rows{};
-        while (first.next(rows[0])) {
-            const bool is_pair = lanes.size() == 2 && second.next(rows[1]);
-            for (std::size_t lane = 0; lane < (is_pair ? 2 : 1); ++lane) {
-                activity_of_row(magnitudes_.data(), shape_, lanes[lane], rows[lane],
-                                activity_[lane].data());
-            }
-            decode_rows(rows, is_pair ? rows[1].count : 0, words, extra, states);
-        }
+        neighbours_.for_each_pair(pass, [&](const std::array<Row, 2> &rows, std::size_t shared) {
+            decode_rows(rows, shared, words, extra, states);
+        });
     }
 
   private:
@@ -145,8 +134,8 @@ class Decoder {
     void decode_rows(const std::array<Row, 2> &rows, std::size_t shared, WordReader &all_words,
                      BitReader &extra, std::array<std::uint32_t, 2> &states) {
         WordReader words = all_words;
-        Lane a{activity_[0].data(), rows[0].base, rows[0].step, states[0], 0};
-        Lane b{activity_[1].data(), rows[1].base, rows[1].step, states[1], 0};
+        Lane a{neighbours_.activity(0), rows[0].base, rows[0].step, states[0], 0};
+        Lane b{neighbours_.activity(1), rows[1].base, rows[1].step, states[1], 0};
         for (std::size_t i = 0; i < shared; ++i) {
             decode_point(a, i, words, extra);
             decode_point(b, i, words, extra);
@@ -178,12 +167,11 @@ class Decoder {
         lane.at += lane.step;
     }
 
-    const Shape &shape_;
     const Lookup &lookup_;
     const std::uint8_t *context_of_ = nullptr;
     std::int32_t *codes_;
-    std::vector<std::uint16_t> magnitudes_;
-    std::array<std::vector<std::uint16_t>, 2> activity_;
+    Neighbours neighbours_;
+    std::uint16_t *magnitudes_; // those of `neighbours_`
 };
 
 } // namespace

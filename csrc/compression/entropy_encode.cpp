@@ -64,29 +64,16 @@ struct Scanned {
 class Scanner {
   public:
     Scanner(Span<const std::int32_t> codes, const Shape &shape)
-        : codes_(codes), shape_(shape), magnitudes_(shape.count, 0),
-          counts_(std::size_t{groups} * buckets) {
+        : codes_(codes), neighbours_(shape), counts_(std::size_t{groups} * buckets) {
         out_.symbols.resize(shape.count);
         next_ = out_.symbols.data();
-        for (auto &activity : activity_) {
-            activity.resize(shape.length[max_axes - 1]);
-        }
     }
 
     Scanned run(const std::vector<Pass> &scan) {
         for (const Pass &pass : scan) {
-            const std::vector<Pass> lanes = lanes_of(pass);
-            Rows first(shape_, lanes.front()), second(shape_, lanes.back());
             first_context_ = static_cast<unsigned>(pass.group) * buckets;
-            std::array<Row, 2> rows{};
-            while (first.next(rows[0])) {
-                const bool is_pair = lanes.size() == 2 && second.next(rows[1]);
-                for (std::size_t lane = 0; lane < (is_pair ? 2 : 1); ++lane) {
-                    activity_of_row(magnitudes_.data(), shape_, lanes[lane], rows[lane],
-                                    activity_[lane].data());
-                }
-                scan_rows(rows, is_pair ? rows[1].count : 0);
-            }
+            neighbours_.for_each_pair(pass, [&](const std::array<Row, 2> &rows,
+                                                std::size_t shared) { scan_rows(rows, shared); });
         }
         out_.counts.assign(counts_.size(), Counts{});
         for (std::size_t context = 0; context < counts_.size(); ++context) {
@@ -108,7 +95,7 @@ class Scanner {
     void scan_rows(const std::array<Row, 2> &rows, std::size_t shared) {
         const std::int32_t *const codes = codes_.data();
         const std::uint8_t *const bucket = bucket_table().data();
-        std::uint16_t *const magnitudes = magnitudes_.data();
+        std::uint16_t *const magnitudes = neighbours_.magnitudes();
         std::array<std::uint32_t, tokens> *const counts = counts_.data() + first_context_;
         Symbol *next = next_;
         const auto scan_point = [&](Lane &lane, std::size_t i) {
@@ -124,8 +111,8 @@ class Scanner {
             lane.left = magnitudes[lane.at] = magnitude_of(u);
             lane.at += lane.step;
         };
-        Lane a{activity_[0].data(), rows[0].base, rows[0].step, 0, 0};
-        Lane b{activity_[1].data(), rows[1].base, rows[1].step, 1U << lane_bit, 0};
+        Lane a{neighbours_.activity(0), rows[0].base, rows[0].step, 0, 0};
+        Lane b{neighbours_.activity(1), rows[1].base, rows[1].step, 1U << lane_bit, 0};
         for (std::size_t i = 0; i < shared; ++i) {
             scan_point(a, i);
             scan_point(b, i);
@@ -137,9 +124,7 @@ class Scanner {
     }
 
     Span<const std::int32_t> codes_;
-    const Shape &shape_;
-    std::vector<std::uint16_t> magnitudes_;
-    std::array<std::vector<std::uint16_t>, 2> activity_;
+    Neighbours neighbours_;
     std::vector<std::array<std::uint32_t, tokens>> counts_;
     unsigned first_context_ = 0;
     Symbol *next_ = nullptr;

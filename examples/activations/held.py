@@ -21,7 +21,7 @@ import lowtide
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "stock_deepspeed"))
-from train import TinyGPT, windows  # noqa: E402 - the folder must be known first
+from train import TinyGPT, train, windows  # noqa: E402 - the folder must be known first
 
 
 def main() -> None:
@@ -43,18 +43,8 @@ def main() -> None:
         training_data=list(windows()),
         config=config,
     )
-    is_first = deepspeed.comm.get_rank() == 0
-    batches = iter(loader)
-    for step in range(1, options.steps + 1):
-        total = 0.0
-        for _ in range(engine.gradient_accumulation_steps()):
-            loss = engine(next(batches).to(engine.device))
-            engine.backward(loss)
-            engine.step()
-            total += loss.item()
-        if is_first:
-            print(f"step {step} loss {total / engine.gradient_accumulation_steps()!r}", flush=True)
-    if is_first and not options.stock:
+    train(engine, loader, options.steps)
+    if deepspeed.comm.get_rank() == 0 and not options.stock:
         facts = engine.lowtide.compression.summary()["activations"]
         print(
             f"held {facts['held_bytes'] / 1e6:.2f} MB of {facts['saved_bytes'] / 1e6:.2f} MB: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import deepspeed
@@ -58,6 +59,20 @@ def windows() -> torch.Tensor:
     return tokens.long().view(count, SEQUENCE + 1)
 
 
+def train(engine: deepspeed.DeepSpeedEngine, loader: Iterable[torch.Tensor], steps: int) -> None:
+    """Train for some steps; rank 0 prints the loss of each."""
+    batches = iter(loader)
+    for step in range(1, steps + 1):
+        total = 0.0
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss = engine(next(batches).to(engine.device))
+            engine.backward(loss)
+            engine.step()
+            total += loss.item()
+        if deepspeed.comm.get_rank() == 0:
+            print(f"step {step} loss {total / engine.gradient_accumulation_steps()!r}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default=str(HERE / "ds.json"))
@@ -73,16 +88,7 @@ def main() -> None:
         training_data=list(windows()),
         config=options.config,
     )
-    batches = iter(loader)
-    for step in range(1, options.steps + 1):
-        total = 0.0
-        for _ in range(engine.gradient_accumulation_steps()):
-            loss = engine(next(batches).to(engine.device))
-            engine.backward(loss)
-            engine.step()
-            total += loss.item()
-        if deepspeed.comm.get_rank() == 0:
-            print(f"step {step} loss {total / engine.gradient_accumulation_steps()!r}", flush=True)
+    train(engine, loader, options.steps)
     engine.destroy()
     deepspeed.comm.destroy_process_group()
 

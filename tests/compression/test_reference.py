@@ -464,11 +464,13 @@ def test_arguments_that_do_not_fit_are_refused(name: str, arguments: Any, text: 
 def test_arguments_are_not_written_to() -> None:
     work = chunk("special", 30, np.float32, np.random.default_rng(10))
     numbers = codes("wide", 30, np.random.default_rng(11))
+    before = work.tobytes(), numbers.tobytes()
     for array in (work, numbers):
-        array.setflags(write=False)
+        array.setflags(write=False)  # where numpy does the writing, it raises
     reference.difference_encode(work, (5, 6), (1, 2), 0.1)
     reference.interpolation_encode(work, (5, 6), (1, 2), True, 1, 1, 0.1)
     reference.outside(work, work, 0.1, True)
     reference.difference_decode(numbers, (5, 6), (0, 0), 0.1, False)
     reference.interpolation_decode(numbers, (5, 6), (1, 2), True, 1, 1, 0.1, False)
     reference.entropy_encode(numbers, (5, 6), None)
+    assert (work.tobytes(), numbers.tobytes()) == before
