@@ -70,6 +70,14 @@ class ModelError(LowtideError, ValueError):
     """A model cannot be converted or sharded the way it was asked for."""
 
 
+class DataError(LowtideError, ValueError):
+    """Data that a computation is asked to work on has a shape, type or value it cannot take."""
+
+
+class UncorrectedFaultError(LowtideError, ArithmeticError):
+    """A silent error of the hardware was found in a result and could not be put right."""
+
+
 class CodecError(LowtideError, ValueError):
     """A codec cannot take an input, an output buffer or a parameter."""
 

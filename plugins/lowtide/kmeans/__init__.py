@@ -1,0 +1,1 @@
+"""Fault-tolerant K-Means: scikit-learn's estimator with checksums inside."""
