@@ -28,8 +28,12 @@ class _Prepared(Prepared):
         self._samples = samples
         self._weights = np.ones(len(samples)) if weights is None else weights
 
-    def assign(self, centroids: Floats, protection: Protection | None = None) -> Assignment:
-        """See `Prepared.assign`; protection is not looked at."""
+    def assign(
+        self,
+        centroids: Floats,
+        protection: Protection | None = None,  # noqa: ARG002  # the oracle checks nothing
+    ) -> Assignment:
+        """See `Prepared.assign`."""
         # As other backends see them, who compute in the samples' dtype.
         places = centroids.astype(self._samples.dtype).astype(np.float64)
         count, features = len(self._samples), self._samples.shape[1]
@@ -47,6 +51,6 @@ class _Prepared(Prepared):
             labels=labels,
             distances=distances,
             sums=sums,
-            counts=np.bincount(labels, self._weights, len(places)),
+            counts=np.bincount(labels, self._weights, len(places)).astype(np.float64),
             inertia=float((distances * self._weights).sum()),
         )
