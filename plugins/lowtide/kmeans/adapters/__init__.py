@@ -1,0 +1,1 @@
+"""What the hosts know about ranks."""
