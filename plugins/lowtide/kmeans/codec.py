@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from lowtide.core.codec import ArrayData, Bound, Codec, compress_bytes, decompress_bytes
-from lowtide.core.errors import CodecError, CorruptStreamError, DataError, listed
+from lowtide.core.errors import CodecError, CorruptStreamError, listed
 from lowtide.core.stream import BIT_TYPES, StreamHeader, numpy_dtype
 
-# Of a stream: integers and floats are little endian.
-_HEAD = struct.Struct("<IIQ")  # entries of the codebook, values of a vector, bytes of the codes
+# A payload: this, the codebook, the codes (zstd), the places and bits of what is not finite (zstd).
+# Entries of the codebook, values of a vector, bytes of the codes, elements that are not finite.
+_HEAD = struct.Struct("<IIQQ")
 _LEVEL = 3
 
 
@@ -29,7 +30,7 @@ class PqCodec(Codec):
     """Vectors of `sub_dim` consecutive values, each replaced by the nearest of `n_clusters`.
 
     Lossy without a bound: 256 entries of 8 values are one bit per value, whatever that costs. NaN
-    and infinity have no nearest entry and are refused.
+    and infinity come back bit for bit.
 
     Args:
         n_clusters: Entries of the codebook; no more than there are vectors.
@@ -64,28 +65,32 @@ class PqCodec(Codec):
         return Bound("none")
 
     def _encode(self, data: ArrayData) -> bytes:
+        values = _working(self.codec_id, data)
+        is_special = ~np.isfinite(values)
+        special = _pack_special(data.values.reshape(-1), np.flatnonzero(is_special))
+        count = -(-values.size // self.sub_dim)
+        book = np.empty((0, self.sub_dim), values.dtype)
+        codes = b""
+        if count:
+            finite = np.where(is_special, values.dtype.type(0), values)
+            # The last vector goes on with the first values.
+            vectors = np.resize(finite, (count, self.sub_dim))
+            book, labels = self._fit(vectors)
+            codes = compress_bytes(labels.astype(_code_type(len(book))).data, _LEVEL)
+        counts = (len(book), self.sub_dim, len(codes), int(is_special.sum()))
+        return _HEAD.pack(*counts) + book.tobytes() + codes + special
+
+    def _fit(self, vectors: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int32]]:
         from lowtide.kmeans.estimator import KMeans
 
-        values = _working(self.codec_id, data)
-        count = -(-values.size // self.sub_dim)
-        if count == 0:
-            return _HEAD.pack(0, self.sub_dim, 0)
-        vectors = np.resize(values, (count, self.sub_dim))  # the last one goes on from the front
         estimator = KMeans(
-            min(self.n_clusters, count),
+            min(self.n_clusters, len(vectors)),
             n_init=1,
             max_iter=self.max_iter,
             random_state=self.seed,
             fault_tolerance="correct",
-        )
-        try:
-            estimator.fit(vectors)
-        except DataError as error:
-            raise CodecError(f'codec "{self.codec_id}": {error}') from error
-        book = np.ascontiguousarray(estimator.cluster_centers_, values.dtype)
-        labels = estimator.labels_.astype(_code_type(len(book)))
-        codes = compress_bytes(np.ascontiguousarray(labels).data, _LEVEL)
-        return _HEAD.pack(len(book), self.sub_dim, len(codes)) + book.tobytes() + codes
+        ).fit(vectors)
+        return np.ascontiguousarray(estimator.cluster_centers_, vectors.dtype), estimator.labels_
 
     def _decode(self, header: StreamHeader, payload: memoryview) -> NDArray[Any]:
         try:
@@ -96,33 +101,54 @@ class PqCodec(Codec):
 
 def _decoded(header: StreamHeader, payload: memoryview) -> NDArray[Any]:
     size = math.prod(header.shape)
-    if len(payload) < _HEAD.size:
-        raise CorruptStreamError(f"payload of {len(payload)} bytes, at least {_HEAD.size}")
-    entries, width, code_bytes = _HEAD.unpack(payload[: _HEAD.size])
     working = _WORKING.get(header.dtype)
-    if (
-        working is None
-        or not 1 <= width <= 4096
-        or entries > 65536
-        or (entries == 0) != (size == 0)
-    ):
+    if working is None or len(payload) < _HEAD.size:
+        raise CorruptStreamError(f"a payload of {len(payload)} bytes for {header.dtype}")
+    entries, width, code_bytes, specials = _HEAD.unpack(payload[: _HEAD.size])
+    is_possible = 1 <= width <= 4096 and entries <= 65536 and (entries == 0) == (size == 0)
+    if not is_possible or specials > size:
         raise CorruptStreamError(
-            f"{entries} entries of {width} values for {size} elements of {header.dtype}"
+            f"{entries} entries of {width} values and {specials} others for {size} elements"
         )
+    body = payload[_HEAD.size :]
     book_bytes = entries * width * working.itemsize
-    expected = _HEAD.size + book_bytes + code_bytes
-    if len(payload) != expected:
-        raise CorruptStreamError(f"payload of {len(payload)} bytes, its parts have {expected}")
-    if size == 0:
-        return np.empty(0, numpy_dtype(header.dtype))
-    book = np.frombuffer(payload[_HEAD.size :], working, entries * width).reshape(entries, width)
-    count = -(-size // width)
+    if book_bytes + code_bytes > len(body):
+        raise CorruptStreamError(f"{len(body)} bytes, {book_bytes + code_bytes} were written")
+    rest = body[book_bytes + code_bytes :]
+    restored = np.empty(0, numpy_dtype(header.dtype))
+    if size:
+        book = np.frombuffer(body[:book_bytes], working).reshape(entries, width)
+        codes = _codes(body[book_bytes : book_bytes + code_bytes], -(-size // width), entries)
+        restored = _narrowed(book[codes].reshape(-1)[:size], header.dtype)
+    _put_special(restored, rest, specials)
+    return restored
+
+
+def _codes(frame: memoryview, count: int, entries: int) -> NDArray[Any]:
     code_type = _code_type(entries)
-    raw = decompress_bytes(payload[_HEAD.size + book_bytes :], count * code_type.itemsize)
-    codes = np.frombuffer(raw, code_type)
+    codes = np.frombuffer(decompress_bytes(frame, count * code_type.itemsize), code_type)
     if int(codes.max()) >= entries:
         raise CorruptStreamError(f"a code of {codes.max()}, there are {entries} entries")
-    return _narrowed(book[codes].reshape(-1)[:size], header.dtype)
+    return codes
+
+
+def _pack_special(elements: NDArray[Any], places: NDArray[np.int64]) -> bytes:
+    """Return places and bits of the elements that have no nearest vector: NaN and infinity."""
+    if not places.size:
+        return b""
+    return compress_bytes(places.astype("<i8").tobytes() + elements[places].tobytes(), _LEVEL)
+
+
+def _put_special(restored: NDArray[Any], frame: memoryview, count: int) -> None:
+    if not count:
+        if len(frame):
+            raise CorruptStreamError(f"{len(frame)} bytes too many")
+        return
+    raw = decompress_bytes(frame, count * (8 + restored.itemsize))
+    places = np.frombuffer(raw, "<i8", count)
+    if places[0] < 0 or places[-1] >= restored.size or (np.diff(places) <= 0).any():
+        raise CorruptStreamError("places of NaN or infinity are not in order")
+    restored[places] = np.frombuffer(raw[count * 8 :], restored.dtype)
 
 
 def _working(codec_id: str, data: ArrayData) -> NDArray[Any]:
