@@ -250,11 +250,15 @@ class KMeans(Estimator):
         self, samples: Samples, group: Group, *, is_first: bool = True
     ) -> tuple[Problem, np.random.RandomState]:
         """Return what is clustered, and the generator, the same on all ranks."""
-        count = int(group.sum(np.array([float(len(samples.values))]))[0])
+        mine = float(len(samples.values))
+        weight = mine if samples.weights is None else float(samples.weights.sum())
+        count, weight = group.sum(np.array([mine, weight]))
         if not count:
             check_not_empty(samples.values.shape)
+        if not weight > 0:
+            raise DataError("sample_weight: all weights are zero; one of them has to be above 0")
         if is_first and count < self.n_clusters:
-            raise DataError(f"n_samples={count} should be >= n_clusters={self.n_clusters}.")
+            raise DataError(f"n_samples={int(count)} should be >= n_clusters={self.n_clusters}.")
         generator, seed = _generator(self.random_state, group)
         self._check_alike(samples, group, seed)
         backend = group.together(lambda: choose(self.backend, samples.values))

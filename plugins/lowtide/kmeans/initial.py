@@ -151,7 +151,7 @@ def parallel(problem: Problem, n_clusters: int, generator: np.random.RandomState
     candidates = fresh = first
     nearest = np.full(len(values), np.inf)
     for _ in range(_ROUNDS):
-        found = one_pass(problem, fresh.astype(problem.samples.dtype))
+        found = one_pass(problem, fresh.astype(problem.samples.dtype), distances=True)
         nearest = np.minimum(nearest, np.asarray(to_numpy(found.distances)))
         masses = weights * nearest
         potential = float(group.sum(np.array([masses.sum()]))[0])

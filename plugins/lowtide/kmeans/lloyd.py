@@ -11,7 +11,7 @@ rises, beyond rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,9 @@ def _checked_pass(
 ) -> tuple[Floats, Pass]:
     """Return a pass whose inertia has not risen, and the centroids it was made with."""
     before = last[1].labels if last else None
-    found = one_pass(problem, centroids, before)
+    # Where a cluster was empty it may be so again, and then the distances are needed.
+    is_empty = bool(last and (last[1].counts <= 0).any())
+    found = one_pass(problem, centroids, before, distances=is_empty)
     if not problem.protection.is_on or not _has_risen(problem, found, last):
         return centroids, found
     problem.count(detected=1)
@@ -150,6 +152,9 @@ def means(problem: Problem, found: Pass, centroids: Floats) -> Floats:
     """
     sums, counts = found.sums, found.counts
     if (counts <= 0).any():
+        if found.distances is None:
+            again = one_pass(problem, centroids, distances=True)
+            found = replace(found, distances=again.distances)
         sums, counts = _relocated(problem, found)
     moved = np.where(
         counts[:, None] > 0, sums / np.where(counts > 0, counts, 1.0)[:, None], np.nan

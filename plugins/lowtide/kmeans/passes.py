@@ -119,7 +119,7 @@ class Pass:
 
     Attributes:
         labels: int32, of this rank's samples; a tensor where the samples are.
-        distances: float64, squared, likewise.
+        distances: float64, squared, likewise; None if not asked for.
         sums: float64 (K, D), of all ranks.
         counts: float64 (K,), of all ranks.
         inertia: Of all ranks.
@@ -134,13 +134,16 @@ class Pass:
     changed: int
 
 
-def one_pass(problem: Problem, centroids: Floats, before: Any = None) -> Pass:
+def one_pass(
+    problem: Problem, centroids: Floats, before: Any = None, *, distances: bool = False
+) -> Pass:
     """Assign all samples to (K, D) centroids and add up the clusters; on all ranks together.
 
     Args:
         problem: The samples.
         centroids: (K, D), the same on all ranks.
         before: Labels to compare with, or None.
+        distances: Whether `Pass.distances` is wanted.
 
     Raises:
         UncorrectedFaultError: more errors remain than may.
@@ -149,7 +152,7 @@ def one_pass(problem: Problem, centroids: Floats, before: Any = None) -> Pass:
     done: Assignment | None = None
     error: Exception | None = None
     try:
-        done = problem.prepared.assign(centroids, problem.protection)
+        done = problem.prepared.assign(centroids, problem.protection, distances=distances)
         packed = _packed(done, before)
     except Exception as caught:  # noqa: BLE001  # raised below, on every rank
         error = caught

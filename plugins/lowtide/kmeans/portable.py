@@ -87,15 +87,19 @@ class _Prepared(Prepared):
         self._weights = None if weights is None else torch.from_numpy(weights).to(values.device)
         self._compute = compute
         moments = Moments.of(values)
+        self._mean = torch.from_numpy(moments.mean)
+        self._squares: float | None = None
         # Taken off again in every block: a second copy of the samples would cost more.
         self._shift = (
-            torch.from_numpy(moments.mean).to(values.device, compute)
+            self._mean.to(values.device, compute)
             if moments.is_off_centre
             else None
         )
         self._totals: Totals | None = None
 
-    def assign(self, centroids: Floats, protection: Protection | None = None) -> Assignment:
+    def assign(
+        self, centroids: Floats, protection: Protection | None = None, *, distances: bool = True
+    ) -> Assignment:
         """See `Prepared.assign`; labels and distances are tensors where the samples are."""
         protection = protection or Protection()
         values, count = self._values, len(self._values)
@@ -104,7 +108,7 @@ class _Prepared(Prepared):
         given = given.to(self._compute)
         centres = Centres.of(given if self._shift is None else given - self._shift, protection)
         labels = torch.empty(count, dtype=torch.int64, device=values.device)
-        distances = torch.empty(count, dtype=torch.float64, device=values.device)
+        exact = torch.empty(count if distances else 0, dtype=torch.float64, device=values.device)
         sums = torch.zeros(
             len(given), values.shape[1] + 1, dtype=torch.float64, device=values.device
         )
@@ -115,19 +119,37 @@ class _Prepared(Prepared):
                 shifted = block if self._shift is None else block - self._shift
                 chosen = Checked(shifted, centres, report).labels()
                 labels[place] = chosen
-                away = block - given[chosen]
-                distances[place] = away.square_().sum(1, dtype=torch.float64)
                 self._add(sums, place, block, chosen)
-        weighted = distances if self._weights is None else distances * self._weights
+                if distances:
+                    away = block - given[chosen]
+                    exact[place] = away.square_().sum(1, dtype=torch.float64)
+        if distances:
+            inertia = float((exact if self._weights is None else exact * self._weights).sum())
+        else:
+            inertia = self._inertia(sums, given)
         done = Assignment(
             labels=_out(labels.to(torch.int32)),
-            distances=_out(distances),
+            distances=_out(exact) if distances else None,
             sums=to_numpy(sums[:, :-1]),
             counts=to_numpy(sums[:, -1]),
-            inertia=float(weighted.sum()),
+            inertia=inertia,
             report=report,
         )
         return self._sums_checked(done, protection) if protection.is_on else done
+
+    def _inertia(self, sums: torch.Tensor, centroids: torch.Tensor) -> float:
+        """Return the inertia that follows from the sums, about the mean, where digits last."""
+        wide = self._mean.to(sums.device)
+        if self._squares is None:
+            self._squares = 0.0
+            for place, block in blocks_of(self._values):
+                squares = (block.double() - wide).square().sum(1)
+                if self._weights is not None:
+                    squares *= self._weights[place]
+                self._squares += float(squares.sum())
+        counts, away = sums[:, -1:], centroids.double() - wide
+        rest = counts * away.square() - 2 * (sums[:, :-1] - counts * wide) * away
+        return max(0.0, self._squares + float(rest.sum()))
 
     def _places(self, n_clusters: int) -> Iterator[slice]:
         rows = _BLOCK_DISTANCES // n_clusters

@@ -94,11 +94,8 @@ def as_weights(given: Any, count: int) -> NDArray[np.float64] | None:
             f"sample_weight.shape == {weights.shape}, expected {(count,)}: one for each sample"
         )
     _check_finite(weights, "sample_weight")
-    if count and (weights.min() < 0 or weights.max() == 0):
-        raise DataError(
-            f"sample_weight: from {weights.min()} to {weights.max()}, allowed are 0 and more, and "
-            f"one of them above 0"
-        )
+    if weights.min(initial=0.0) < 0:
+        raise DataError(f"sample_weight: found {weights.min()}, allowed are 0 and more")
     return np.ascontiguousarray(weights)
 
 
@@ -201,7 +198,8 @@ def check_not_empty(shape: Any) -> None:
 
 
 def _check_finite(values: Any, name: str) -> None:
-    tensor = as_tensor(values).reshape(len(values), -1)
+    tensor = as_tensor(values)
+    tensor = tensor if tensor.ndim == 2 else tensor[:, None]
     for place, block in blocks_of(tensor):
         # numpy's is many times faster in host memory
         where = ~np.isfinite(block.numpy()) if block.device.type == "cpu" else ~block.isfinite()
