@@ -25,15 +25,17 @@ class Assignment:
 
     Attributes:
         labels: int32 (M,), the nearest centroid.
-        distances: float64 (M,), squared distance to it, never negative.
+        distances: float64 (M,), squared distance to it, never negative; None if not asked for.
         sums: float64 (K, D), weighted sum of each cluster's samples.
         counts: float64 (K,), weight of each cluster's samples.
-        inertia: Weighted sum of `distances`.
+        inertia: Weighted sum of the squared distances. Without `distances` it may come from the
+            sums (sum of ``w |x|^2 - 2 s.c + n |c|^2`` about a common centre, in float64), which
+            costs next to nothing.
         report: What the checks found.
     """
 
     labels: NDArray[np.int32]
-    distances: NDArray[np.float64]
+    distances: NDArray[np.float64] | None
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]
     inertia: float
@@ -48,13 +50,18 @@ class Prepared(ABC):
     """
 
     @abstractmethod
-    def assign(self, centroids: Floats, protection: Protection | None = None) -> Assignment:
+    def assign(
+        self, centroids: Floats, protection: Protection | None = None, *, distances: bool = True
+    ) -> Assignment:
         """Assign every sample to its nearest centroid and sum up the clusters.
 
         Args:
             centroids: (K, D), finite, any float dtype; K >= 1. Computed with in the dtype of the
                 samples.
             protection: Checks to make; None makes none.
+            distances: Whether `Assignment.distances` is wanted. They are computed anew from the
+                differences, to be exact where a sample is close to its centroid; with few
+                centroids that takes longer than the assignment itself.
 
         Returns:
             The assignment. With `protection` on, `report` counts; whatever could not be put right

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lowtide.core.errors import DataError, listed
+
+if TYPE_CHECKING:
+    from lowtide.kmeans.estimator import KMeans
+    from lowtide.kmeans.protection import Protection
 
 FORMAT = 1
 _LARGEST_BYTE = 256
@@ -81,6 +86,39 @@ class Codebook:
             )
         vectors = self.centroids[codes.astype(np.int64).reshape(-1)]
         return torch.from_numpy(vectors.reshape(*codes.shape[:-1], -1))
+
+
+def fit_vectors(
+    vectors: NDArray[Any],
+    n_clusters: int,
+    *,
+    init: Any = "k-means++",
+    max_iter: int,
+    seed: int,
+    protection: Protection,
+    group: Any = None,
+) -> KMeans:
+    """Return an estimator that was fitted to vectors (n, d); arguments as those of `KMeans`.
+
+    Raises:
+        DataError, UncorrectedFaultError: as `KMeans.fit`.
+    """
+    from lowtide.kmeans.estimator import KMeans
+    from lowtide.kmeans.scikit import ConvergenceWarning
+
+    estimator = KMeans(
+        n_clusters,
+        init=init,
+        n_init=1,
+        max_iter=max_iter,
+        random_state=seed,
+        fault_tolerance=protection,
+        process_group=group,
+    )
+    with warnings.catch_warnings():
+        # Fewer different vectors than entries are nothing wrong: they all come back exactly.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return estimator.fit(vectors)
 
 
 def save(path: Path, books: Mapping[str, Codebook], settings: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from lowtide.core.codec import ArrayData, Bound, Codec, compress_bytes, decompress_bytes
 from lowtide.core.errors import CodecError, CorruptStreamError, listed
 from lowtide.core.stream import BIT_TYPES, StreamHeader, numpy_dtype
+from lowtide.kmeans.codebook import fit_vectors
+from lowtide.kmeans.protection import Protection
 
 # A payload: this, the codebook, the codes (zstd), the places and bits of what is not finite (zstd).
 # Entries of the codebook, values of a vector, bytes of the codes, elements that are not finite.
@@ -80,17 +82,16 @@ class PqCodec(Codec):
         counts = (len(book), self.sub_dim, len(codes), int(is_special.sum()))
         return _HEAD.pack(*counts) + book.tobytes() + codes + special
 
-    def _fit(self, vectors: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        from lowtide.kmeans.estimator import KMeans
-
-        estimator = KMeans(
+    def _fit(self, vectors: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        estimator = fit_vectors(
+            vectors,
             min(self.n_clusters, len(vectors)),
-            n_init=1,
             max_iter=self.max_iter,
-            random_state=self.seed,
-            fault_tolerance="correct",
-        ).fit(vectors)
-        return np.ascontiguousarray(estimator.cluster_centers_, vectors.dtype), estimator.labels_
+            seed=self.seed,
+            protection=Protection("correct"),
+        )
+        used, codes = np.unique(estimator.labels_, return_inverse=True)
+        return np.ascontiguousarray(estimator.cluster_centers_[used], vectors.dtype), codes
 
     def _decode(self, header: StreamHeader, payload: memoryview) -> NDArray[Any]:
         try:

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lowtide.kmeans.adapters.replicas import Replicas
-from lowtide.kmeans.codebook import Codebook
+from lowtide.kmeans.codebook import Codebook, fit_vectors
 from lowtide.kmeans.config import KMeansConfig
-from lowtide.kmeans.estimator import KMeans
 from lowtide.kmeans.protection import FaultReport
 
 
@@ -74,16 +73,15 @@ class Fitter:
         if count < config.n_clusters:
             return None
         before = self.books.get(name)
-        estimator = KMeans(
+        estimator = fit_vectors(
+            vectors.numpy(),
             config.n_clusters,
             init="k-means++" if before is None else before.centroids,
-            n_init=1,
             max_iter=config.max_iter,
-            random_state=config.seed,
-            fault_tolerance=config.fault_tolerance.protection(),
-            process_group=replicas.group,
+            seed=config.seed,
+            protection=config.fault_tolerance.protection(),
+            group=replicas.group,
         )
-        estimator.fit(vectors.numpy())
         self.faults.add(estimator.fault_report_)
         book = Codebook(
             np.ascontiguousarray(estimator.cluster_centers_, np.float32),

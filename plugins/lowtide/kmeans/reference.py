@@ -32,25 +32,27 @@ class _Prepared(Prepared):
         self,
         centroids: Floats,
         protection: Protection | None = None,  # noqa: ARG002  # the oracle checks nothing
+        *,
+        distances: bool = True,
     ) -> Assignment:
         """See `Prepared.assign`."""
         # As other backends see them, who compute in the samples' dtype.
         places = centroids.astype(self._samples.dtype).astype(np.float64)
         count, features = len(self._samples), self._samples.shape[1]
         labels = np.empty(count, np.int32)
-        distances = np.empty(count, np.float64)
+        nearest = np.empty(count, np.float64)
         sums = np.zeros((len(places), features))
         for begin in range(0, count, _BLOCK):
             rows = slice(begin, begin + _BLOCK)
             block = self._samples[rows].astype(np.float64)
             squares = np.stack([((block - place) ** 2).sum(axis=1) for place in places], axis=1)
             labels[rows] = squares.argmin(axis=1)
-            distances[rows] = squares.min(axis=1)
+            nearest[rows] = squares.min(axis=1)
             np.add.at(sums, labels[rows], block * self._weights[rows, None])
         return Assignment(
             labels=labels,
-            distances=distances,
+            distances=nearest if distances else None,
             sums=sums,
-            counts=np.bincount(labels, self._weights, len(places)).astype(np.float64),
-            inertia=float((distances * self._weights).sum()),
+            counts=np.bincount(labels, self._weights, len(places)),
+            inertia=float((nearest * self._weights).sum()),
         )
