@@ -76,10 +76,15 @@ def errors_by_hand(engine: Any) -> dict[str, float]:
     return found
 
 
+def hooks_of(engine: Any) -> int:
+    return sum(len(each._forward_hooks) for each in engine.module.modules())
+
+
 def case_of(stage: int, block: dict[str, Any]) -> dict[str, Any]:
     is_offloaded = "offload" in block
     stock = engine_of(stage, None, is_offloaded=is_offloaded)
     expected = train(stock, STEPS)
+    hooks = hooks_of(stock)
     stock.destroy()
     engine = engine_of(stage, block, is_offloaded=is_offloaded)
     losses = train(engine, STEPS)
@@ -90,7 +95,7 @@ def case_of(stage: int, block: dict[str, Any]) -> dict[str, Any]:
         "summary": plugin.summary(),
         "centroids": {name: each.centroids.tolist() for name, each in plugin.codebooks.items()},
         "by hand": errors_by_hand(engine) if plugin.config.use == "codebook" else {},
-        "hooks": sum(len(each._forward_hooks) for each in engine.module.modules()),
+        "hooks": hooks_of(engine) - hooks,
     }
     engine.destroy()
     return found
