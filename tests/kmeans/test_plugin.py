@@ -116,9 +116,9 @@ def test_outputs_of_the_due_step_alone_are_clustered() -> None:
         loop.model.train()
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
         loop.optimizer.zero_grad()
-        loss = loop.model(x).square().mean()
+        loop.backward(loop.model(x).square().mean())
         seen.append(len(module._forward_hooks))
-        loop.backward(loss)
+        loop.backward(loop.model(x + 1.0).square().mean())  # a second micro-batch, not looked at
         expected = module(x).detach()  # with the weights of this forward
         loop.optimizer.step()
     assert seen == [0, 0, 1]

@@ -34,7 +34,7 @@ class Shard:
     """This rank's part of a parameter that ZeRO-3 has divided.
 
     Attributes:
-        values: Flat, without padding.
+        values: Flat; what is behind the end of the whole parameter is padding.
         begin: Where it begins in the whole parameter.
         numel: Of the whole parameter.
         ranks: Those that have the other parts.
@@ -74,8 +74,7 @@ def shard_of(parameter: Any, replicas: Replicas) -> Shard | None:
     ranks = replicas if group is None else _within(group)
     part = parameter.ds_tensor
     begin = ranks.rank * part.numel()
-    values = part.reshape(-1)[: max(0, parameter.ds_numel - begin)]
-    return Shard(values, begin, parameter.ds_numel, ranks)
+    return Shard(part.reshape(-1), begin, parameter.ds_numel, ranks)
 
 
 def is_expert(parameter: Any) -> bool:
