@@ -64,7 +64,11 @@ def report(engine: deepspeed.DeepSpeedEngine, data: torch.Tensor) -> None:
         for name, book in engine.lowtide.kmeans.codebooks.items():
             parameters[name].copy_(book.decode(book.encode(parameters[name])))
     print(f"loss {before:.4f}; of the model as its codes say it is {loss_of(engine, data):.4f}")
-    print(f"{facts['fits']} fits took {facts['share']:.1%} of the time; {facts['faults']}")
+    faults = facts["faults"]
+    print(
+        f"{facts['fits']} fits took {facts['share']:.1%} of the time; of {faults['checks']} checks "
+        f"{faults['detected']} found an error"
+    )
 
 
 if __name__ == "__main__":

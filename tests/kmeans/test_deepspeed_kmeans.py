@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -75,3 +76,18 @@ def test_next_run_begins_with_the_codebooks_of_before(ranks: list[dict[str, Any]
         assert set(found["names"]) == set(WEIGHTS)
         assert all(found["is same"])
         assert found["files"] == ["codebooks-rank00000.safetensors"]
+
+
+def test_example_prints_what_the_codes_cost() -> None:
+    log = run_ranks(["examples/kmeans/codebooks.py", "--steps", "10"]).check().logs[0]
+    rows = re.findall(r"^layers\.\S+: 2\.0 bits, relative error (0\.\d+)$", log, re.MULTILINE)
+    assert len(rows) == 8  # four matrices in each of two layers
+    assert all(0.1 < float(row) < 0.4 for row in rows)
+    (found,) = re.findall(r"^loss (\S+); of the model as its codes say it is (\S+)$", log, re.M)
+    before, after = map(float, found)
+    assert before < after < before + 0.2
+    assert "1 fits took" in log
+    stock = run_ranks(["examples/kmeans/codebooks.py", "--steps", "10", "--stock"]).check().logs[0]
+    steps = [line for line in log.splitlines() if line.startswith("step ")]
+    assert [line for line in stock.splitlines() if line.startswith("step ")] == steps
+    assert len(steps) == 10

@@ -104,4 +104,4 @@ class FaultReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts by name, as JSON types."""
-        return asdict(self)
+        return {**asdict(self), "max_residual": float(self.max_residual)}  # numpy's too
