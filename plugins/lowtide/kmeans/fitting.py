@@ -76,7 +76,8 @@ class Fitter:
         estimator = fit_vectors(
             vectors.numpy(),
             config.n_clusters,
-            init="k-means++" if before is None else before.centroids,
+            # A few passes instead of one for each centroid, each of which asks all ranks.
+            init="k-means||" if before is None else before.centroids,
             max_iter=config.max_iter,
             seed=config.seed,
             protection=config.fault_tolerance.protection(),
