@@ -90,7 +90,7 @@ class Problem:
         whole = FaultReport()
         for row in self.group.gather(mine):
             values = dict(zip(names, row[0], strict=True))
-            residual = values.pop("max_residual")
+            residual = float(values.pop("max_residual"))
             whole.add(
                 FaultReport(**{name: int(n) for name, n in values.items()}, max_residual=residual)
             )
