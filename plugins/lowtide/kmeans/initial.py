@@ -53,16 +53,16 @@ def initial(
                 f"array of shape (n_clusters, n_features), or a function"
             )
         return methods[init](problem, n_clusters, generator)
-    made = init
+    group, samples = problem.group, problem.samples
     if callable(init):
-        given = problem.samples.like_given(problem.samples.values)
-        made = init(given, n_clusters, random_state=generator)
-    centroids = as_centroids(made, n_clusters, problem.samples)
-    if callable(init):  # it saw the samples of one rank only
-        return np.asarray(problem.group.gather(centroids.astype(np.float64))[0]).astype(
-            centroids.dtype
+        given = samples.like_given(samples.values)
+        centroids = group.together(
+            lambda: as_centroids(init(given, n_clusters, random_state=generator), n_clusters, samples)
         )
-    if not problem.group.agree(centroids.astype(np.float64), is_right=True):
+        # Each rank's function saw that rank's samples only.
+        return group.gather(centroids.astype(np.float64))[0].astype(samples.dtype)
+    centroids = group.together(lambda: as_centroids(init, n_clusters, samples))
+    if not group.agree(centroids.astype(np.float64), is_right=True):
         raise DataError("init: ranks were given different arrays; give all of them the same")
     return centroids
 

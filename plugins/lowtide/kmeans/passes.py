@@ -57,8 +57,12 @@ class Problem:
         """Return a problem; all ranks of the group call this together."""
         group = group or Group()
         protection = protection or Protection()
-        prepared = backend.prepare(samples.values, samples.weights)
-        mine = Moments.of(samples.tensor)
+        prepared, mine = group.together(
+            lambda: (
+                backend.prepare(samples.values, samples.weights),
+                Moments.of(samples.tensor),
+            )
+        )
         rows = group.gather(np.array([[mine.count, mine.squares, *mine.mean]]))
         parts = [Moments(int(row[0, 0]), row[0, 2:], float(row[0, 1])) for row in rows]
         problem = cls(samples, prepared, group, protection, Moments.merged(parts))
