@@ -27,7 +27,8 @@ def points(
     """Return samples around `blobs` places."""
     g = np.random.default_rng(seed)
     places = 4 * g.standard_normal((blobs, features))
-    return (places[g.integers(0, blobs, count)] + g.standard_normal((count, features))).astype(dtype)
+    samples = places[g.integers(0, blobs, count)] + g.standard_normal((count, features))
+    return samples.astype(dtype)
 
 
 def chosen(samples: Array, count: int, *, seed: int = 1) -> Array:

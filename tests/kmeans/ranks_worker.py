@@ -55,11 +55,11 @@ def facts(model: KMeans) -> dict[str, Any]:
 
 def starts() -> dict[str, Any]:
     """Clusterings that one rank and many have to agree on."""
-    samples = samples_of(np.float32)
+    samples, wide = samples_of(np.float32), samples_of(np.float64)
     far = np.vstack([samples[:6], np.full((4, FEATURES), 300)]).astype(np.float32)
     return {
         "array": (np.float32, {"init": samples[5:13]}),
-        "array64": (np.float64, {"init": samples_of(np.float64)[5:13], "fault_tolerance": "correct"}),
+        "array64": (np.float64, {"init": wide[5:13], "fault_tolerance": "correct"}),
         "empty": (np.float32, {"init": far, "fault_tolerance": "detect"}),
         "plus_plus": (np.float64, {"init": "k-means++"}),
         "parallel": (np.float64, {"init": "k-means||"}),
@@ -158,7 +158,8 @@ def main() -> None:
     warnings.simplefilter("error")
     dist.init_process_group("gloo")
     group = Ranks()
-    result: dict[str, Any] = {"fits": fits(), "gathered": [len(p) for p in group.gather(shard(np.ones((COUNT, 1))))]}
+    rows = group.gather(shard(np.ones((COUNT, 1))))
+    result: dict[str, Any] = {"fits": fits(), "gathered": [len(part) for part in rows]}
     if group.size > 1:
         result["failures"] = failures()
         result["damaged"] = {w: damaged(w) for w in ("sent", "received", "everywhere")}

@@ -116,8 +116,8 @@ def test_messages_that_stay_wrong_raise_on_all_ranks() -> None:
 
 def test_a_group_has_to_be_one() -> None:
     assert type(group_of(None)) is Group
-    with pytest.raises(ConfigError, match='"wrld" is unknown. Allowed: None, "world"'):
+    with pytest.raises(ConfigError, match=r'"wrld" is unknown. Allowed: None, "world"'):
         KMeans(2, process_group="wrld").fit(points(9, 2))
     assert not dist.is_initialized()
-    with pytest.raises(ConfigError, match="call torch.distributed.init_process_group first"):
+    with pytest.raises(ConfigError, match=r"call torch.distributed.init_process_group first"):
         KMeans(2, process_group="world").fit(points(9, 2))

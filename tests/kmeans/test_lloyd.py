@@ -198,7 +198,7 @@ def test_a_run_raises_when_an_error_stays() -> None:
     def uncorrected(done: Assignment) -> Assignment:
         return replace(done, report=FaultReport(detected=2, uncorrected=2))
 
-    with pytest.raises(UncorrectedFaultError, match="2 silent errors.*allowed are 0"):
+    with pytest.raises(UncorrectedFaultError, match=r"2 silent errors.*allowed are 0"):
         faulty_run(uncorrected, "correct", 1)
     samples = points(400, 6)
     problem = problem_of(samples, backend=Wrong(uncorrected, 1))

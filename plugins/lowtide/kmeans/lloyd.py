@@ -156,16 +156,12 @@ def means(problem: Problem, found: Pass, centroids: Floats) -> Floats:
             again = one_pass(problem, centroids, distances=True)
             found = replace(found, distances=again.distances)
         sums, counts = _relocated(problem, found)
-    moved = np.where(
-        counts[:, None] > 0, sums / np.where(counts > 0, counts, 1.0)[:, None], np.nan
-    )
+    moved = np.where(counts[:, None] > 0, sums / np.where(counts > 0, counts, 1.0)[:, None], np.nan)
     moved[counts <= 0] = moved[counts.argmax()]
     return moved.astype(centroids.dtype)
 
 
-def _relocated(
-    problem: Problem, found: Pass
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _relocated(problem: Problem, found: Pass) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return sums and counts with the furthest samples moved into empty clusters.
 
     Each rank proposes its furthest, and all choose alike: by distance, then by place.

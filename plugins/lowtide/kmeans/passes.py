@@ -74,9 +74,7 @@ class Problem:
 
     def by(self, backend: Backend) -> Problem:
         """Return the same problem for another backend, with the same counts."""
-        return replace(
-            self, prepared=backend.prepare(self.samples.values, self.samples.weights)
-        )
+        return replace(self, prepared=backend.prepare(self.samples.values, self.samples.weights))
 
     def count(self, **counts: int) -> None:
         """Count something that all ranks saw together."""

@@ -192,9 +192,7 @@ def _check_shape(shape: Any) -> None:
 def check_not_empty(shape: Any) -> None:
     """Raise where there is no sample at all."""
     if shape[0] == 0:
-        raise DataError(
-            f"X: 0 sample(s) (shape={tuple(shape)}) while a minimum of 1 is required."
-        )
+        raise DataError(f"X: 0 sample(s) (shape={tuple(shape)}) while a minimum of 1 is required.")
 
 
 def _check_finite(values: Any, name: str) -> None:
