@@ -129,6 +129,19 @@ std::size_t rounded_up(std::size_t value, std::size_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
+// `range` elements at a time, of `count` > 0.
+void run_shared(std::size_t count, std::size_t range, unsigned threads,
+                const RangeFunction &function) {
+    const std::size_t ranges = (count - 1) / range + 1;
+    const auto workers = static_cast<unsigned>(std::min<std::size_t>(threads, ranges));
+    Job job{function, count, range, {0}, workers <= 1 ? 0 : workers - 1};
+    if (workers <= 1) {
+        job.work();
+    } else {
+        pool().run(job);
+    }
+}
+
 } // namespace
 
 void run_in_ranges(std::size_t count, std::size_t align, unsigned threads,
@@ -139,14 +152,13 @@ void run_in_ranges(std::size_t count, std::size_t align, unsigned threads,
     const std::size_t parts = std::size_t{threads} * ranges_per_thread;
     const std::size_t share = threads <= 1 ? count : std::max(min_range, count / parts + 1);
     const std::size_t range = rounded_up(share, align);
-    const std::size_t ranges = (count - 1) / range + 1;
-    if (ranges == 1) {
-        function(0, count);
-        return;
+    run_shared(count, range, threads, function);
+}
+
+void run_tasks(std::size_t count, unsigned threads, const TaskFunction &function) {
+    if (count != 0) {
+        run_shared(count, 1, threads, [&](std::size_t task, std::size_t) { function(task); });
     }
-    const auto helpers = static_cast<unsigned>(std::min<std::size_t>(threads, ranges) - 1);
-    Job job{function, count, range, {0}, helpers};
-    pool().run(job);
 }
 
 } // namespace lowtide

@@ -21,4 +21,11 @@ using RangeFunction = std::function<void(std::size_t begin, std::size_t end)>;
 void run_in_ranges(std::size_t count, std::size_t align, unsigned threads,
                    const RangeFunction &function);
 
+// Must not throw, and must not call run_in_ranges() or run_tasks().
+using TaskFunction = std::function<void(std::size_t task)>;
+
+// Call `function` once for each of 0 to count - 1, each of which is work enough for a thread.
+// Otherwise as run_in_ranges().
+void run_tasks(std::size_t count, unsigned threads, const TaskFunction &function);
+
 } // namespace lowtide

@@ -31,7 +31,8 @@ class _Prepared(Prepared):
     def assign(
         self, centroids: Floats, protection: Protection | None = None, *, distances: bool = True
     ) -> Assignment:
-        """See `Prepared.assign`; protection is not looked at."""
+        """See `Prepared.assign`; the oracle makes no checks."""
+        del protection
         # As other backends see them, who compute in the samples' dtype.
         places = centroids.astype(self._samples.dtype).astype(np.float64)
         count, features = len(self._samples), self._samples.shape[1]
@@ -49,6 +50,6 @@ class _Prepared(Prepared):
             labels=labels,
             distances=nearest if distances else None,
             sums=sums,
-            counts=np.bincount(labels, self._weights, len(places)),
+            counts=np.asarray(np.bincount(labels, self._weights, len(places)), np.float64),
             inertia=float((nearest * self._weights).sum()),
         )

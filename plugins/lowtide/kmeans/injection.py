@@ -1,0 +1,108 @@
+"""Faults that tests put into the native kernels: single bits, flipped while they are in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from lowtide.core.errors import ConfigError, listed, near
+from lowtide.kmeans.backend import Floats
+
+Site: TypeAlias = Literal["acc", "checksum", "norm", "argmin", "sum", "count"]
+_Planned: TypeAlias = tuple[str, int, int, int]
+
+# The running minimum is kept twice, each time as its value and its index.
+_ARGMIN = ("best", "index", "best_again", "index_again")
+_GROUP = 128  # centroids under one checksum, as csrc/kmeans/pass.hpp has it
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One bit that was flipped.
+
+    Attributes:
+        call: Number of the call, from 0.
+        site: What was hit; of "argmin" which of its four registers.
+        row: The sample at work; 0 for "norm".
+        column: Centroid, for "checksum" its group, for "sum" the feature.
+        bit: From the least significant one.
+        before: Value.
+        after: Value with the bit flipped.
+    """
+
+    call: int
+    site: str
+    row: int
+    column: int
+    bit: int
+    before: float
+    after: float
+
+
+@dataclass
+class Injector:
+    """Flips bits in the accumulators of the native kernels, before they are used.
+
+    What is hit follows from the seed, the number of the call and the shapes alone: not from
+    threads, not from the instruction set.
+
+    Attributes:
+        site: "acc" (a distance's accumulator), "checksum" (its row's checksum), "norm" (a
+            centroid's squared norm when it is encoded), "argmin" (running minimum or its index),
+            "sum" or "count" (of a cluster).
+        bit: Which, from the least significant one, or "uniform".
+        rate: Faults in a call, on average; its whole part happens in each.
+        seed: Of the choices.
+        log: What happened, as the kernels saw it.
+    """
+
+    site: Site
+    bit: int | Literal["uniform"] = "uniform"
+    rate: float = 1.0
+    seed: int = 0
+    log: list[Flip] = field(default_factory=list)
+    _call: int = 0
+    _planned: list[_Planned] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.site not in get_args(Site):
+            raise ConfigError(
+                f'injection: site "{self.site}" is unknown.{near(self.site, get_args(Site))} '
+                f"Known: {listed(get_args(Site))}"
+            )
+        if self.bit != "uniform" and not 0 <= self.bit < 64:
+            raise ConfigError(f'injection: bit {self.bit}, allowed are 0 to 63 and "uniform"')
+        if not 0 <= self.rate < float("inf"):
+            raise ConfigError(f"injection: rate {self.rate}, allowed are 0 and more")
+
+    def plan(self, count: int, centroids: Floats) -> list[_Planned]:
+        """Return the next call's faults as (site, row, column, bit), by row."""
+        rng = np.random.default_rng([self.seed, self._call])
+        self._planned = []
+        if count == 0:
+            return []
+        n_faults = int(self.rate) + int(rng.random() < self.rate % 1)
+        clusters, features = centroids.shape
+        is_double = self.site in ("sum", "count") or centroids.dtype == np.float64
+        columns = {"checksum": -(-clusters // _GROUP), "sum": features}.get(self.site, clusters)
+        for _ in range(n_faults):
+            site = str(rng.choice(_ARGMIN)) if self.site == "argmin" else self.site
+            row = 0 if site == "norm" else int(rng.integers(count))
+            bit = int(rng.integers(64 if is_double else 32)) if self.bit == "uniform" else self.bit
+            self._planned.append((site, row, int(rng.integers(columns)), bit))
+        self._planned.sort()
+        self._planned.sort(key=lambda planned: planned[1])
+        return self._planned
+
+    def note(self, happened: list[Any]) -> int:
+        """Add what became of the plan to the log; return how many faults happened."""
+        flips = [
+            Flip(self._call, *planned, before, after)
+            for planned, (is_done, before, after) in zip(self._planned, happened, strict=True)
+            if is_done
+        ]
+        self._call += 1
+        self.log += flips
+        return len(flips)
