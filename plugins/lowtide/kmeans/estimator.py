@@ -302,9 +302,8 @@ class KMeans(Estimator):
         return on_iteration
 
     def _warn_of_few(self, group: Group) -> None:
-        seen = np.zeros(self.n_clusters)
-        seen[np.unique(np.asarray(to_numpy(self.labels_)))] = 1.0
-        found = int((group.sum(seen) > 0).sum())
+        seen = np.bincount(np.asarray(to_numpy(self.labels_)), minlength=self.n_clusters)
+        found = int((group.sum(seen.astype(np.float64)) > 0).sum())
         if found < self.n_clusters:
             warnings.warn(
                 f"Number of distinct clusters ({found}) found smaller than n_clusters "

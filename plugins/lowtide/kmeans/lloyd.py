@@ -88,6 +88,8 @@ def lloyd(
     for iteration in range(start.iteration, max_iter):
         centroids, found = _checked_pass(problem, centroids, last)
         moved = means(problem, found, centroids)
+        if problem.uncorrected and not np.isfinite(moved).all():
+            problem.check_uncorrected(is_end=True)  # nothing can go on from here
         is_strict = last is not None and found.changed == 0
         shift = float(((moved.astype(np.float64) - centroids) ** 2).sum())
         is_converged = is_strict or shift <= tol

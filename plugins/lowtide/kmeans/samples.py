@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lowtide.core.errors import DataError
 
-BLOCK_BYTES = 1 << 21  # of samples looked at at once outside of a backend: stays in the cache
+BLOCK_BYTES = 1 << 20  # of samples looked at at once outside of a backend: stays in the cache
 _SMALL = ("float16", "int8", "uint8", "int16", "uint16", "bool")
 
 
