@@ -43,7 +43,7 @@ class Group:
         """Return rank 0's value."""
         return value
 
-    def agree(self, values: Vector, *, is_right: bool) -> bool:
+    def agree(self, values: Vector, *, is_right: bool) -> bool:  # noqa: ARG002
         """Return whether all ranks hold the same bits and each finds them right."""
         return is_right
 
@@ -98,9 +98,7 @@ class Ranks(Group):
         padded[: len(rows)] = rows
         if not padded.size:
             return [padded[:0] for _ in counts]
-        return [
-            part[:count] for part, count in zip(self._gather_same(padded), counts, strict=True)
-        ]
+        return [part[:count] for part, count in zip(self._gather_same(padded), counts, strict=True)]
 
     def is_any(self, flag: bool) -> bool:
         """See `Group.is_any`."""

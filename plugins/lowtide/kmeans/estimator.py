@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowtide.core.errors import ConfigError, DataError, UncorrectedFaultError, listed, near
+from lowtide.core.errors import ConfigError, DataError, UncorrectedFaultError
 from lowtide.kmeans.backends import NAMES, choose
 from lowtide.kmeans.distributed import Group, group_of
 from lowtide.kmeans.initial import initial
 from lowtide.kmeans.lloyd import Run, State, lloyd
 from lowtide.kmeans.minibatch import MiniBatches
 from lowtide.kmeans.passes import Pass, Problem
-from lowtide.kmeans.protection import FaultReport, Protection
+from lowtide.kmeans.protection import Protection
 from lowtide.kmeans.samples import Samples, as_samples, blocks_of, check_not_empty, to_numpy
 from lowtide.kmeans.scikit import ConvergenceWarning, Estimator, NotFittedError
 
@@ -107,9 +107,7 @@ class KMeans(Estimator):
         for number in range(self._runs()):
             start = State(initial(problem, self.init, self.n_clusters, generator))
             on_iteration = self._logged(number) if self.verbose else None
-            run = lloyd(
-                problem, start, max_iter=self.max_iter, tol=tol, on_iteration=on_iteration
-            )
+            run = lloyd(problem, start, max_iter=self.max_iter, tol=tol, on_iteration=on_iteration)
             if best is None or run.inertia < best.inertia * (1 - _SAME):
                 best = run
         if best is None:
@@ -304,9 +302,8 @@ class KMeans(Estimator):
         return on_iteration
 
     def _warn_of_few(self, group: Group) -> None:
-        seen = np.zeros(self.n_clusters)
-        seen[np.unique(np.asarray(to_numpy(self.labels_)))] = 1.0
-        found = int((group.sum(seen) > 0).sum())
+        seen = np.bincount(np.asarray(to_numpy(self.labels_)), minlength=self.n_clusters)
+        found = int((group.sum(seen.astype(np.float64)) > 0).sum())
         if found < self.n_clusters:
             warnings.warn(
                 f"Number of distinct clusters ({found}) found smaller than n_clusters "

@@ -53,16 +53,19 @@ def initial(
                 f"array of shape (n_clusters, n_features), or a function"
             )
         return methods[init](problem, n_clusters, generator)
-    made = init
+    group, samples = problem.group, problem.samples
     if callable(init):
-        given = problem.samples.like_given(problem.samples.values)
-        made = init(given, n_clusters, random_state=generator)
-    centroids = as_centroids(made, n_clusters, problem.samples)
-    if callable(init):  # it saw the samples of one rank only
-        return np.asarray(problem.group.gather(centroids.astype(np.float64))[0]).astype(
-            centroids.dtype
+        given = samples.like_given(samples.values)
+        function = init
+        centroids = group.together(
+            lambda: as_centroids(
+                function(given, n_clusters, random_state=generator), n_clusters, samples
+            )
         )
-    if not problem.group.agree(centroids.astype(np.float64), is_right=True):
+        # Each rank's function saw that rank's samples only.
+        return group.gather(centroids.astype(np.float64))[0].astype(samples.dtype)
+    centroids = group.together(lambda: as_centroids(init, n_clusters, samples))
+    if not group.agree(centroids.astype(np.float64), is_right=True):
         raise DataError("init: ranks were given different arrays; give all of them the same")
     return centroids
 
@@ -180,7 +183,8 @@ class _Distances:
         self._values = problem.samples.tensor
         moments = problem.moments
         device, dtype = self._values.device, self._values.dtype
-        self._shift = torch.from_numpy(moments.mean).to(device, dtype) if moments.is_off_centre else None
+        mean = torch.from_numpy(moments.mean).to(device, dtype)
+        self._shift = mean if moments.is_off_centre else None
         self._squares = torch.empty(len(self._values), dtype=dtype, device=device)
         for place, block in blocks_of(self._values):
             self._squares[place] = self._shifted(block).square().sum(1)
@@ -202,9 +206,7 @@ class _Distances:
         return block if self._shift is None else block - self._shift
 
 
-def _drawn(
-    problem: Problem, masses: Masses, fractions: Masses
-) -> tuple[NDArray[np.int64], Masses]:
+def _drawn(problem: Problem, masses: Masses, fractions: Masses) -> tuple[NDArray[np.int64], Masses]:
     """Draw samples of all ranks by their mass.
 
     Args:

@@ -47,12 +47,12 @@ class Totals:
         for place, block in blocks_of(values):
             wide = block.double()
             if weights is None:
-                scaled = wide
+                ones = wide.new_ones(len(wide))
             else:
-                scaled = torch.from_numpy(weights[place]).to(wide.device)[:, None] * wide
-            sums += scaled.sum(0)
-            sizes += scaled.abs().sum(0)
-            squares += float((scaled * wide).sum())
+                ones = torch.from_numpy(weights[place]).to(wide.device)
+            sums += ones @ wide
+            squares += float(ones @ wide.square() @ wide.new_ones(wide.shape[1]))
+            sizes += ones @ wide.abs()
         weight = float(len(values)) if weights is None else float(weights.sum())
         return cls(sums.cpu().numpy(), sizes.cpu().numpy(), weight, squares, len(values))
 

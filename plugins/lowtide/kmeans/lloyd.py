@@ -88,6 +88,8 @@ def lloyd(
     for iteration in range(start.iteration, max_iter):
         centroids, found = _checked_pass(problem, centroids, last)
         moved = means(problem, found, centroids)
+        if problem.uncorrected and not np.isfinite(moved).all():
+            problem.check_uncorrected(is_end=True)  # nothing can go on from here
         is_strict = last is not None and found.changed == 0
         shift = float(((moved.astype(np.float64) - centroids) ** 2).sum())
         is_converged = is_strict or shift <= tol
@@ -156,16 +158,12 @@ def means(problem: Problem, found: Pass, centroids: Floats) -> Floats:
             again = one_pass(problem, centroids, distances=True)
             found = replace(found, distances=again.distances)
         sums, counts = _relocated(problem, found)
-    moved = np.where(
-        counts[:, None] > 0, sums / np.where(counts > 0, counts, 1.0)[:, None], np.nan
-    )
+    moved = np.where(counts[:, None] > 0, sums / np.where(counts > 0, counts, 1.0)[:, None], np.nan)
     moved[counts <= 0] = moved[counts.argmax()]
     return moved.astype(centroids.dtype)
 
 
-def _relocated(
-    problem: Problem, found: Pass
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _relocated(problem: Problem, found: Pass) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return sums and counts with the furthest samples moved into empty clusters.
 
     Each rank proposes its furthest, and all choose alike: by distance, then by place.

@@ -57,8 +57,12 @@ class Problem:
         """Return a problem; all ranks of the group call this together."""
         group = group or Group()
         protection = protection or Protection()
-        prepared = backend.prepare(samples.values, samples.weights)
-        mine = Moments.of(samples.tensor)
+        prepared, mine = group.together(
+            lambda: (
+                backend.prepare(samples.values, samples.weights),
+                Moments.of(samples.tensor),
+            )
+        )
         rows = group.gather(np.array([[mine.count, mine.squares, *mine.mean]]))
         parts = [Moments(int(row[0, 0]), row[0, 2:], float(row[0, 1])) for row in rows]
         problem = cls(samples, prepared, group, protection, Moments.merged(parts))
@@ -70,9 +74,7 @@ class Problem:
 
     def by(self, backend: Backend) -> Problem:
         """Return the same problem for another backend, with the same counts."""
-        return replace(
-            self, prepared=backend.prepare(self.samples.values, self.samples.weights)
-        )
+        return replace(self, prepared=backend.prepare(self.samples.values, self.samples.weights))
 
     def count(self, **counts: int) -> None:
         """Count something that all ranks saw together."""
@@ -90,7 +92,7 @@ class Problem:
         whole = FaultReport()
         for row in self.group.gather(mine):
             values = dict(zip(names, row[0], strict=True))
-            residual = values.pop("max_residual")
+            residual = float(values.pop("max_residual"))
             whole.add(
                 FaultReport(**{name: int(n) for name, n in values.items()}, max_residual=residual)
             )

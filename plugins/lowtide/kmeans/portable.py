@@ -55,23 +55,24 @@ class TorchBackend(Backend):
                 f"samples: {values.dtype} of shape {tuple(values.shape)}, allowed are (M, D) "
                 f"floating-point numbers; convert them with samples.float()"
             )
-        small = values.dtype in (torch.bfloat16, torch.float16)
-        return _Prepared(values, weights, self._compute or (torch.float32 if small else values.dtype))
+        is_small = values.dtype in (torch.bfloat16, torch.float16)
+        own = torch.float32 if is_small else values.dtype
+        return _Prepared(values, weights, self._compute or own)
 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Make matrix products on a device in the precision of their type, whatever else is set."""
-    place = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    if hasattr(place, "fp32_precision"):  # torch 2.9
-        name, wanted = "fp32_precision", "ieee"
-    elif device.type == "cuda":
-        name, wanted = "allow_tf32", False
-    else:
-        yield
+    is_cuda = device.type == "cuda"
+    place = (
+        torch.backends.cuda.matmul if is_cuda else getattr(torch.backends.mkldnn, "matmul", None)
+    )
+    name = "fp32_precision" if hasattr(place, "fp32_precision") else "allow_tf32"  # from torch 2.9
+    if not hasattr(place, name):
+        yield  # an older torch, which only knows of TF32
         return
     before = getattr(place, name)
-    setattr(place, name, wanted)
+    setattr(place, name, "ieee" if name == "fp32_precision" else False)
     try:
         yield
     finally:
@@ -90,11 +91,7 @@ class _Prepared(Prepared):
         self._mean = torch.from_numpy(moments.mean)
         self._squares: float | None = None
         # Taken off again in every block: a second copy of the samples would cost more.
-        self._shift = (
-            self._mean.to(values.device, compute)
-            if moments.is_off_centre
-            else None
-        )
+        self._shift = self._mean.to(values.device, compute) if moments.is_off_centre else None
         self._totals: Totals | None = None
 
     def assign(
@@ -186,9 +183,7 @@ class _Prepared(Prepared):
         report.detected += 1
         if protection.mode != "detect":
             labels = np.asarray(to_numpy(done.labels))
-            sums, counts = sums_by_label(
-                self._values, self._host_weights, labels, len(done.counts)
-            )
+            sums, counts = sums_by_label(self._values, self._host_weights, labels, len(done.counts))
             report.recomputed += 1
             if self._totals.residual(sums, counts) <= 1:
                 return replace(done, sums=sums, counts=counts)

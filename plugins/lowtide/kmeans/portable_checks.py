@@ -52,10 +52,10 @@ class Centres:
         columns, starts = -2 * wide, squares
         sizes = torch.zeros(0, dtype=torch.float64, device=wide.device)
         if protection.is_on:
-            tiles = [(t.sum(0), n.sum()) for t, n in zip(columns.split(TILE), starts.split(TILE), strict=True)]
-            sizes = torch.stack([size for _, size in tiles]).sqrt()
-            columns = torch.cat([columns, torch.stack([tile for tile, _ in tiles])])
-            starts = torch.cat([starts, sizes.square()])
+            tiles = torch.stack([tile.sum(0) for tile in columns.split(TILE)])
+            sums = torch.stack([tile.sum() for tile in starts.split(TILE)])
+            columns, starts = torch.cat([columns, tiles]), torch.cat([starts, sums])
+            sizes = sums.sqrt()
         return cls(
             columns.to(centroids.dtype).T.contiguous(),
             starts.to(centroids.dtype),
@@ -142,7 +142,8 @@ class Checked:
         element = self._checksums[rows, tile].double() - others.sum(1)
         rebuilt = others.scatter(1, index[:, None], element[:, None])
         is_found &= (rebuilt @ weights - second).abs() <= limits * len(weights)
-        self._tile(tile)[rows[is_found], index[is_found]] = element[is_found].to(self._samples.dtype)
+        values = element[is_found].to(self._samples.dtype)
+        self._tile(tile)[rows[is_found], index[is_found]] = values
         self._report.corrected += int(is_found.sum())
         self._rebuilt.append(rows[is_found])
         self._recompute(rows[~is_found])
@@ -199,9 +200,8 @@ class Checked:
         return self._distances[:, tile * TILE : (tile + 1) * TILE]
 
     def _wide(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-        begin = tile * TILE
-        end = min(begin + TILE, self._centres.n_clusters)
-        return self._centres.columns[:, begin:end].double(), self._centres.starts[begin:end].double()
+        place = slice(tile * TILE, min((tile + 1) * TILE, self._centres.n_clusters))
+        return self._centres.columns[:, place].double(), self._centres.starts[place].double()
 
     def _limits(self, tile: int) -> torch.Tensor:
         """What rounding may do to a row's sum, (m,): see `KAPPA`."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lowtide.core.errors import DataError
 
-BLOCK_BYTES = 1 << 21  # of samples looked at at once outside of a backend: stays in the cache
+BLOCK_BYTES = 1 << 20  # of samples looked at at once outside of a backend: stays in the cache
 _SMALL = ("float16", "int8", "uint8", "int16", "uint16", "bool")
 
 
@@ -192,9 +192,7 @@ def _check_shape(shape: Any) -> None:
 def check_not_empty(shape: Any) -> None:
     """Raise where there is no sample at all."""
     if shape[0] == 0:
-        raise DataError(
-            f"X: 0 sample(s) (shape={tuple(shape)}) while a minimum of 1 is required."
-        )
+        raise DataError(f"X: 0 sample(s) (shape={tuple(shape)}) while a minimum of 1 is required.")
 
 
 def _check_finite(values: Any, name: str) -> None:
@@ -228,17 +226,14 @@ class Moments:
 
     @classmethod
     def of(cls, values: torch.Tensor) -> Moments:
-        """Return the moments of (M, D) values; of none, zeros."""
-        count, features = values.shape
-        if not count:
-            return cls(0, np.zeros(features), 0.0)
-        mean = values.sum(0, dtype=torch.float64) / count
-        near = mean.to(values.dtype)
-        squares = 0.0
+        """Return the moments of (M, D) values, to about the precision of their type."""
+        parts = [cls(0, np.zeros(values.shape[1]), 0.0)]
         for _, block in blocks_of(values):
-            away = block - near
-            squares += float(torch.linalg.vector_norm(away, dtype=torch.float64)) ** 2
-        return cls(count, mean.cpu().numpy(), squares)
+            mean = block.new_full((len(block),), 1 / len(block)) @ block  # many times mean()'s speed
+            away = (block - mean).flatten()
+            mean64 = mean.double().cpu().numpy()
+            parts.append(cls(len(block), mean64, float(away.dot(away))))
+        return cls.merged(parts)
 
     @classmethod
     def merged(cls, parts: list[Moments]) -> Moments:

@@ -15,7 +15,7 @@ try:
         TransformerMixin,
     )
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.exceptions import NotFittedError as _NotFitted
+    from sklearn.exceptions import NotFittedError as _NotFittedError
     from sklearn.utils.validation import validate_data  # scikit-learn 1.6
 except ImportError:
     HAS_SKLEARN = False
@@ -23,7 +23,7 @@ except ImportError:
     class ConvergenceWarning(UserWarning):  # type: ignore[no-redef]
         """A fit ended with less than it was asked for."""
 
-    class _NotFitted(ValueError, AttributeError):  # type: ignore[no-redef]
+    class _NotFittedError(ValueError, AttributeError):  # type: ignore[no-redef]
         pass
 
 else:
@@ -32,16 +32,16 @@ else:
 __all__ = ["HAS_SKLEARN", "ConvergenceWarning", "Estimator", "NotFittedError"]
 
 
-class NotFittedError(LowtideError, _NotFitted):  # type: ignore[misc]
+class NotFittedError(LowtideError, _NotFittedError):  # type: ignore[misc]
     """An estimator is asked for something that it only knows after `fit`."""
 
 
 class _Parameters:
     """`get_params` and `set_params` over the arguments of ``__init__``."""
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
+    def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
         """Return the parameters by name."""
-        names = [name for name in inspect.signature(type(self)).parameters]
+        names = inspect.signature(type(self)).parameters
         return {name: getattr(self, name) for name in names}
 
     def set_params(self, **parameters: Any) -> Any:
@@ -82,7 +82,7 @@ if HAS_SKLEARN:
             tags.transformer_tags.preserves_dtype = ["float64", "float32"]
             return tags
 
-        def look_at(self, given: Any, features: int, *, is_first: bool) -> None:
+        def look_at(self, given: Any, features: int, *, is_first: bool) -> None:  # noqa: ARG002
             """Learn the number and names of features, or compare them with those learned."""
             validate_data(self, given, reset=is_first, skip_check_array=True)
 
@@ -91,7 +91,7 @@ else:
     class Estimator(_Parameters):  # type: ignore[no-redef]
         """Enough of an estimator for code that asks for no base class."""
 
-        def look_at(self, given: Any, features: int, *, is_first: bool) -> None:
+        def look_at(self, given: Any, features: int, *, is_first: bool) -> None:  # noqa: ARG002
             """Learn the number of features, or compare it with the one learned."""
             if is_first:
                 self.n_features_in_ = features
