@@ -275,5 +275,10 @@ def test_every_metric_names_its_variant() -> None:
         assert metric.name == name
         assert metric.variant
         assert metric.better in ("higher", "lower", "zero")
-    values = [metric.decades for metric in metrics().values() if metric.better == "lower"]
-    assert all(decades(0.01) > decades(0.1) and decades(0.0) == math.inf for decades in values)
+    for metric in metrics().values():
+        to, back = metric.scale.decades, metric.scale.value
+        worse, better = (0.1, 0.01) if metric.better in ("lower", "zero") else (0.5, 0.9)
+        assert to(better) > to(worse), metric.name
+        assert back(to(better)) == pytest.approx(better), metric.name
+        perfect = {"lower": 0.0, "zero": 0.0, "higher": 1.0}[metric.better]
+        assert metric.name == "psnr_db" or to(perfect) == math.inf, metric.name

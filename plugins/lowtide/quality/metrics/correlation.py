@@ -9,7 +9,7 @@ import numpy as np
 from lowtide.core.errors import DataError
 from lowtide.quality.metrics.pair import PIECE, Floats, Pair
 from lowtide.quality.metrics.pointwise import raw_square
-from lowtide.quality.metrics.registry import Metric, Score, by_deficit, by_error, undefined
+from lowtide.quality.metrics.registry import DEFICIT, ERROR, Metric, Score, undefined
 
 
 def pearson(pair: Pair, _: float) -> Score:
@@ -105,14 +105,14 @@ def _within_one(value: float) -> float:
 
 
 METRICS = (
-    Metric("pearson_r", "of x and y", "higher", pearson, by_deficit),
-    Metric("cosine_similarity", "of x and y as vectors", "higher", cosine, by_deficit),
+    Metric("pearson_r", "of x and y", "higher", pearson, DEFICIT),
+    Metric("cosine_similarity", "of x and y as vectors", "higher", cosine, DEFICIT),
     Metric(
         "error_autocorr", "flattened row-major, mean over the pairs / population variance; 0 where "
-        "the error is constant", "zero", error_autocorrelation, by_error, parameter=1,
+        "the error is constant", "zero", error_autocorrelation, ERROR, parameter=1,
     ),
     Metric(
         "error_autocorr_axes", "along each axis, the one that is largest without its sign; 0 where "
-        "the error is constant", "zero", error_autocorrelation_axes, by_error, parameter=1,
+        "the error is constant", "zero", error_autocorrelation_axes, ERROR, parameter=1,
     ),
 )  # fmt: skip

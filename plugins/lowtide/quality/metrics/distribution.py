@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.quality.metrics.pair import PIECE, Pair
-from lowtide.quality.metrics.registry import Metric, Score, by_error, by_square
+from lowtide.quality.metrics.registry import ERROR, SQUARE, Metric, Score
 
 Values = NDArray[np.floating[Any]]
 
@@ -86,10 +86,10 @@ def _histograms(
 METRICS = (
     Metric(
         "ks_statistic", "largest gap of the empirical distribution functions", "lower",
-        ks_statistic, by_error,
+        ks_statistic, ERROR,
     ),
     Metric(
         "kl_divergence", f"of x from y, nats, {KL_BINS} equal bins over the joint range, "
-        f"{KL_SMOOTHING} added to every count", "lower", kl_divergence, by_square,
+        f"{KL_SMOOTHING} added to every count", "lower", kl_divergence, SQUARE,
     ),
 )  # fmt: skip

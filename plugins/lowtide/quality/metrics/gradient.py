@@ -8,7 +8,7 @@ import numpy as np
 
 from lowtide.quality.metrics.pair import Floats, Pair
 from lowtide.quality.metrics.pointwise import raw_square
-from lowtide.quality.metrics.registry import Metric, Score, by_error, undefined
+from lowtide.quality.metrics.registry import ERROR, Metric, Score, undefined
 
 
 def gradient_error(pair: Pair, _: float) -> Score:
@@ -58,10 +58,10 @@ def _ratio(e_total: float, x_total: float, pair: Pair) -> Score:
 METRICS = (
     Metric(
         "gradient_error", "relative L2 of first differences along all axes, those of length 1 "
-        "skipped", "lower", gradient_error, by_error,
+        "skipped", "lower", gradient_error, ERROR,
     ),
     Metric(
         "sobolev_error", "relative H1 norm: values and first differences, spacing 1", "lower",
-        sobolev_error, by_error,
+        sobolev_error, ERROR,
     ),
 )  # fmt: skip

@@ -57,8 +57,8 @@ class Pair:
     """Two arrays of one shape.
 
     Args:
-        original: Numpy array or torch tensor of real numbers, any layout; tensors may lie on a
-            device, and are copied to the host.
+        original: Numpy array, torch tensor or `ArrayData` of real numbers, any layout; tensors
+            may lie on a device, and are copied to the host.
         reconstructed: The same shape; the type may differ.
         value_range: max - min to use instead of the original's own, for parts of larger arrays.
 
@@ -235,9 +235,9 @@ def _byte_pieces(raw: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
 def _checked(which: str, given: Any) -> ArrayData:
     if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
-    elif not isinstance(given, np.ndarray):
+    elif not isinstance(given, (np.ndarray, ArrayData)):
         given = np.asarray(given)
-    data = as_array(given)
+    data = given if isinstance(given, ArrayData) else as_array(given)
     if data.dtype.startswith(("complex", "bool")):
         raise DataError(
             f"{which} holds {data.dtype}, which has no error to measure; pass real numbers, such "

@@ -13,11 +13,11 @@ import numpy as np
 from lowtide.core.errors import DataError
 from lowtide.quality.metrics.pair import Pair
 from lowtide.quality.metrics.registry import (
+    DECIBELS,
+    ERROR,
+    SQUARE,
     Metric,
     Score,
-    by_decibels,
-    by_error,
-    by_square,
 )
 
 
@@ -128,18 +128,18 @@ def _over_range(pair: Pair, error: float) -> Score:
 
 
 METRICS = (
-    Metric("max_abs_error", "max abs(e)", "lower", max_abs_error, by_error),
-    Metric("max_rel_error", "max abs(e) / (max(x) - min(x))", "lower", max_rel_error, by_error),
-    Metric("mse", "mean(e^2)", "lower", mse, by_square),
-    Metric("rmse", "sqrt(mean(e^2))", "lower", rmse, by_error),
-    Metric("nrmse", "sqrt(mean(e^2)) / (max(x) - min(x))", "lower", nrmse, by_error),
-    Metric("psnr_db", "value range max(x) - min(x), not the peak", "higher", psnr, by_decibels),
+    Metric("max_abs_error", "max abs(e)", "lower", max_abs_error, ERROR),
+    Metric("max_rel_error", "max abs(e) / (max(x) - min(x))", "lower", max_rel_error, ERROR),
+    Metric("mse", "mean(e^2)", "lower", mse, SQUARE),
+    Metric("rmse", "sqrt(mean(e^2))", "lower", rmse, ERROR),
+    Metric("nrmse", "sqrt(mean(e^2)) / (max(x) - min(x))", "lower", nrmse, ERROR),
+    Metric("psnr_db", "value range max(x) - min(x), not the peak", "higher", psnr, DECIBELS),
     Metric(
-        "max_pw_rel_error", "max abs(e) / abs(x) over x != 0", "lower", max_pw_rel_error, by_error
+        "max_pw_rel_error", "max abs(e) / abs(x) over x != 0", "lower", max_pw_rel_error, ERROR
     ),
     Metric(
         "error_quantile", "of abs(e), an element's own value (inverted CDF), not interpolated",
-        "lower", error_quantile, by_error, parameter=0.99,
+        "lower", error_quantile, ERROR, parameter=0.99,
     ),
-    Metric("relative_l2_error", "norm(e) / norm(x)", "lower", relative_l2, by_error),
+    Metric("relative_l2_error", "norm(e) / norm(x)", "lower", relative_l2, ERROR),
 )  # fmt: skip

@@ -34,6 +34,35 @@ def undefined(reason: str) -> Score:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Values of a metric as tenfold steps (decades) of the error: larger is better.
+
+    Searches, interpolation and the distance to a target work on it. A perfect value is infinitely
+    far up.
+
+    Attributes:
+        decades: From a value.
+        value: Back; signs of metrics that have both are lost.
+    """
+
+    decades: Callable[[float], float]
+    value: Callable[[float], float]
+
+
+def _down(value: float) -> float:
+    return -math.log10(abs(value)) if value else math.inf
+
+
+ERROR = Scale(_down, lambda decades: 10.0**-decades)
+SQUARE = Scale(lambda value: _down(value) / 2, lambda decades: 10.0 ** (-2 * decades))
+DEFICIT = Scale(  # of a value that is 1 without an error, and loses with its square
+    lambda value: _down(1 - value) / 2 if value < 1 else math.inf,
+    lambda decades: 1 - 10.0 ** (-2 * decades),
+)
+DECIBELS = Scale(lambda value: value / 20, lambda decades: 20 * decades)
+
+
+@dataclass(frozen=True)
 class Metric:
     """One metric.
 
@@ -43,36 +72,15 @@ class Metric:
         better: Which way is better; "zero" for values of both signs.
         compute: Gives the score of a pair and, for metrics that take one, a parameter.
         parameter: Default of the parameter, written as ``name:parameter``; None if there is none.
-        decades: Turns a value into tenfold steps of the error, larger is better, for searches
-            and for the difference to a target; infinite for a perfect value.
+        scale: On which values are compared.
     """
 
     name: str
     variant: str
     better: Better
     compute: Callable[[Pair, float], Score]
-    decades: Callable[[float], float]
+    scale: Scale
     parameter: float | None = None
-
-
-def by_error(value: float) -> float:
-    """Return decades of a value that grows with the error."""
-    return -math.log10(abs(value)) if value else math.inf
-
-
-def by_square(value: float) -> float:
-    """Return decades of a value that grows with the error's square."""
-    return by_error(value) / 2
-
-
-def by_deficit(value: float) -> float:
-    """Return decades of a value that is 1 without an error, and loses with its square."""
-    return by_square(1 - value) if value < 1 else math.inf
-
-
-def by_decibels(value: float) -> float:
-    """Return decades of a value in dB."""
-    return value / 20
 
 
 # Lazy: a metric's module is imported when one of its metrics is asked for.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.quality.metrics.pair import PIECE, Floats, Pair
-from lowtide.quality.metrics.registry import Metric, Score, by_error, undefined
+from lowtide.quality.metrics.registry import ERROR, Metric, Score, undefined
 
 EMPTY = 1e-12  # of the fullest bin; less power than that is rounding
 
@@ -85,6 +85,6 @@ def _power(pair: Pair, shape: tuple[int, ...], bins: NDArray[np.int64], which: i
 METRICS = (
     Metric(
         "spectral_error", "mean over radial bins 1 to Nyquist of abs(ln(Py / Px)), bins below "
-        f"{EMPTY:g} of the fullest skipped", "lower", spectral_error, by_error,
+        f"{EMPTY:g} of the fullest skipped", "lower", spectral_error, ERROR,
     ),
 )  # fmt: skip

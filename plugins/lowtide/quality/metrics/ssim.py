@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowtide.quality.metrics.pair import Floats, Pair
-from lowtide.quality.metrics.registry import Metric, Score, by_deficit, by_square, undefined
+from lowtide.quality.metrics.registry import DEFICIT, SQUARE, Metric, Score, undefined
 
 Parts = tuple[Floats, ...]
 Join = Callable[[Parts, Parts, tuple[int, int]], Parts]
@@ -190,10 +190,10 @@ _SCIKIT_TEXT = "uniform windows 7 wide, stride 1, one data range, sample covaria
 _QCAT_TEXT = "uniform windows 7 wide, stride 2, range and constants of each window"
 
 METRICS = (
-    Metric("ssim", _SCIKIT_TEXT, "higher", lambda pair, _: ssim(pair, SCIKIT), by_deficit),
+    Metric("ssim", _SCIKIT_TEXT, "higher", lambda pair, _: ssim(pair, SCIKIT), DEFICIT),
     Metric("dssim", f"1 - SSIM: {_SCIKIT_TEXT}", "lower", lambda pair, _: dssim(pair, SCIKIT),
-           by_square),
-    Metric("ssim_qcat", _QCAT_TEXT, "higher", lambda pair, _: ssim(pair, QCAT), by_deficit),
+           SQUARE),
+    Metric("ssim_qcat", _QCAT_TEXT, "higher", lambda pair, _: ssim(pair, QCAT), DEFICIT),
     Metric("dssim_qcat", f"1 - SSIM: {_QCAT_TEXT}", "lower", lambda pair, _: dssim(pair, QCAT),
-           by_square),
+           SQUARE),
 )  # fmt: skip
