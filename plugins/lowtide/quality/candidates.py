@@ -27,8 +27,8 @@ class Candidate:
     Attributes:
         codec: Registered name.
         options: Its other parameters, JSON types.
-        mode: What the bound limits, one of MODES; None for codecs that take no bound.
-        bound: With a mode: not negative.
+        mode: What the bound limits, one of MODES; None for codecs that take no mode.
+        bound: Not negative; None for codecs that take none.
     """
 
     codec: str
@@ -68,7 +68,8 @@ class Candidate:
 
     def config(self) -> dict[str, Any]:
         """Return the codec's configuration, as `get_codec` takes it."""
-        bounded = {"mode": self.mode, "bound": self.bound} if self.mode is not None else {}
+        given = {"mode": self.mode, "bound": self.bound}
+        bounded = {name: value for name, value in given.items() if value is not None}
         return {"id": self.codec, **self.options, **bounded}
 
     def build(self) -> Codec:
@@ -81,7 +82,7 @@ class Candidate:
 
     def __str__(self) -> str:
         options = "".join(f" {name}={value}" for name, value in sorted(self.options.items()))
-        bound = "" if self.mode is None else f" {self.mode} {self.bound:.3g}"
+        bound = "" if self.bound is None else f" {self.mode or 'bound'} {self.bound:.3g}"
         return f"{self.codec}{options}{bound}"
 
 

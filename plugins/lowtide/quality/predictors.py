@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lowtide.core.errors import UnknownNameError, listed, near
 from lowtide.core.stream import ArrayData
 from lowtide.quality.candidates import Candidate
 from lowtide.quality.measurement import QualityReport, as_object, host_array, measure
@@ -307,6 +308,24 @@ def _line(
     if len(near) == 2 and near[1].bound is not None:
         slope = (values[1] - values[0]) / math.log10(near[1].bound / first)
     return values[0] + slope * along
+
+
+PREDICTORS: dict[str, Callable[[], Predictor]] = {
+    each.name: each for each in (ClosedForm, BlockSampling, Persistence)
+}
+
+
+def predictor_of(name: str) -> Predictor:
+    """Return a new predictor.
+
+    Raises:
+        UnknownNameError: no such predictor.
+    """
+    if name not in PREDICTORS:
+        raise UnknownNameError(
+            f'unknown predictor "{name}".{near(name, PREDICTORS)} Known: {listed(PREDICTORS)}'
+        )
+    return PREDICTORS[name]()
 
 
 def interpolated(estimates: Sequence[Estimate], candidates: Sequence[Candidate]) -> list[Estimate]:

@@ -42,6 +42,7 @@ class Selection:
         measurements: How many candidates were measured.
         elapsed_s: Wall-clock seconds of all of it.
         targets: What it meets; an array that is stored as it is has no error, but misses a size.
+        raw_bytes: Of the elements.
     """
 
     candidate: Candidate | None
@@ -52,6 +53,12 @@ class Selection:
     measurements: int
     elapsed_s: float
     targets: tuple[Target, ...]
+    raw_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """What is to be stored."""
+        return self.raw_bytes if self.measured is None else self.measured.stored_bytes
 
     @property
     def ratio(self) -> float:
@@ -63,6 +70,8 @@ class Selection:
         return {
             "decision": self.decision,
             "codec": None if self.candidate is None else self.candidate.config(),
+            "raw_bytes": self.raw_bytes,
+            "stored_bytes": self.stored_bytes,
             "compression_ratio": self.ratio,
             "targets": [
                 {"metric": each.metric, "op": each.op, "value": each.value} for each in self.targets
@@ -112,7 +121,7 @@ def select(
         reason += "nothing makes it smaller"
     return Selection(
         candidate, estimate, report, decision, reason,
-        len(choice.trials.all()), time.perf_counter() - begin_s, goal.targets,
+        len(choice.trials.all()), time.perf_counter() - begin_s, goal.targets, data.values.nbytes,
     )  # fmt: skip
 
 
