@@ -21,6 +21,7 @@ from lowtide.cli import (
     inspect,
     launch,
     plan,
+    quality,
     report,
     schema,
 )
@@ -76,6 +77,7 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(launch.app, name="launch")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(plan.app, name="plan")
+app.add_typer(quality.app, name="quality")
 
 
 def main(arguments: list[str] | None = None) -> None:

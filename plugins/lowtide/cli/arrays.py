@@ -1,12 +1,14 @@
-"""Arrays and streams in files, for the verbs that compress."""
+"""Arrays and streams in files, for the verbs that compress and measure."""
 
 from __future__ import annotations
 
+import json
 import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowtide.core.errors import CodecError
+from lowtide.core.errors import CodecError, ConfigError, listed, near
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +30,54 @@ def read_npy(path: Path) -> np.ndarray[Any, Any]:
         found.close()
         raise CodecError(f"{path}: holds several arrays; save one of them with numpy.save")
     return found
+
+
+def read_tensors(path: Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield name and tensor of each tensor in a .safetensors file, or of the one in a .npy file.
+
+    Args:
+        path: The file. One that is not called .safetensors is read as .npy.
+        names: Only these; a .npy file's array is called as the file is, without its ending.
+
+    Raises:
+        CodecError: there is no such file or no such tensor, or it holds something else.
+    """
+    if path.suffix != ".safetensors":
+        _check_names(path, names, [path.stem])
+        yield path.stem, read_npy(path)
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            known = list(file.keys())
+            _check_names(path, names, known)
+            for name in names or known:
+                yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CodecError(f"{path}: cannot be read as a .safetensors file: {error}") from error
+
+
+def _check_names(path: Path, names: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in names or ():
+        if name not in known:
+            raise CodecError(
+                f'{path}: has no tensor "{name}".{near(name, known)} It holds {listed(known)}'
+            )
+
+
+def configuration(text: str) -> dict[str, Any]:
+    """Return the configuration of a codec that is given by its name or as JSON.
+
+    Raises:
+        ConfigError: it begins like JSON and is none.
+    """
+    if not text.lstrip().startswith("{"):
+        return {"id": text}
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise ConfigError(f"--codec: {text} is not JSON: {error}") from error
 
 
 def read_stream(path: Path) -> memoryview:

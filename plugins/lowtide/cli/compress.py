@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowtide.cli.arrays import read_npy, shape_text
+from lowtide.cli.arrays import configuration, read_npy, shape_text
 from lowtide.cli.output import print_json, print_table, size_text, table_of, whole_file
-from lowtide.core.errors import BoundViolationError, ConfigError
+from lowtide.core.errors import BoundViolationError
 
 if TYPE_CHECKING:
     from lowtide.core.codec import Codec
@@ -45,7 +44,7 @@ def compress(
 
     given = {"mode": mode, "bound": bound, "fill_value": fill_value}
     parameters = {name: value for name, value in given.items() if value is not None}
-    chosen = get_codec(_configuration(codec) | parameters)
+    chosen = get_codec(configuration(codec) | parameters)
     data = as_array(read_npy(source))
     with whole_file(target, may_replace=force) as file:
         stream = chosen.encode(data.values)
@@ -76,15 +75,6 @@ def compress(
         print_json(found)
     else:
         _print(found, chosen)
-
-
-def _configuration(text: str) -> dict[str, Any]:
-    if not text.lstrip().startswith("{"):
-        return {"id": text}
-    try:
-        return dict(json.loads(text))
-    except ValueError as error:
-        raise ConfigError(f"--codec: {text} is not JSON: {error}") from error
 
 
 def _print(found: dict[str, Any], codec: Codec) -> None:

@@ -1,0 +1,1 @@
+"""Quality metrics of a reconstruction; see `evaluation.evaluate` and `registry.metrics`."""
