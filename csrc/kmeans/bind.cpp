@@ -43,10 +43,14 @@ constexpr std::pair<const char *, Mode> modes[] = {{"off", Mode::off},
                                                    {"recompute", Mode::recompute}};
 constexpr std::pair<const char *, Level> all_levels[] = {
     {"generic", Level::generic}, {"avx2", Level::avx2}, {"avx512", Level::avx512}};
-constexpr std::pair<const char *, Site> sites[] = {
-    {"acc", Site::acc},     {"checksum", Site::checksum},     {"best", Site::best},
-    {"index", Site::index}, {"best_again", Site::best_again}, {"index_again", Site::index_again},
-    {"sum", Site::sum},     {"count", Site::count},           {"norm", Site::norm}};
+constexpr std::pair<const char *, Site> sites[] = {{"acc", Site::acc},
+                                                   {"checksum", Site::checksum},
+                                                   {"best", Site::best},
+                                                   {"index", Site::index},
+                                                   {"best_again", Site::best_again},
+                                                   {"sum", Site::sum},
+                                                   {"count", Site::count},
+                                                   {"norm", Site::norm}};
 
 std::vector<std::string> levels() {
     std::vector<std::string> names;
@@ -230,5 +234,7 @@ template <typename T> void bind_samples(py::module_ &module, const char *name) {
 void bind_kmeans(py::module_ &module) {
     bind_samples<float>(module, "SamplesFloat32");
     bind_samples<double>(module, "SamplesFloat64");
+    module.attr("group_centroids") = group_centroids;
+    module.attr("feature_block") = feature_block;
     module.def("levels", &levels, "Instruction sets that this processor can run, slowest first.");
 }
