@@ -1,4 +1,4 @@
-"""Arrays and streams in files, for the verbs that compress."""
+"""Arrays and streams in files, for the verbs that compress and cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowtide.core.errors import CodecError
+from lowtide.core.errors import CodecError, listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,35 @@ def read_npy(path: Path) -> np.ndarray[Any, Any]:
         found.close()
         raise CodecError(f"{path}: holds several arrays; save one of them with numpy.save")
     return found
+
+
+def read_matrix(path: Path, tensor: str | None) -> Any:
+    """Return the array in a .npy file, mapped, or one of a .safetensors file, as a torch tensor.
+
+    Args:
+        path: The file; its ending decides.
+        tensor: Name in a .safetensors file; None where it holds only one.
+
+    Raises:
+        CodecError: there is no such file or name, or it holds something else.
+    """
+    if path.suffix != ".safetensors":
+        if tensor is not None:
+            raise CodecError(f'{path}: is no .safetensors file, so it has no tensor "{tensor}"')
+        return read_npy(path)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if tensor is None and len(names) == 1:
+                tensor = names[0]
+            if tensor not in names:
+                found = "no name is given" if tensor is None else f'found no tensor "{tensor}"'
+                raise CodecError(f"{path}: {found}; name one with --tensor: {listed(names)}")
+            return file.get_tensor(tensor)
+    except (OSError, SafetensorError) as error:
+        raise CodecError(f"{path}: cannot be read as a .safetensors file: {error}") from error
 
 
 def read_stream(path: Path) -> memoryview:

@@ -229,7 +229,9 @@ class Moments:
         """Return the moments of (M, D) values, to about the precision of their type."""
         parts = [cls(0, np.zeros(values.shape[1]), 0.0)]
         for _, block in blocks_of(values):
-            mean = block.new_full((len(block),), 1 / len(block)) @ block  # many times mean()'s speed
+            mean = (
+                block.new_full((len(block),), 1 / len(block)) @ block
+            )  # many times mean()'s speed
             away = (block - mean).flatten()
             mean64 = mean.double().cpu().numpy()
             parts.append(cls(len(block), mean64, float(away.dot(away))))
