@@ -302,9 +302,9 @@ void check_size(const char *name, std::size_t found, std::size_t wanted) {
 template <typename T>
 Outcome assign(Samples<T> &samples, const Request<T> &request, const Results &results) {
     const SampleView<T> &view = samples.view();
-    if (request.count == 0 || request.count > most_centroids<T>) {
+    if (request.count == 0 || request.count > most_centroids) {
         throw std::invalid_argument("centroids: got " + std::to_string(request.count) +
-                                    " rows, allowed is 1 to " + std::to_string(most_centroids<T>));
+                                    " rows, allowed is 1 to " + std::to_string(most_centroids));
     }
     check_size("centroids", request.centroids.size(), request.count * view.features);
     check_size("labels", results.labels.size(), view.count);

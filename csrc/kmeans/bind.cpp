@@ -43,10 +43,14 @@ constexpr std::pair<const char *, Mode> modes[] = {{"off", Mode::off},
                                                    {"recompute", Mode::recompute}};
 constexpr std::pair<const char *, Level> all_levels[] = {
     {"generic", Level::generic}, {"avx2", Level::avx2}, {"avx512", Level::avx512}};
-constexpr std::pair<const char *, Site> sites[] = {
-    {"acc", Site::acc},     {"checksum", Site::checksum},     {"best", Site::best},
-    {"index", Site::index}, {"best_again", Site::best_again}, {"index_again", Site::index_again},
-    {"sum", Site::sum},     {"count", Site::count},           {"norm", Site::norm}};
+constexpr std::pair<const char *, Site> sites[] = {{"acc", Site::acc},
+                                                   {"checksum", Site::checksum},
+                                                   {"best", Site::best},
+                                                   {"index", Site::index},
+                                                   {"best_again", Site::best_again},
+                                                   {"sum", Site::sum},
+                                                   {"count", Site::count},
+                                                   {"norm", Site::norm}};
 
 std::vector<std::string> levels() {
     std::vector<std::string> names;

@@ -113,7 +113,7 @@ template <typename T> class Packing {
             }
         }
         made_.starts.data()[tile.starts + j] = start;
-        made_.numbers.data()[tile.starts + j] = static_cast<T>(k);
+        made_.numbers.data()[tile.starts + j] = lane_of<T>(k);
         return square;
     }
 

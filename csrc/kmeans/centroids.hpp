@@ -8,9 +8,6 @@
 
 namespace lowtide::kmeans {
 
-// The most centroids whose numbers a lane of T holds exactly.
-template <typename T> constexpr std::size_t most_centroids = std::size_t{1} << 24;
-
 // Pack `count` rows; with a checksum at the end of each group if `kappa` is positive, in which case
 // thresholds are kappa * u * (2 |x| |C| + |n|) for the group's matrix of centroids C and vector
 // of squared norms n.

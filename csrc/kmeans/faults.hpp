@@ -56,11 +56,11 @@ struct Watch {
 // What one bit is flipped of.
 //   acc:      accumulator of centroid `column` and sample `row`
 //   checksum: accumulator of the checksum of group `column` and sample `row`
-//   best, index, best_again, index_again: running minimum of sample `row`, after `column`
+//   best, best_again, index: running minimum of sample `row`, after `column`
 //   sum:      sum of feature `column` in the cluster of sample `row`, after that sample
 //   count:    weight of that cluster
 //   norm:     |c|^2 of centroid `column` when it is encoded
-enum class Site { acc, checksum, best, index, best_again, index_again, sum, count, norm };
+enum class Site { acc, checksum, best, best_again, index, sum, count, norm };
 
 struct Fault {
     Site site = Site::acc;

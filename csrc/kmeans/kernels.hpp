@@ -16,11 +16,12 @@ constexpr std::size_t vectors = 2; // of samples, in a panel
 template <class V> constexpr std::size_t lanes_of = vectors * V::width;
 
 // Running minimum of a panel's samples, and the checksum of the group at work. The checked
-// variants keep the minimum twice, by other operations: `best` by min, `best_again` by the same
-// selection that takes the index, so that a selection gone wrong shows up as a difference.
+// variants keep the minimum twice, by other operations: `best` by min, `best_again` by comparison
+// and selection, which the index follows. Whatever goes wrong in one of the two does not reach the
+// other, so they differ where the index may be wrong.
 template <class V> struct State {
     typename V::R best[vectors], index[vectors];
-    typename V::R best_again[vectors], index_again[vectors];
+    typename V::R best_again[vectors];
     typename V::R sum[vectors], check[vectors];
 };
 
@@ -103,21 +104,24 @@ LOWTIDE_KMEANS_INLINE void take(const typename V::R (&acc)[columns][vectors],
 #pragma GCC unroll 2
     for (std::size_t m = 0; m < vectors; ++m) {
         typename V::R best = state.best[m], index = state.index[m];
-        [[maybe_unused]] typename V::R best_again, index_again, sum;
+        [[maybe_unused]] typename V::R best_again, sum;
         if constexpr (variant != Variant::plain) {
             best_again = state.best_again[m];
-            index_again = state.index_again[m];
             sum = V::broadcast(0);
         }
 #pragma GCC unroll 16
         for (int j = 0; j < used; ++j) {
             const typename V::R number = V::broadcast(work.numbers[j]);
-            const typename V::Mask nearer = V::less(acc[j][m], best);
+            typename V::Mask nearer;
+            if constexpr (variant == Variant::plain) {
+                nearer = V::less(acc[j][m], best);
+            } else {
+                nearer = V::less(acc[j][m], best_again);
+            }
             best = V::min(acc[j][m], best);
             index = V::blend(nearer, number, index);
             if constexpr (variant != Variant::plain) {
                 best_again = V::blend(nearer, acc[j][m], best_again);
-                index_again = V::blend(nearer, number, index_again);
                 sum = j == 0       ? acc[j][m]
                       : j % 2 == 0 ? V::add(sum, acc[j][m])
                                    : V::subtract(sum, acc[j][m]);
@@ -127,7 +131,6 @@ LOWTIDE_KMEANS_INLINE void take(const typename V::R (&acc)[columns][vectors],
         state.index[m] = index;
         if constexpr (variant != Variant::plain) {
             state.best_again[m] = best_again;
-            state.index_again[m] = index_again;
             state.sum[m] = V::add(state.sum[m], sum);
         }
     }
@@ -173,8 +176,6 @@ LOWTIDE_KMEANS_TARGET void flip_minima(State<V> &state, const TileWork<V> &work)
             flip_lane<V>(state.index, lane, fault);
         } else if (fault.site == Site::best_again) {
             flip_lane<V>(state.best_again, lane, fault);
-        } else if (fault.site == Site::index_again) {
-            flip_lane<V>(state.index_again, lane, fault);
         }
     }
 }
@@ -302,7 +303,8 @@ template <class V> class Panels {
             run_panel<variant>(row, std::min(lanes_of<V>, end - row));
         }
         if constexpr (variant != Variant::plain) {
-            counts_.checks += (end - begin) * (centroids_.thresholds.size() + 1);
+            const std::size_t checks = centroids_.thresholds.size() + 1;
+            counts_.checks += pass_.mode == Mode::off ? 0 : (end - begin) * checks;
             watch_.rows += end - begin;
         }
     }
@@ -330,7 +332,7 @@ template <class V> class Panels {
         State<V> state;
         for (std::size_t m = 0; m < vectors; ++m) {
             state.best[m] = state.best_again[m] = V::broadcast(static_cast<T>(HUGE_VAL));
-            state.index[m] = state.index_again[m] = state.sum[m] = V::broadcast(0);
+            state.index[m] = state.sum[m] = V::broadcast(0);
         }
         TileWork<V> work;
         work.samples = panel_at(row);
@@ -353,11 +355,11 @@ template <class V> class Panels {
                 }
             }
         }
-        store_labels<variant>(state, row, count);
+        const std::uint64_t unreadable = store_labels(state, row, count);
         if constexpr (variant != Variant::plain) {
+            wrong |= unreadable;
             for (std::size_t m = 0; m < vectors; ++m) {
-                const std::uint64_t differ = V::differ(state.best[m], state.best_again[m]) |
-                                             V::differ(state.index[m], state.index_again[m]);
+                const std::uint64_t differ = V::differ(state.best[m], state.best_again[m]);
                 wrong |= differ << (m * V::width);
             }
             wrong &= ~std::uint64_t{0} >> (64 - count); // lanes without a sample do not matter
@@ -367,19 +369,38 @@ template <class V> class Panels {
         }
     }
 
-    template <Variant variant>
-    LOWTIDE_KMEANS_INLINE void store_labels(const State<V> &state, std::size_t row,
-                                            std::size_t count) {
+    // Returns the samples whose index is no code word: a bit of it is flipped. It must not lead out
+    // of the array, whatever is done about it.
+    LOWTIDE_KMEANS_INLINE std::uint64_t store_labels(const State<V> &state, std::size_t row,
+                                                     std::size_t count) {
         alignas(64) T index[lanes_of<V>];
+        alignas(64) std::int32_t labels[lanes_of<V>];
         V::store(index, state.index[0]);
         V::store(index + V::width, state.index[1]);
-        std::int32_t *const labels = pass_.labels + row;
-        const T most = static_cast<T>(centroids_.count);
-        for (std::size_t i = 0; i < count; ++i) {
-            // A flipped bit must not lead out of the array, whatever is done about it.
-            const bool is_label = variant == Variant::plain || (index[i] >= 0 && index[i] < most);
-            labels[i] = is_label ? static_cast<std::int32_t>(index[i]) : 0;
+        bool is_readable = true;
+        for (std::size_t i = 0; i < lanes_of<V>; ++i) {
+            const Code<T> code = code_in(index[i]);
+            labels[i] = static_cast<std::int32_t>(number_in(code));
+            is_readable &= is_readable_code(code);
         }
+        std::memcpy(pass_.labels + row, labels, count * sizeof(labels[0]));
+        return is_readable ? 0 : find_unreadable(index, row, count);
+    }
+
+    LOWTIDE_KMEANS_INLINE bool is_readable_code(Code<T> code) const {
+        return is_code(code) & (number_in(code) < centroids_.count);
+    }
+
+    LOWTIDE_KMEANS_TARGET __attribute__((noinline)) std::uint64_t
+    find_unreadable(const T *index, std::size_t row, std::size_t count) {
+        std::uint64_t found = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+            if (!is_readable_code(code_in(index[i]))) {
+                found |= std::uint64_t{1} << i;
+                pass_.labels[row + i] = 0;
+            }
+        }
+        return found;
     }
 
     // Which samples' sums do not agree with the checksum. The common case is one comparison: no
@@ -478,7 +499,7 @@ template <class V> class Panels {
                 again.sum = 0;
             }
         }
-        pass_.labels[row] = static_cast<std::int32_t>(again.index);
+        pass_.labels[row] = static_cast<std::int32_t>(number_in(code_in(again.index)));
         return true;
     }
 

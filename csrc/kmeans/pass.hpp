@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "aligned.hpp"
@@ -32,6 +34,34 @@ constexpr std::size_t few_features = 16;
 
 // Centroids under one checksum. More would make the check cheaper and blunter.
 constexpr std::size_t group_centroids = 128;
+
+// How a lane of T holds the number of a centroid: as bits that are only ever moved. The bytes of
+// the number, and the exclusive or of them in the byte above, so that one flipped bit shows.
+template <typename T> using Code = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+
+constexpr std::size_t most_centroids = std::size_t{1} << 24;
+
+template <typename T> T lane_of(std::size_t number) {
+    const auto code = static_cast<Code<T>>(number);
+    const Code<T> fold = (code ^ code >> 8 ^ code >> 16) & 0xFFu;
+    const Code<T> bits = code | fold << 24;
+    T lane;
+    std::memcpy(&lane, &bits, sizeof(lane));
+    return lane;
+}
+
+template <typename T> Code<T> code_in(const T &lane) {
+    Code<T> code;
+    std::memcpy(&code, &lane, sizeof(code));
+    return code;
+}
+
+template <typename C> constexpr C number_in(C code) { return code & 0xFFFFFFu; }
+
+template <typename C> constexpr bool is_code(C code) {
+    const C fold = (code ^ code >> 8 ^ code >> 16 ^ code >> 24) & 0xFFu;
+    return (fold | (sizeof(C) == 8 ? code >> (4 * sizeof(C)) : 0)) == 0;
+}
 
 // Columns [first, first + columns) of a group, the last of which may be its checksum.
 struct Tile {
@@ -57,7 +87,7 @@ template <typename T> struct Centroids {
     std::vector<Tile> tiles;
     AlignedArray<T> values;
     AlignedArray<T> starts;
-    AlignedArray<T> numbers;              // of the centroid of each column, as a lane holds it
+    AlignedArray<T> numbers;              // of the centroid of each column: lane_of()
     std::vector<Threshold<T>> thresholds; // of each group
     double most_slack = 1;                // a residual of this many thresholds is not rounding
     bool fits = true;                     // no distance overflows T

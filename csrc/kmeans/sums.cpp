@@ -35,18 +35,19 @@ template <typename T> Summation<T> PartialSums<T>::summation(std::size_t begin, 
 
 template <typename T> void PartialSums<T>::add(std::size_t begin, std::size_t end) {
     const auto sum = request_.samples->kernels().sum;
+    std::size_t done = begin;
     for (Fault &fault : request_.faults) {
         const bool is_mine =
             fault.site == Site::count
                 ? first_ == 0
                 : fault.site == Site::sum && fault.column >= first_ && fault.column < last_;
         if (is_mine && fault.row >= begin && fault.row < end) {
-            sum(summation(begin, fault.row + 1));
-            begin = fault.row + 1;
+            sum(summation(done, fault.row + 1));
+            done = fault.row + 1;
             flip_after(fault.row, fault);
         }
     }
-    sum(summation(begin, end));
+    sum(summation(done, end));
 }
 
 template <typename T> void PartialSums<T>::flip_after(std::size_t row, Fault &fault) {

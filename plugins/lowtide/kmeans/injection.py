@@ -13,8 +13,8 @@ from lowtide.kmeans.backend import Floats
 Site: TypeAlias = Literal["acc", "checksum", "norm", "argmin", "sum", "count"]
 _Planned: TypeAlias = tuple[str, int, int, int]
 
-# The running minimum is kept twice, each time as its value and its index.
-_ARGMIN = ("best", "index", "best_again", "index_again")
+# The running minimum is kept twice, its index once, with a byte of its own to check it.
+_ARGMIN = ("best", "best_again", "index")
 _GROUP = 128  # centroids under one checksum, as csrc/kmeans/pass.hpp has it
 
 
@@ -24,7 +24,7 @@ class Flip:
 
     Attributes:
         call: Number of the call, from 0.
-        site: What was hit; of "argmin" which of its four registers.
+        site: What was hit; of "argmin" which of its three registers.
         row: The sample at work; 0 for "norm".
         column: Centroid, for "checksum" its group, for "sum" the feature.
         bit: From the least significant one.
@@ -88,9 +88,11 @@ class Injector:
         is_double = self.site in ("sum", "count") or centroids.dtype == np.float64
         columns = {"checksum": -(-clusters // _GROUP), "sum": features}.get(self.site, clusters)
         for _ in range(n_faults):
-            site = str(rng.choice(_ARGMIN)) if self.site == "argmin" else self.site
+            site = _ARGMIN[rng.integers(len(_ARGMIN))] if self.site == "argmin" else self.site
             row = 0 if site == "norm" else int(rng.integers(count))
-            bit = int(rng.integers(64 if is_double else 32)) if self.bit == "uniform" else self.bit
+            bit = self.bit
+            if bit == "uniform":
+                bit = int(rng.integers(64 if is_double else 32))
             self._planned.append((site, row, int(rng.integers(columns)), bit))
         self._planned.sort()
         self._planned.sort(key=lambda planned: planned[1])
