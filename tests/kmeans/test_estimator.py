@@ -352,6 +352,19 @@ def test_a_model_has_to_be_fitted_and_samples_to_fit_it() -> None:
         model.partial_fit(points(9, 3))
 
 
+def test_a_model_is_made_of_centroids() -> None:
+    samples = points(300, 3, dtype=np.float32)
+    fitted = KMeans(4, random_state=0).fit(samples)
+    model = KMeans.from_centroids(fitted.cluster_centers_, fault_tolerance="correct")
+    assert (model.n_clusters, model.n_features_in_) == (4, 3)
+    assert model.cluster_centers_ is not fitted.cluster_centers_
+    np.testing.assert_array_equal(model.predict(samples), fitted.labels_)
+    with pytest.raises(ValueError, match="X has 2 features"):
+        model.predict(samples[:, :2])
+    with pytest.raises(DataError, match="X: contains NaN"):
+        KMeans.from_centroids(HOLE)
+
+
 def test_batches_go_on_after_a_fit() -> None:
     samples = points(300, 3)
     model = KMeans(4, random_state=0).fit(samples)

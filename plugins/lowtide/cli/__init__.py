@@ -19,6 +19,7 @@ from lowtide.cli import (
     decompress,
     doctor,
     inspect,
+    kmeans,
     launch,
     plan,
     quality,
@@ -77,6 +78,7 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(launch.app, name="launch")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(plan.app, name="plan")
+app.add_typer(kmeans.app, name="kmeans")
 app.add_typer(quality.app, name="quality")
 
 

@@ -1,4 +1,4 @@
-"""Arrays and streams in files, for the verbs that compress and measure."""
+"""Arrays and streams in files, for the verbs that compress, measure and cluster."""
 
 from __future__ import annotations
 
@@ -56,6 +56,25 @@ def read_tensors(path: Path, names: Sequence[str] | None = None) -> Iterator[tup
                 yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise CodecError(f"{path}: cannot be read as a .safetensors file: {error}") from error
+
+
+def read_matrix(path: Path, tensor: str | None) -> Any:
+    """Return the array in a .npy file, mapped, or one of a .safetensors file, as a torch tensor.
+
+    Args:
+        path: The file; its ending decides.
+        tensor: Name in a .safetensors file; None where it holds only one.
+
+    Raises:
+        CodecError: there is no such file or name, or it holds something else.
+    """
+    found = read_tensors(path, None if tensor is None else [tensor])
+    first = next(found, None)
+    if first is None:
+        raise CodecError(f"{path}: holds no tensor")
+    if tensor is None and next(found, None) is not None:
+        raise CodecError(f"{path}: holds several tensors; name one with --tensor")
+    return first[1]
 
 
 def _check_names(path: Path, names: Sequence[str] | None, known: Sequence[str]) -> None:

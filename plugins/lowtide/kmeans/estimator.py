@@ -86,6 +86,24 @@ class KMeans(Estimator):
         self.process_group = process_group
         self.verbose = verbose
 
+    @classmethod
+    def from_centroids(cls, centroids: Any, **parameters: Any) -> KMeans:
+        """Return a fitted model with (K, D) centroids, for `predict`, `transform` and `score`.
+
+        Args:
+            centroids: A matrix, as samples may be; copied.
+            parameters: As of the class, but for `n_clusters`.
+
+        Raises:
+            DataError: they are no (K, D) matrix of finite numbers.
+        """
+        samples = as_samples(centroids)
+        check_not_empty(samples.values.shape)
+        model = cls(len(samples.values), **parameters)
+        model.look_at(centroids, samples.values.shape[1], is_first=True)
+        model._keep(samples, np.array(to_numpy(samples.tensor)))
+        return model
+
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:  # noqa: ARG002
         """Cluster samples.
 
