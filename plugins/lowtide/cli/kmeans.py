@@ -98,7 +98,7 @@ def fit(
         return
     table = table_of("samples", "dtype", "clusters", "iterations", "inertia", "sizes", "faults")
     table.add_row(
-        shape_text(found["shape"]), found["dtype"], str(clusters), str(model.n_iter_),
+        shape_text(tuple(samples.shape)), str(found["dtype"]), str(clusters), str(model.n_iter_),
         f"{model.inertia_:.6g}", f"{sizes.min()} to {sizes.max()}",
         _faults_text(model.fault_report_),
     )  # fmt: skip
@@ -142,7 +142,7 @@ def predict(
         return
     table = table_of("samples", "clusters", "sizes")
     sizes_text = f"{sizes.min()} to {sizes.max()}"
-    table.add_row(shape_text(found["shape"]), str(model.n_clusters), sizes_text)
+    table.add_row(shape_text(tuple(samples.shape)), str(model.n_clusters), sizes_text)
     print_table(table)
 
 
