@@ -234,5 +234,7 @@ template <typename T> void bind_samples(py::module_ &module, const char *name) {
 void bind_kmeans(py::module_ &module) {
     bind_samples<float>(module, "SamplesFloat32");
     bind_samples<double>(module, "SamplesFloat64");
+    module.attr("group_centroids") = group_centroids;
+    module.attr("feature_block") = feature_block;
     module.def("levels", &levels, "Instruction sets that this processor can run, slowest first.");
 }

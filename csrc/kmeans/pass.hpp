@@ -136,6 +136,10 @@ template <typename T> struct Kernels {
     void (*total)(const double *sums, std::size_t clusters, std::size_t stride, double *totals);
     // Squared distance of a row to another, from the differences in float64.
     double (*distance)(const T *a, const T *b, std::size_t features);
+    // A panel of `count` rows, in a frame. Returns the largest magnitude in it, NaN if an element
+    // is not finite.
+    T (*pack)(const T *rows, std::size_t count, std::size_t features, const T *origin, T scale,
+              T *panel);
 };
 
 // The nearest centroid by squared distances from the differences in float64, which shares nothing

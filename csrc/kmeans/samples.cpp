@@ -18,7 +18,7 @@ constexpr std::size_t least_rows = 1024;
 constexpr std::size_t most_ranges = 256;
 
 // Rows that the frame is estimated from, spread over all.
-constexpr std::size_t most_looked_at = 4096;
+constexpr std::size_t most_looked_at = 1024;
 
 std::size_t rounded_up(std::size_t value, std::size_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -133,29 +133,9 @@ template <typename T> T Samples<T>::pack_all(unsigned threads) {
 }
 
 template <typename T> T Samples<T>::pack(std::size_t row, T *panel) const {
-    const std::size_t features = view_.features;
-    const std::size_t lanes = kernels_->lanes;
-    const std::size_t count = std::min(lanes, view_.count - row);
-    const T scale = frame_.scale;
-    const T *const origin = frame_.origin.data();
-    constexpr std::size_t block = 16; // features whose part of a panel stays in the first cache
-    T most = 0;
-    for (std::size_t first = 0; first < features; first += block) {
-        const std::size_t last = std::min(features, first + block);
-        for (std::size_t lane = 0; lane < count; ++lane) {
-            const T *const sample = view_.rows + (row + lane) * features;
-            for (std::size_t d = first; d < last; ++d) {
-                const T value = (sample[d] - origin[d]) * scale;
-                panel[d * lanes + lane] = value;
-                const T magnitude = std::fabs(value);
-                most = magnitude <= most ? most : magnitude; // NaN stays
-            }
-        }
-        for (std::size_t d = first; d < last; ++d) {
-            std::fill(panel + d * lanes + count, panel + (d + 1) * lanes, T{0});
-        }
-    }
-    return most;
+    const std::size_t count = std::min(kernels_->lanes, view_.count - row);
+    return kernels_->pack(view_.rows + row * view_.features, count, view_.features,
+                          frame_.origin.data(), frame_.scale, panel);
 }
 
 template <typename T> void Samples<T>::add_up(std::size_t range) {

@@ -9,13 +9,13 @@ import numpy as np
 
 from lowtide.core.errors import ConfigError, listed, near
 from lowtide.kmeans.backend import Floats
+from lowtide.kmeans.checks import groups
 
 Site: TypeAlias = Literal["acc", "checksum", "norm", "argmin", "sum", "count"]
 _Planned: TypeAlias = tuple[str, int, int, int]
 
 # The running minimum is kept twice, its index once, with a byte of its own to check it.
 _ARGMIN = ("best", "best_again", "index")
-_GROUP = 128  # centroids under one checksum, as csrc/kmeans/pass.hpp has it
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,26 @@ class Injector:
         n_faults = int(self.rate) + int(rng.random() < self.rate % 1)
         clusters, features = centroids.shape
         is_double = self.site in ("sum", "count") or centroids.dtype == np.float64
-        columns = {"checksum": -(-clusters // _GROUP), "sum": features}.get(self.site, clusters)
-        for _ in range(n_faults):
-            site = _ARGMIN[rng.integers(len(_ARGMIN))] if self.site == "argmin" else self.site
-            row = 0 if site == "norm" else int(rng.integers(count))
-            bit = self.bit
-            if bit == "uniform":
-                bit = int(rng.integers(64 if is_double else 32))
-            self._planned.append((site, row, int(rng.integers(columns)), bit))
-        self._planned.sort()
-        self._planned.sort(key=lambda planned: planned[1])
+        columns = clusters
+        if self.site == "checksum":
+            columns = len(groups(clusters))
+        elif self.site == "sum":
+            columns = features
+        # Different samples, as long as there are enough.
+        hit = rng.choice(count, n_faults, replace=n_faults > count)
+        rows = np.zeros(n_faults, np.int64) if self.site == "norm" else np.sort(hit)
+        drawn = rng.integers(64 if is_double else 32, size=n_faults)
+        bits = drawn if self.bit == "uniform" else np.full(n_faults, self.bit)
+        sites = np.array(_ARGMIN if self.site == "argmin" else [self.site])
+        self._planned = list(
+            zip(
+                sites[rng.integers(len(sites), size=n_faults)].tolist(),
+                rows.tolist(),
+                rng.integers(columns, size=n_faults).tolist(),
+                bits.tolist(),
+                strict=True,
+            )
+        )
         return self._planned
 
     def note(self, happened: list[Any]) -> int:
