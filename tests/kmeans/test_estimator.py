@@ -63,21 +63,25 @@ def test_a_fit_from_a_seed_is_scikit_learns(init: str) -> None:
         assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-10)
 
 
-def test_batches_move_centroids_as_scikit_learns_do() -> None:
+# Starts far from all samples are placed anew: at once where nothing is near them, else after 80
+# samples; more of them than half a batch has samples not all at once.
+@pytest.mark.parametrize(("far", "size"), [([90, 90], 150), ([50], 30), ([90] * 6, 10)])
+def test_batches_move_centroids_as_scikit_learns_do(far: list[int], size: int) -> None:
     cluster = pytest.importorskip("sklearn.cluster")
     samples = points(1200, 4)
-    start = np.vstack([chosen(samples, 6), [[90.0] * 4] * 2])  # two are placed anew
+    samples[3] = 51.0
+    start = np.vstack([chosen(samples[4:], 8 - len(far)), [[place] * 4 for place in far]])
     options: dict[str, Any] = {"init": start, "random_state": 0}
     theirs, ours = cluster.MiniBatchKMeans(8, n_init=1, **options), KMeans(8, **options)
     weights = np.random.default_rng(3).random(1200)
-    for begin in range(0, 1200, 150):
-        part = slice(begin, begin + 150)
+    for begin in range(0, 1200, size):
+        part = slice(begin, begin + size)
         theirs.partial_fit(samples[part], sample_weight=weights[part])
         ours.partial_fit(samples[part], sample_weight=weights[part])
         np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, rtol=1e-9)
         np.testing.assert_array_equal(ours.labels_, theirs.labels_)
         assert ours.inertia_ == pytest.approx(theirs.inertia_)
-    assert ours.n_steps_ == theirs.n_steps_ == 8
+    assert ours.n_steps_ == theirs.n_steps_ == 1200 // size
 
 
 def test_scikit_learns_own_checks_pass() -> None:
@@ -118,6 +122,8 @@ def test_without_scikit_learn_it_has_parameters_and_works() -> None:
         "try: twin.predict(x[:, [0, 0]])\n"
         "except ValueError as error: assert 'KMeans is expecting 1' in str(error)\n"
         "else: raise AssertionError\n"
+        "x.flags.writeable = False\n"  # torch would warn of it, once in a process
+        "twin.fit(x)\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lowtide.core.errors import ConfigError, DataError
+from lowtide.kmeans import initial as initial_module
 from lowtide.kmeans.initial import _uniform, initial
+from lowtide.kmeans.passes import Problem
 from lowtide.kmeans.reference import ReferenceBackend
 from tests.kmeans.points import Array, points, problem_of
 
@@ -87,6 +89,26 @@ def test_parallel_is_as_good_as_plus_plus() -> None:
     drawn = np.median([inertia(samples, starts(samples, "random", 30, seed=s)) for s in range(5)])
     assert ours < 1.3 * theirs
     assert ours < 0.6 * drawn
+
+
+def test_candidates_of_parallel_are_different_and_weigh_what_they_stand_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples, weights = points(3000, 3, 20), np.random.default_rng(2).random(3000)
+    seen = []
+    right = initial_module.plus_plus
+
+    def plus_plus(problem: Problem, *others: Any) -> Any:
+        seen.append(problem.samples)
+        return right(problem, *others)
+
+    monkeypatch.setattr(initial_module, "plus_plus", plus_plus)
+    starts(samples, "k-means||", 20, weights)
+    (candidates,) = seen
+    assert len(np.unique(candidates.values, axis=0)) == len(candidates.values)  # none drawn twice
+    assert 100 < len(candidates.values) < 300  # five rounds of about 40
+    nearest = ReferenceBackend().prepare(samples, weights).assign(candidates.values)
+    np.testing.assert_allclose(candidates.weights, nearest.counts)
 
 
 @pytest.mark.parametrize("method", ["k-means++", "k-means||"])

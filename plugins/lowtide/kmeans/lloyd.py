@@ -114,15 +114,16 @@ def _checked_pass(
     if not problem.protection.is_on or not _has_risen(problem, found, last):
         return centroids, found
     problem.count(detected=1)
-    if problem.protection.mode != "detect" and last is not None:
+    if problem.protection.mode != "detect":
         # Which of the two is wrong cannot be told: both are done again, otherwise.
         problem.count(recomputed=1)
-        careful = problem.by(TorchBackend(torch.float64))
-        earlier = one_pass(careful, last[0])
-        centroids = means(careful, earlier, last[0])
-        found = one_pass(careful, centroids, earlier.labels)
-        problem.uncorrected = careful.uncorrected
-        if not _has_risen(problem, found, (last[0], earlier)):
+        samples = problem.samples
+        careful = TorchBackend(torch.float64).prepare(samples.values, samples.weights)
+        if last is not None:
+            last = last[0], one_pass(problem, last[0], prepared=careful)
+            centroids, before = means(problem, last[1], last[0]), last[1].labels
+        found = one_pass(problem, centroids, before, prepared=careful)
+        if not _has_risen(problem, found, last):
             return centroids, found
     problem.count(uncorrected=1)
     problem.uncorrected += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -72,10 +72,6 @@ class Problem:
             problem.totals = Totals.unpacked(group.sum(totals.packed()))
         return problem
 
-    def by(self, backend: Backend) -> Problem:
-        """Return the same problem for another backend, with the same counts."""
-        return replace(self, prepared=backend.prepare(self.samples.values, self.samples.weights))
-
     def count(self, **counts: int) -> None:
         """Count something that all ranks saw together."""
         if self.group.rank == 0:
@@ -137,7 +133,12 @@ class Pass:
 
 
 def one_pass(
-    problem: Problem, centroids: Floats, before: Any = None, *, distances: bool = False
+    problem: Problem,
+    centroids: Floats,
+    before: Any = None,
+    *,
+    distances: bool = False,
+    prepared: Prepared | None = None,
 ) -> Pass:
     """Assign all samples to (K, D) centroids and add up the clusters; on all ranks together.
 
@@ -146,6 +147,7 @@ def one_pass(
         centroids: (K, D), the same on all ranks.
         before: Labels to compare with, or None.
         distances: Whether `Pass.distances` is wanted.
+        prepared: The samples, made ready by another backend than the problem's.
 
     Raises:
         UncorrectedFaultError: more errors remain than may.
@@ -154,7 +156,9 @@ def one_pass(
     done: Assignment | None = None
     error: Exception | None = None
     try:
-        done = problem.prepared.assign(centroids, problem.protection, distances=distances)
+        done = (prepared or problem.prepared).assign(
+            centroids, problem.protection, distances=distances
+        )
         packed = _packed(done, before)
     except Exception as caught:  # noqa: BLE001  # raised below, on every rank
         error = caught

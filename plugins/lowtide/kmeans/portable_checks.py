@@ -23,7 +23,6 @@ TILE = 128  # centroids under one checksum
 # centred and not, heavy tails, 1e-15, repeated samples. No order of summation is taken for granted,
 # so the unit grows with the number of terms, unlike that of a kernel whose order is known.
 KAPPA = 5.0
-_WHOLE = 0.1  # a place further than this from a whole number is none
 
 
 @dataclass(frozen=True)
@@ -133,19 +132,18 @@ class Checked:
         """Rebuild the wrong element of each row where it can be told which; redo the others."""
         distances = self._tile(tile)[rows].double()
         columns, starts = self._wide(tile)
-        weights = torch.arange(
-            1, distances.shape[1] + 1, dtype=torch.float64, device=distances.device
-        )
+        count = distances.shape[1]
+        weights = torch.arange(1, count + 1, dtype=torch.float64, device=distances.device)
         second = self._samples[rows].double() @ (columns @ weights) + starts @ weights
-        place = (distances @ weights - second) / off
-        nearest = place.round()
-        is_found = ((place - nearest).abs() < _WHOLE) & (nearest >= 1)
-        is_found &= nearest <= len(weights)
-        index = torch.where(is_found, nearest, 1.0).long() - 1
+        # The second sum rounds by `count` times as much, which moves the place by less than a half.
+        is_found = off.abs() > 2 * count * limits
+        place = ((distances @ weights - second) / off).round()
+        is_found &= (place >= 1) & (place <= count)
+        index = torch.where(is_found, place, 1.0).long() - 1
         others = distances.scatter(1, index[:, None], 0.0)
         element = self._checksums[rows, tile].double() - others.sum(1)
         rebuilt = others.scatter(1, index[:, None], element[:, None])
-        is_found &= (rebuilt @ weights - second).abs() <= limits * len(weights)
+        is_found &= (rebuilt @ weights - second).abs() <= count * limits
         values = element[is_found].to(self._samples.dtype)
         self._tile(tile)[rows[is_found], index[is_found]] = values
         self._report.corrected += int(is_found.sum())
