@@ -181,7 +181,7 @@ def test_small_errors_near_a_tie_are_made_again(monkeypatch: pytest.MonkeyPatch)
     # rounding cannot bridge and a rebuilt one's can.
     g = np.random.default_rng(0)
     centroids = 10 * g.standard_normal((100, 16)).astype(np.float32)
-    gaps = g.uniform(0.02, 0.04, (300, 1)) * g.choice([-1, 1], (300, 1))
+    gaps = g.uniform(0.003, 0.006, (300, 1)) * g.choice([-1, 1], (300, 1))
     ways = (centroids[1] - centroids[0]).astype(float)
     samples = (centroids[:2].mean(axis=0) + gaps * ways / (ways @ ways)).astype(np.float32)
     prepared = TorchBackend().prepare(samples)
