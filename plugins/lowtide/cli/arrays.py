@@ -70,10 +70,10 @@ def read_matrix(path: Path, tensor: str | None) -> Any:
     """
     found = read_tensors(path, None if tensor is None else [tensor])
     first = next(found, None)
-    if first is None:
-        raise CodecError(f"{path}: holds no tensor")
-    if tensor is None and next(found, None) is not None:
-        raise CodecError(f"{path}: holds several tensors; name one with --tensor")
+    second = None if tensor is not None else next(found, None)
+    if first is None or second is not None:
+        names = "no tensor" if second is None else f'several tensors, such as "{second[0]}"'
+        raise CodecError(f"{path}: holds {names}; name one with --tensor")
     return first[1]
 
 
