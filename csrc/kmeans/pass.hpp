@@ -125,6 +125,16 @@ template <typename T> struct Summation {
 
 constexpr std::size_t sum_lanes = 8;
 
+// Columns of a tile: accumulators of two vectors each, and room for what they are made of. An even
+// number, for the signs of the checksum.
+constexpr int columns_with([[maybe_unused]] int registers) {
+#ifdef LOWTIDE_KMEANS_COLUMNS // few compile fast, where the sanitizers make that slow
+    return LOWTIDE_KMEANS_COLUMNS;
+#else
+    return registers * 3 / 8;
+#endif
+}
+
 // One instruction set. All levels with a fused multiply-add give the same labels and sums.
 template <typename T> struct Kernels {
     std::size_t lanes;   // samples in a panel
