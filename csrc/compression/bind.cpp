@@ -17,6 +17,8 @@
 
 namespace py = pybind11;
 
+void bind_network(py::module_ &module);
+
 namespace {
 
 using namespace lowtide::compression;
@@ -103,6 +105,19 @@ py::object difference_decode_any(Array<std::int32_t> codes, const Lengths &lengt
     const auto from = writable(codes);
     return decoded_as(is_double, shape.count,
                       [&](auto to) { difference_decode(from, shape, orders, step, to); });
+}
+
+py::object mixed_decode_any(Array<std::int32_t> codes, const Array<std::int32_t> &predicted,
+                            const Array<unsigned char> &is_predicted, const Lengths &lengths,
+                            const Orders &orders, double step, bool is_double) {
+    const Shape shape(lengths);
+    values(codes, shape, "codes");
+    const auto other = values(predicted, shape, "predicted");
+    const auto mask = values(is_predicted, shape, "is_predicted");
+    check_step(step);
+    const auto from = writable(codes);
+    return decoded_as(is_double, shape.count,
+                      [&](auto to) { mixed_decode(from, other, mask, shape, orders, step, to); });
 }
 
 template <typename T>
@@ -201,10 +216,13 @@ template <typename T> void bind_values(py::module_ &module) {
 } // namespace
 
 void bind_compression(py::module_ &module) {
-    module.doc() = "Primitives of the codec lowtide.sz; see lowtide.compression.";
+    module.doc() = "Primitives of the codecs lowtide.sz and lowtide.aesz; see lowtide.compression.";
     bind_values<float>(module);
     bind_values<double>(module);
     module.def("difference_decode", &difference_decode_any, py::arg("codes").noconvert(),
+               py::arg("shape"), py::arg("orders"), py::arg("step"), py::arg("is_double"));
+    module.def("mixed_decode", &mixed_decode_any, py::arg("codes").noconvert(),
+               py::arg("predicted").noconvert(), py::arg("is_predicted").noconvert(),
                py::arg("shape"), py::arg("orders"), py::arg("step"), py::arg("is_double"));
     module.def("interpolation_decode", &interpolation_decode_any, py::arg("codes").noconvert(),
                py::arg("shape"), py::arg("weights"), py::arg("cubic"), py::arg("alpha"),
@@ -215,4 +233,5 @@ void bind_compression(py::module_ &module) {
                py::arg("weights"));
     module.def("exp2", &exp2_of, py::arg("y").noconvert());
     module.def("cost_bits", &cost_of, py::arg("codes").noconvert());
+    bind_network(module);
 }

@@ -6,9 +6,7 @@
 #include "rounding.hpp"
 
 namespace lowtide::compression {
-namespace {
-
-void check(const Shape &shape, const std::vector<int> &orders) {
+void check_orders(const Shape &shape, const std::vector<int> &orders) {
     if (static_cast<int>(orders.size()) != shape.axes) {
         throw std::invalid_argument("orders: got " + std::to_string(orders.size()) +
                                     ", the shape has " + std::to_string(shape.axes) + " axes");
@@ -20,6 +18,8 @@ void check(const Shape &shape, const std::vector<int> &orders) {
         }
     }
 }
+
+namespace {
 
 // One difference along an axis, in place, from the end. Unsigned: wraps around.
 void subtract_along(std::uint32_t *codes, const Shape &shape, int axis) {
@@ -77,7 +77,7 @@ void subtract_along_last(std::uint32_t *codes, const Shape &shape) {
 template <typename T>
 void difference_encode(Span<const T> work, const Shape &shape, const std::vector<int> &orders,
                        double step, Span<std::int32_t> codes, Span<T> restored) {
-    check(shape, orders);
+    check_orders(shape, orders);
     const double inverse = 1.0 / step;
     double last = 0.0;
     for (std::size_t i = 0; i < shape.count; ++i) {
@@ -102,7 +102,7 @@ void difference_encode(Span<const T> work, const Shape &shape, const std::vector
 template <typename T>
 void difference_decode(Span<std::int32_t> codes, const Shape &shape, const std::vector<int> &orders,
                        double step, Span<T> restored) {
-    check(shape, orders);
+    check_orders(shape, orders);
     auto *bits = reinterpret_cast<std::uint32_t *>(codes.data());
     for (int axis = 0; axis < shape.axes; ++axis) {
         for (int turn = 0; turn < orders[axis]; ++turn) {

@@ -25,10 +25,20 @@ template <typename T>
 void difference_encode(Span<const T> work, const Shape &shape, const std::vector<int> &orders,
                        double step, Span<std::int32_t> codes, Span<T> restored);
 
+// Throws std::invalid_argument unless each axis has an order of 0 to 2.
+void check_orders(const Shape &shape, const std::vector<int> &orders);
+
 // Overwrites `codes`.
 template <typename T>
 void difference_decode(Span<std::int32_t> codes, const Shape &shape, const std::vector<int> &orders,
                        double step, Span<T> restored);
+
+// Undoes differences where `is_predicted` is 0; there `predicted` does not count. Elsewhere a code
+// is what the whole number differs by from `predicted`. Overwrites `codes`.
+template <typename T>
+void mixed_decode(Span<std::int32_t> codes, Span<const std::int32_t> predicted,
+                  Span<const unsigned char> is_predicted, const Shape &shape,
+                  const std::vector<int> &orders, double step, Span<T> restored);
 
 template <typename T>
 void interpolation_encode(Span<const T> work, const Shape &shape, const Interpolation &how,

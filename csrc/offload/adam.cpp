@@ -3,43 +3,14 @@
 #include <stdexcept>
 
 #include "common/cpu_features.hpp"
+#include "common/default_arithmetic.hpp"
 #include "common/thread_pool.hpp"
-
-#if LOWTIDE_X86
-#include <xmmintrin.h>
-#else
-#include <cfenv>
-#endif
 
 namespace lowtide::offload {
 namespace {
 
 // Ranges begin at multiples of this, so all vectors but the last are whole ones.
 constexpr std::size_t range_align = 16;
-
-// While it lives, this thread rounds to nearest and keeps subnormal numbers, whatever the caller
-// has set; a pool's threads never see the caller's setting, so obeying it would split the array.
-class DefaultArithmetic {
-  public:
-    DefaultArithmetic(const DefaultArithmetic &) = delete;
-    DefaultArithmetic &operator=(const DefaultArithmetic &) = delete;
-#if LOWTIDE_X86
-    DefaultArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1F80u); } // as at a process's start
-    ~DefaultArithmetic() { _mm_setcsr(before_); }
-
-  private:
-    unsigned before_;
-#else
-    DefaultArithmetic() {
-        std::fegetenv(&before_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultArithmetic() { std::fesetenv(&before_); }
-
-  private:
-    std::fenv_t before_;
-#endif
-};
 
 float load_grad(const AdamArrays &arrays, std::size_t i) {
     const std::size_t offset = i * bytes_of(arrays.grad_type);

@@ -1,4 +1,4 @@
-"""The primitives of ``lowtide.sz`` in numpy: the readable reference for ``csrc/compression``.
+"""The primitives of ``lowtide.sz`` and ``lowtide.aesz`` in numpy: the readable reference for ``csrc/compression``.
 
 Same names, arguments and bits as the native functions; FORMAT.md beside this folder decides.
 It also is the way without a compiler: correct everywhere, and slow in the entropy coder, which
@@ -11,6 +11,8 @@ from lowtide.compression.reference.differences import difference_decode, differe
 from lowtide.compression.reference.entropy_decoder import entropy_decode
 from lowtide.compression.reference.entropy_encoder import cost_bits, entropy_encode
 from lowtide.compression.reference.interpolation import interpolation_decode, interpolation_encode
+from lowtide.compression.reference.mixed import mixed_decode
+from lowtide.compression.reference.network import network_levels, network_run
 
 __all__ = [
     "cost_bits",
@@ -21,5 +23,8 @@ __all__ = [
     "exp2",
     "interpolation_decode",
     "interpolation_encode",
+    "mixed_decode",
+    "network_levels",
+    "network_run",
     "outside",
 ]

@@ -46,7 +46,7 @@ def difference_encode(
     Source: dual quantization, Tian et al., cuSZ (PACT 2020), section 3; the alternating corner
     sums are Ibarria et al., Out-of-core compression with the Lorenzo predictor (2003).
     """
-    shape, orders, step = _checked(shape, orders, step)
+    shape, orders, step = checked_arguments(shape, orders, step)
     values = checked_array("work", work, shape, (np.float32, np.float64)).ravel()
     with np.errstate(all="ignore"):
         multiples = np.rint(values.astype(np.float64) * inverse(step))
@@ -58,7 +58,7 @@ def difference_encode(
     for axis, order in enumerate(orders):
         for _ in range(order):
             codes = np.diff(codes, axis=axis, prepend=np.int32(0))  # int32 wraps around
-    return np.ascontiguousarray(codes.ravel()), _times_step(numbers, step, work.dtype)
+    return np.ascontiguousarray(codes.ravel()), times_step(numbers, step, work.dtype)
 
 
 def difference_decode(
@@ -83,23 +83,25 @@ def difference_decode(
     Raises:
         CodecError: An argument is not as above.
     """
-    shape, orders, step = _checked(shape, orders, step)
+    shape, orders, step = checked_arguments(shape, orders, step)
     numbers = checked_array("codes", codes, shape, (np.int32,))
     for axis, order in enumerate(orders):
         for _ in range(order):
             numbers = np.cumsum(numbers, axis=axis, dtype=np.int32)
-    return _times_step(numbers.ravel(), step, np.dtype(np.float64 if is_double else np.float32))
+    return times_step(numbers.ravel(), step, np.dtype(np.float64 if is_double else np.float32))
 
 
-def _times_step(numbers: NDArray[np.int32], step: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+def times_step(numbers: NDArray[np.int32], step: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return multiples of `step` as working values."""
     # From the integers, as the decoder has them: k = -0.0 would give another zero.
     with np.errstate(all="ignore"):
         return (numbers.astype(np.float64) * step).astype(dtype)
 
 
-def _checked(
+def checked_arguments(
     shape: Sequence[int], orders: Sequence[int], step: float
 ) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    """Return the arguments with their types; raise CodecError where they are not allowed."""
     shape = checked_shape(shape)
     if len(orders) != len(shape) or not set(orders) <= set(range(_MAX_DIFFERENCES + 1)):
         raise CodecError(

@@ -1,0 +1,1 @@
+"""Prediction by a trained autoencoder, for ``lowtide.aesz``: networks, model files, blocks."""
