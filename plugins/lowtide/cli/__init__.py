@@ -23,6 +23,7 @@ from lowtide.cli import (
     plan,
     report,
     schema,
+    train_codec,
 )
 from lowtide.core.errors import LowtideError
 
@@ -73,6 +74,7 @@ app.command("report")(report.report)
 app.command("compress")(compress.compress)
 app.command("decompress")(decompress.decompress)
 app.command("inspect")(inspect.inspect)
+app.command("train-codec")(train_codec.train_codec)
 app.add_typer(launch.app, name="launch")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(plan.app, name="plan")

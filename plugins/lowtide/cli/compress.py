@@ -27,10 +27,20 @@ def compress(
         typer.Option("--bound", help="Largest error; for rel times max - min, for pw_rel times x."),
     ] = None,
     codec: Annotated[
-        str, typer.Option("--codec", help="Name of a codec, or its configuration as JSON.")
-    ] = "lowtide.sz",
+        str,
+        typer.Option(
+            "--codec",
+            help="Name of a codec, or its configuration as JSON. [default: lowtide.sz, with a "
+            "model lowtide.aesz]",
+            show_default=False,
+        ),
+    ] = "",
     fill_value: Annotated[
         float | None, typer.Option("--fill-value", help='Stands for "no value" and stays exact.')
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="What `lowtide train-codec` wrote: codec lowtide.aesz."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace TARGET.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -43,7 +53,9 @@ def compress(
     from lowtide.core.codec import get_codec
     from lowtide.core.stream import ArrayData, as_array, read_header
 
-    given = {"mode": mode, "bound": bound, "fill_value": fill_value}
+    path = None if model is None else str(model)
+    given = {"mode": mode, "bound": bound, "fill_value": fill_value, "model": path}
+    codec = codec or ("lowtide.sz" if model is None else "lowtide.aesz")
     parameters = {name: value for name, value in given.items() if value is not None}
     chosen = get_codec(_configuration(codec) | parameters)
     data = as_array(read_npy(source))

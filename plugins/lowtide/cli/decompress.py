@@ -21,13 +21,17 @@ def decompress(
             "--max-bytes", min=0, help="Refuse to decode to more; for files of strangers."
         ),
     ] = None,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option("--model", help="A model that the stream may need; more than once for more."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace TARGET.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write the array in a compressed file, of any registered codec, as .npy."""
     import numpy as np
 
-    from lowtide.core.codec import decode_stream
+    from lowtide.compression import decompress as decode
     from lowtide.core.stream import BIT_TYPES, read_header
 
     stream = read_stream(source)
@@ -38,7 +42,7 @@ def decompress(
             "lowtide.compression.decompress"
         )
     with whole_file(target, may_replace=force) as file:
-        array = decode_stream(stream, max_bytes=max_bytes)
+        array = decode(stream, max_bytes=max_bytes, models=models or ())
         np.lib.format.write_array(file, array, allow_pickle=False)
     if as_json:
         print_json(

@@ -34,6 +34,8 @@ def inspect(
     table.add_row("codec", plain(codec["id"]))
     parameters = ", ".join(f"{k} {v}" for k, v in codec.items() if k != "id")
     table.add_row("parameters", plain(parameters))
+    if "model" in found:
+        table.add_row("model", _model_text(found["model"]))
     if "chunks" in found:
         table.add_row("step", f"{found['step']:g}, {found['domain']}")
         table.add_row("exceptions", f"{found['exceptions']:,}")
@@ -41,6 +43,13 @@ def inspect(
     if found.get("chunks"):
         typer.echo("")
         _print_chunks(found["chunks"])
+
+
+def _model_text(model: dict[str, Any]) -> str:
+    if model["stored_bytes"] is None:
+        return f"{model['sha256']}, not at hand"
+    size = size_text(model["stored_bytes"])
+    return f"{model['sha256']}, {size}; the ratio with it is {model['ratio_with_model']:.2f}"
 
 
 def _print_chunks(chunks: list[dict[str, Any]]) -> None:

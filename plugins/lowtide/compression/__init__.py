@@ -10,12 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowtide.compression.api import compress, decompress, inspect
+    from lowtide.compression.api import compress, decompress, inspect, register_model
     from lowtide.core.codec import get_codec
 
-__all__ = ["compress", "decompress", "get_codec", "inspect"]
+__all__ = ["compress", "decompress", "get_codec", "inspect", "register_model"]
 
-_HOMES = dict.fromkeys(("compress", "decompress", "inspect"), "lowtide.compression.api")
+_HOMES = dict.fromkeys(
+    ("compress", "decompress", "inspect", "register_model"), "lowtide.compression.api"
+)
 _HOMES["get_codec"] = "lowtide.core.codec"
 
 

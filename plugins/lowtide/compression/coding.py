@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +21,14 @@ from lowtide.compression.payload import (
     parse_positions,
     parse_signs,
 )
-from lowtide.compression.predictors import Shape
+from lowtide.compression.predictors import ChunkPredictor, Differences, Shape
 from lowtide.compression.primitives import primitives
 from lowtide.compression.selection import choose
 from lowtide.core.codec import compress_planes
 from lowtide.core.errors import CorruptStreamError
+
+if TYPE_CHECKING:
+    from lowtide.compression.learned.model import Model
 
 # A coded record is compared with a lossless one if it is larger than this part of what that one
 # is likely to take: integers, repetitions and few distinct values can make it small.
@@ -43,17 +46,22 @@ class Coder:
         policy: One of `selection.PREDICTORS`.
         goal: One of `selection.GOALS`.
         level: zstandard's.
+        model: What may predict blocks of a chunk, if that makes it smaller.
+        insists: Whether it predicts them also if that makes a chunk larger.
     """
 
     def __init__(
-        self, element: ElementType, limits: Limits, fill: Any, *, policy: str, goal: str, level: int
-    ) -> None:
+        self, element: ElementType, limits: Limits, fill: Any, *, policy: str, goal: str,
+        level: int, model: Model | None = None, insists: bool = False,
+    ) -> None:  # fmt: skip
         self._element = element
         self._limits = limits
         self._fill = fill
         self._policy = policy
         self._goal = goal
         self._level = level
+        self._model = model
+        self._insists = insists
 
     def encode(self, elements: Array, shape: Shape) -> bytes:
         """Return the record of a chunk.
@@ -88,9 +96,7 @@ class Coder:
         step = self._limits.step
         is_log = self._limits.domain == LOGARITHMIC
         work = _working_values(original, mask, is_log=is_log)
-        predictor = choose(work, shape, step, self._policy, self._goal)
-        codes, restored = predictor.encode(work, shape, step)
-        section = primitives().entropy_encode(codes, shape, predictor.scan)
+        predictor, section, restored = self._predicted(work, shape)
         is_negative = original < 0 if is_log else None
         decoded = _elements_of(restored, is_negative, self._element, is_log=is_log)
         positions = primitives().outside(
@@ -110,6 +116,31 @@ class Coder:
             positions_bytes=packed_bytes,
             values=compress_planes(elements[positions], self._level) if len(positions) else b"",
         )
+
+    def _predicted(self, work: Array, shape: Shape) -> tuple[ChunkPredictor, bytes, Array]:
+        """Return predictor, section and decoded working values: those that make it smallest."""
+        step = self._limits.step
+        ordinary = choose(work, shape, step, self._policy, self._goal)
+        section, restored = ordinary.to_section(work, shape, step)
+        if self._model is None or self._limits.domain == LOGARITHMIC:
+            return ordinary, section, restored
+        from lowtide.compression.learned.selection import choose_learned
+
+        if not isinstance(ordinary, Differences):
+            policy = Differences.name
+            orders = choose(work, shape, step, policy, self._goal).orders  # type: ignore[union-attr]
+        else:
+            orders = ordinary.orders
+        learned = choose_learned(work, shape, step, self._model, orders)
+        if learned is None:
+            return ordinary, section, restored
+        other_section, other_restored = learned.to_section(work, shape, step)
+        is_better = len(other_section) < len(section) and (
+            self._goal != "psnr" or _error(other_restored, work) <= _error(restored, work)
+        )
+        if is_better or self._insists:
+            return learned, other_section, other_restored
+        return ordinary, section, restored
 
     def _predictable(self, original: Array) -> Array | None:
         """Return which values the predictor sees; None if it sees them all."""
@@ -140,14 +171,20 @@ def decode_chunk(
     is_double = is_log or element.working == np.float64
     with np.errstate(all="ignore"):  # a forged step may overflow
         try:
-            codes = primitives().entropy_decode(record.codes, chunk.shape, predictor.scan)
+            restored = predictor.from_section(
+                record.codes, chunk.shape, header.step, is_double=is_double
+            )
         except ValueError as error:
             raise CorruptStreamError(f"damaged codes: {error}") from error
-        restored = predictor.decode(codes, chunk.shape, header.step, is_double=is_double)
         elements = _elements_of(restored, is_negative, element, is_log=is_log)
     if values is not None:
         elements[positions] = values
     return elements
+
+
+def _error(restored: Array, work: Array) -> float:
+    with np.errstate(all="ignore"):
+        return float(np.square(restored.astype(np.float64) - work).sum())
 
 
 def _working_values(original: Array, mask: Array | None, *, is_log: bool) -> Array:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lowtide.compression.chunks import MAX_CHUNK_ELEMENTS, Chunk, Grid
 from lowtide.compression.elements import Array, ElementType
-from lowtide.compression.predictors import Differences, Interpolation, Predictor
+from lowtide.compression.predictors import ChunkPredictor, Kind
 from lowtide.core.codec import (
     compress_bytes,
     compress_planes,
@@ -31,9 +31,6 @@ LOSSLESS = 0  # kind of record; the others are those of the predictors
 _HEADER = struct.Struct("<BBHIdQ")
 _COMMON = struct.Struct("<IIIIII")  # exceptions, four lengths, raw length of positions
 _MAX_LEB_BYTES = 5  # positions are below 2^35
-_PREDICTORS: dict[int, type[Differences] | type[Interpolation]] = {
-    each.kind: each for each in (Differences, Interpolation)
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Record:
 
     Attributes:
         predictor: None: `values` holds all elements, as they were.
-        codes: What `entropy_encode` gave.
+        codes: What the predictor gave.
         signs: One bit for each element, domain LOGARITHMIC.
         exceptions: How many elements are stored as they were.
         positions: Which ones.
@@ -65,7 +62,7 @@ class Record:
         values: Their byte planes.
     """
 
-    predictor: Predictor | None
+    predictor: ChunkPredictor | None
     codes: bytes | memoryview = b""
     signs: bytes | memoryview = b""
     exceptions: int = 0
@@ -126,18 +123,20 @@ def parse_payload(
     return PayloadHeader(domain, step, chunk_elements), found
 
 
-def parse_record(raw: memoryview, header: PayloadHeader, chunk: Chunk) -> Record:
-    """Return the parts of a packed record, none of them decoded."""
-    kind = raw[0] if len(raw) else -1
-    if kind == LOSSLESS:
+def parse_record(
+    raw: memoryview, header: PayloadHeader, chunk: Chunk, kinds: Mapping[int, Kind]
+) -> Record:
+    """Return the parts of a packed record, which may be of `kinds`; none of them decoded."""
+    number = raw[0] if len(raw) else -1
+    if number == LOSSLESS:
         return Record(None, values=raw[1:])
-    predictor_of = _PREDICTORS.get(kind)
-    if predictor_of is None or len(raw) < 1 + predictor_of.packed_bytes + _COMMON.size:
-        raise CorruptStreamError(f"a record of kind {kind} and {len(raw)} bytes")
+    kind = kinds.get(number)
+    if kind is None or len(raw) < 1 + kind.packed_bytes + _COMMON.size:
+        raise CorruptStreamError(f"a record of kind {number} and {len(raw)} bytes")
     if not (header.step > 0 and math.isfinite(header.step) and math.isfinite(1 / header.step)):
         raise CorruptStreamError(f"a step of {header.step}")
-    begin = 1 + predictor_of.packed_bytes
-    predictor = predictor_of.parse(bytes(raw[1:begin]), len(chunk.shape))
+    begin = 1 + kind.packed_bytes
+    predictor = kind.parse(bytes(raw[1:begin]), len(chunk.shape))
     exceptions, *lengths, positions_bytes = _COMMON.unpack_from(raw, begin)
     begin += _COMMON.size
     if sum(lengths) != len(raw) - begin:

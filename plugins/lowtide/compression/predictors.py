@@ -5,8 +5,9 @@ Arrays of working values are flat and C-contiguous; `shape` has 1 to 4 axes. FOR
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from lowtide.compression.elements import Array
 from lowtide.compression.primitives import primitives
@@ -16,8 +17,52 @@ Shape: TypeAlias = tuple[int, ...]
 MAX_ORDER = 2
 
 
+class ChunkPredictor(Protocol):
+    """What a record says about a chunk, and how its section of codes is made and read."""
+
+    kind: ClassVar[int]
+    name: ClassVar[str]
+
+    def to_section(self, work: Array, shape: Shape, step: float) -> tuple[bytes, Array]:
+        """Return the section of codes, and the working values that a decoder will have."""
+
+    def from_section(
+        self, section: bytes | memoryview, shape: Shape, step: float, *, is_double: bool
+    ) -> Array:
+        """Return working values, or raise CorruptStreamError or ValueError."""
+
+    def pack(self) -> bytes:
+        """Return the bytes of a record that say all this."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parameters as JSON types."""
+
+
+class Kind(Protocol):
+    """One kind of record: reads what `ChunkPredictor.pack` wrote."""
+
+    packed_bytes: ClassVar[int]
+
+    def parse(self, raw: bytes, ndim: int) -> ChunkPredictor:
+        """Return the predictor for chunks of `ndim` axes, or raise CorruptStreamError."""
+
+
+class _Scanned:
+    """A predictor that gives each point a code: the section is what the entropy coder makes."""
+
+    def to_section(self, work: Array, shape: Shape, step: float) -> tuple[bytes, Array]:
+        codes, restored = self.encode(work, shape, step)  # type: ignore[attr-defined]
+        return primitives().entropy_encode(codes, shape, self.scan), restored  # type: ignore[attr-defined]
+
+    def from_section(
+        self, section: bytes | memoryview, shape: Shape, step: float, *, is_double: bool
+    ) -> Array:
+        codes = primitives().entropy_decode(section, shape, self.scan)  # type: ignore[attr-defined]
+        return self.decode(codes, shape, step, is_double=is_double)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
-class Differences:
+class Differences(_Scanned):
     """Quantizes first, then takes differences along the axes, exactly.
 
     Attributes:
@@ -59,7 +104,7 @@ class Differences:
 
 
 @dataclass(frozen=True)
-class Interpolation:
+class Interpolation(_Scanned):
     """Predicts points halfway between known ones, from coarse grids to fine ones.
 
     Attributes:
@@ -117,6 +162,9 @@ class Interpolation:
 
 
 Predictor: TypeAlias = Differences | Interpolation
+
+KINDS: Mapping[int, Kind] = {each.kind: each for each in (Differences, Interpolation)}  # type: ignore[misc]
+"""The kinds of records that ``lowtide.sz`` has."""
 
 
 def _four(numbers: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,10 +8,10 @@ every one that is not finite or the fill value, is stored as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from lowtide.compression.payload import (
     parse_payload,
     parse_record,
 )
-from lowtide.compression.predictors import Differences, Interpolation
+from lowtide.compression.predictors import KINDS, Differences, Interpolation, Kind
 from lowtide.compression.selection import GOALS, PREDICTORS
 from lowtide.core.codec import ArrayData, Bound, Codec, checked_level
 from lowtide.core.errors import CodecError, CorruptStreamError, listed, near
@@ -68,6 +68,7 @@ class SzCodec(Codec):
     """
 
     codec_id = "lowtide.sz"
+    allowed_predictors: ClassVar[Sequence[str]] = PREDICTORS
 
     def __init__(
         self,
@@ -85,13 +86,15 @@ class SzCodec(Codec):
                 f'codec "{self.codec_id}": bound is missing; give the largest error, such as '
                 '"bound": 1e-3, or 0 for none'
             )
-        self.mode = _checked_name("mode", mode, MODES)
-        self._value = _checked_number("bound", bound)
+        self.mode = self._checked_name("mode", mode, MODES)
+        self._value = self._checked_number("bound", bound)
         if self._value < 0:
             raise CodecError(f'codec "{self.codec_id}": bound {bound}, allowed are 0 and more')
-        self.predictor = _checked_name("predictor", predictor, PREDICTORS)
-        self.goal = _checked_name("goal", goal, GOALS)
-        self.fill_value = None if fill_value is None else _checked_number("fill_value", fill_value)
+        self.predictor = self._checked_name("predictor", predictor, self.allowed_predictors)
+        self.goal = self._checked_name("goal", goal, GOALS)
+        self.fill_value = (
+            None if fill_value is None else self._checked_number("fill_value", fill_value)
+        )
         if (
             isinstance(chunk_elements, bool)
             or not isinstance(chunk_elements, int)
@@ -127,14 +130,17 @@ class SzCodec(Codec):
         fill = fill_of(self.fill_value, element)
         with _Workers(grid.count) as workers:
             limits = self._limits(flat, element, grid, fill, workers)
-            # Only differences stay on a lattice.
-            policy = Differences.name if limits.is_lattice else self.predictor
-            coder = Coder(element, limits, fill, policy=policy, goal=self.goal, level=self.level)
+            coder = self._coder(element, limits, fill)
             records = workers.map(
                 lambda chunk: coder.encode(flat[chunk.elements], chunk.shape), grid
             )
         header = PayloadHeader(limits.domain, limits.step, self.chunk_elements)
         return pack_payload(header, records)
+
+    def _coder(self, element: ElementType, limits: Limits, fill: Any) -> Coder:
+        # Of these predictors only differences stay on a lattice.
+        policy = Differences.name if limits.is_lattice else self.predictor
+        return Coder(element, limits, fill, policy=policy, goal=self.goal, level=self.level)
 
     def _limits(
         self, flat: Array, element: ElementType, grid: Grid, fill: Any, workers: _Workers
@@ -158,10 +164,35 @@ class SzCodec(Codec):
         return on_lattice(limits, flat, wide)
 
     def _decode(self, header: StreamHeader, payload: memoryview) -> NDArray[Any]:
-        return _with_denormals(_decode_all, header, payload)
+        return _with_denormals(_decode_all, header, payload, self._kinds(header))
+
+    def _kinds(self, _header: StreamHeader) -> Mapping[int, Kind]:
+        """Return the kinds of records that a stream of this codec may have."""
+        return KINDS
+
+    def _checked_name(self, what: str, found: Any, allowed: Sequence[str]) -> str:
+        if found not in allowed:
+            hint = near(str(found), allowed)
+            raise CodecError(
+                f'codec "{self.codec_id}": {what} {found!r}.{hint} Known: {listed(allowed)}'
+            )
+        return str(found)
+
+    def _checked_number(self, what: str, found: Any) -> float:
+        is_number = isinstance(found, (int, float, np.number)) and not isinstance(found, bool)
+        try:
+            number = float(found) if is_number else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise CodecError(
+                f'codec "{self.codec_id}": {what} {found!r}, allowed are finite numbers (NaN and '
+                "infinities come back exactly in any case)"
+            )
+        return number
 
 
-def _decode_all(header: StreamHeader, payload: memoryview) -> Array:
+def _decode_all(header: StreamHeader, payload: memoryview, kinds: Mapping[int, Kind]) -> Array:
     try:
         element = element_type(header.dtype)
     except CodecError as error:
@@ -177,8 +208,8 @@ def _decode_all(header: StreamHeader, payload: memoryview) -> Array:
 
     def decode(number: int) -> None:
         chunk, raw = records[number]
-        with _naming(number):
-            record = parse_record(raw, head, chunk)
+        with _naming(header, number):
+            record = parse_record(raw, head, chunk, kinds)
             out[chunk.elements] = decode_chunk(record, head, chunk, element)
 
     with _Workers(len(records)) as workers:
@@ -186,16 +217,18 @@ def _decode_all(header: StreamHeader, payload: memoryview) -> Array:
     return out
 
 
-def inspect_payload(header: StreamHeader, payload: memoryview) -> dict[str, Any]:
+def inspect_payload(
+    header: StreamHeader, payload: memoryview, kinds: Mapping[int, Kind] = KINDS
+) -> dict[str, Any]:
     """Return what a payload says about itself; see `lowtide.compression.inspect`."""
     head, records = parse_payload(payload, header.shape)
     chunks = []
     for number, (chunk, raw) in enumerate(records):
-        with _naming(number):
-            record = parse_record(raw, head, chunk)
+        with _naming(header, number):
+            record = parse_record(raw, head, chunk, kinds)
+            parameters = {} if record.predictor is None else record.predictor.as_dict()
         predictor = record.predictor
         kind = {"kind": "lossless"} if predictor is None else {"kind": predictor.name}
-        parameters = {} if predictor is None else predictor.as_dict()
         size = {"stream_bytes": len(raw), "exceptions": record.exceptions}
         chunks.append({"shape": list(chunk.shape), **kind, **parameters, **size})
     return {
@@ -239,33 +272,10 @@ def _with_denormals(function: Callable[..., R], *arguments: Any) -> R:
 
 
 @contextmanager
-def _naming(number: int) -> Iterator[None]:
+def _naming(header: StreamHeader, number: int) -> Iterator[None]:
     """Say in errors in which chunk something is wrong."""
     try:
         yield
     except CorruptStreamError as error:
-        where = f'codec "{SzCodec.codec_id}": chunk {number}'
+        where = f'codec "{header.codec["id"]}": chunk {number}'
         raise CorruptStreamError(f"{where}: {error}") from error
-
-
-def _checked_name(what: str, found: Any, allowed: Sequence[str]) -> str:
-    if found not in allowed:
-        hint = near(str(found), allowed)
-        raise CodecError(
-            f'codec "{SzCodec.codec_id}": {what} {found!r}.{hint} Known: {listed(allowed)}'
-        )
-    return str(found)
-
-
-def _checked_number(what: str, found: Any) -> float:
-    is_number = isinstance(found, (int, float, np.number)) and not isinstance(found, bool)
-    try:
-        number = float(found) if is_number else math.nan
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise CodecError(
-            f'codec "{SzCodec.codec_id}": {what} {found!r}, allowed are finite numbers (NaN and '
-            "infinities come back exactly in any case)"
-        )
-    return number

@@ -253,6 +253,7 @@ class ZstdCodec(Codec):
 codecs: Registry[Codec] = Registry("codec", "lowtide.codecs", Codec)
 codecs.register(ZstdCodec.codec_id, "lowtide.core.codec:ZstdCodec")
 codecs.register("lowtide.sz", "lowtide.compression.sz:SzCodec")  # lazy: core imports no plugin
+codecs.register("lowtide.aesz", "lowtide.compression.aesz:AeszCodec")
 
 
 def get_codec(spec: str | Mapping[str, Any] | Codec) -> Codec:

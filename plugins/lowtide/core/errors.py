@@ -82,6 +82,10 @@ class CodecError(LowtideError, ValueError):
     """A codec cannot take an input, an output buffer or a parameter."""
 
 
+class MissingModelError(CodecError):
+    """A stream was encoded with the help of a trained model that is not at hand here."""
+
+
 class CorruptStreamError(LowtideError, ValueError):
     """An encoded stream is damaged, truncated or of an unknown format version."""
 

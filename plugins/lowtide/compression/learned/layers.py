@@ -155,6 +155,16 @@ class Architecture:
         """From a latent to a block."""
         return tuple(self._decoder())
 
+    @property
+    def named_layers(self) -> dict[str, Layer]:
+        """All layers, by the names that their weights have in a file."""
+        parts = {"encoder": self.encoder, "decoder": self.decoder}
+        return {
+            f"{part}.{number}": layer
+            for part, layers in parts.items()
+            for number, layer in enumerate(layers)
+        }
+
     def _extents(self, stage: int) -> tuple[int, ...]:
         return tuple(extent >> stage for extent in self.block)
 

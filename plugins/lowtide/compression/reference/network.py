@@ -67,9 +67,7 @@ def network_run(
     return values
 
 
-def _run_layer(
-    number: int, layer: LayerArrays, values: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def _run_layer(number: int, layer: LayerArrays, values: NDArray[np.float32]) -> NDArray[np.float32]:
     kind, weights, bias, offsets, sources, taps = layer
     n, size = values.shape
     if kind not in _KINDS or weights.ndim != 3 or weights.shape[2:] != bias.shape:

@@ -1,0 +1,103 @@
+"""The layers of an autoencoder as torch modules, for training only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowtide.compression.elements import Array
+from lowtide.compression.learned.layers import NORMS, WIDTH, Architecture, Layer
+
+_LEAST_BIAS = 1e-4  # of a norm: nothing is divided by zero
+_CONVOLUTIONS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+_TRANSPOSED = (
+    nn.functional.conv_transpose1d,
+    nn.functional.conv_transpose2d,
+    nn.functional.conv_transpose3d,
+)
+
+
+class _Trained(nn.Module):
+    """One layer, with weights of the shape that they have in a model's file."""
+
+    def __init__(self, layer: Layer, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layer = layer
+        if layer.kind in NORMS:  # squared before use, so that they stay positive
+            weight = torch.eye(layer.channels_in).mul(0.1).add(1e-3).sqrt().unsqueeze(0)
+            bias = torch.ones(layer.channels_out)
+        else:
+            sums = layer.sums[0]
+            fan_in = layer.channels_in * (int(sums[-1]) / (len(sums) - 1))
+            weight = torch.randn(layer.weight_shape, generator=generator) / math.sqrt(fan_in)
+            bias = torch.zeros(layer.channels_out)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias as the network uses them."""
+        if self.layer.kind in NORMS:
+            return self.weight.square(), self.bias.square() + _LEAST_BIAS
+        return self.weight, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run (n, channels in, *extents), or (n, channels in) for "spread"."""
+        kind, rank = self.layer.kind, len(self.layer.extents)
+        weight, bias = self.effective()
+        n = len(x)
+        if kind == "gather":
+            return torch.einsum("ncp,pcl->nl", x.flatten(2), weight) + bias
+        if kind == "spread":
+            spread = torch.einsum("nl,plc->ncp", x, weight) + bias[:, None]
+            return spread.reshape(n, -1, *self.layer.extents)
+        if kind in NORMS:
+            kernel = weight[0].T.reshape(*weight.shape[:0:-1], *(1,) * rank)
+            root = _CONVOLUTIONS[rank - 1](x.square(), kernel, bias).sqrt()
+            return x / root if kind == "divide" else x * root
+        axes = (WIDTH,) * rank
+        if kind == "up":
+            kernel = weight.permute(1, 2, 0).reshape(*weight.shape[1:], *axes)
+            return _TRANSPOSED[rank - 1](x, kernel, bias, stride=2, padding=1, output_padding=1)
+        kernel = weight.permute(2, 1, 0).reshape(*weight.shape[:0:-1], *axes)
+        stride = 2 if kind == "down" else 1
+        return _CONVOLUTIONS[rank - 1](x, kernel, bias, stride=stride, padding=1)
+
+
+class Autoencoder(nn.Module):
+    """An autoencoder that can be trained.
+
+    Args:
+        architecture: Its shape.
+        generator: Of the first weights.
+    """
+
+    def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
+        super().__init__()
+        self._named = {
+            name: _Trained(layer, generator) for name, layer in architecture.named_layers.items()
+        }
+        layers = self._named.values()
+        self._encoder = nn.Sequential(*list(layers)[: len(architecture.encoder)])
+        self._decoder = nn.Sequential(*list(layers)[len(architecture.encoder) :])
+
+    def encode(self, blocks: Tensor) -> Tensor:
+        """Return latents (n, latent) of blocks (n, 1, *block)."""
+        latents: Any = self._encoder(blocks)
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return blocks (n, 1, *block) of latents (n, latent)."""
+        blocks: Any = self._decoder(latents)
+        return blocks
+
+    def exported(self) -> dict[str, Array]:
+        """Return a copy of all weights as a model's file holds them: float16 numbers, in float32."""
+        found = {}
+        for name, layer in self._named.items():
+            for which, tensor in zip(("weight", "bias"), layer.effective(), strict=True):
+                numbers = tensor.detach().numpy().astype(np.float16).astype(np.float32)
+                found[f"{name}.{which}"] = numbers
+        return found
