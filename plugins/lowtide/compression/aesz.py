@@ -17,7 +17,7 @@ from lowtide.compression.elements import ElementType
 from lowtide.compression.learned.library import as_model, find_model, is_hash, model_or_none
 from lowtide.compression.learned.model import Model
 from lowtide.compression.learned.predictor import LearnedBlocks, LearnedKind
-from lowtide.compression.predictors import KINDS, Differences, Kind
+from lowtide.compression.predictors import KINDS, Kind
 from lowtide.compression.selection import PREDICTORS
 from lowtide.compression.sz import SzCodec, inspect_payload
 from lowtide.core.errors import CodecError, CorruptStreamError, MissingModelError
@@ -83,11 +83,11 @@ class AeszCodec(SzCodec):
     def _coder(self, element: ElementType, limits: Limits, fill: Any) -> Coder:
         insists = self.predictor == LearnedBlocks.name
         policy = "auto" if insists else self.predictor
-        is_used = policy == "auto" and not limits.is_lossless
+        if policy != "auto" or limits.is_lossless or limits.is_lattice:
+            return super()._coder(element, limits, fill)  # what is predicted lies on no lattice
         return Coder(
-            element, limits, fill, policy=Differences.name if limits.is_lattice else policy,
-            goal=self.goal, level=self.level, insists=insists,
-            model=find_model(self.model, *self._loaded) if is_used else None,
+            element, limits, fill, policy=policy, goal=self.goal, level=self.level,
+            model=find_model(self.model, *self._loaded), insists=insists,
         )  # fmt: skip
 
     def _kinds(self, header: StreamHeader) -> Mapping[int, Kind]:

@@ -2,7 +2,8 @@
 
 A stage halves every axis. The encoder has for each stage a convolution with stride 2, one with
 stride 1 and a division by a norm (GDN), then one dense layer to the latent. The decoder is its
-mirror, with one more convolution at the end.
+mirror, with one more convolution at the end. Beside each lies one dense layer, and the two are
+added: so what is linear needs no deep network, and small ones learn it in no time.
 """
 
 from __future__ import annotations
@@ -81,30 +82,37 @@ class Layer:
 
 
 # For each kind of convolution: by what it divides the larger extents to get those of its input and
-# output, and where on one axis a point of the output looks through tap k, or None.
-_AXES: dict[str, tuple[int, int, Callable[[int, int], int | None]]] = {
-    "down": (1, 2, lambda point, k: 2 * point + k - 1),
-    "same": (1, 1, lambda point, k: point + k - 1),
-    "up": (2, 1, lambda point, k: None if (point + 1 - k) % 2 else (point + 1 - k) // 2),
+# output, and twice the place on an axis where points of the output look through tap k: what is odd
+# lies between two points.
+_AXES: dict[str, tuple[int, int, Callable[[Array, Array], Array]]] = {
+    "down": (1, 2, lambda point, k: 4 * point + 2 * (k - 1)),
+    "same": (1, 1, lambda point, k: 2 * point + 2 * (k - 1)),
+    "up": (2, 1, lambda point, k: point + 1 - k),
 }
 
 
 def _convolution(
     extents: tuple[int, ...], of_input: int, of_output: int,
-    looks_at: Callable[[int, int], int | None],
+    looks_at: Callable[[Array, Array], Array],
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    shape_in = tuple(extent // of_input for extent in extents)
-    shape_out = tuple(extent // of_output for extent in extents)
-    kernel = (WIDTH,) * len(extents)
-    offsets, sources, taps = [0], [], []
-    for point in np.ndindex(shape_out):
-        for tap in np.ndindex(kernel):
-            seen = [looks_at(*pair) for pair in zip(point, tap, strict=True)]
-            if all(at is not None and 0 <= at < n for at, n in zip(seen, shape_in, strict=True)):
-                sources.append(int(np.ravel_multi_index(seen, shape_in)))  # type: ignore[arg-type]
-                taps.append(int(np.ravel_multi_index(tap, kernel)))
-        offsets.append(len(sources))
-    return np.array(offsets, np.int32), np.array(sources, np.int32), np.array(taps, np.int32)
+    k = np.arange(WIDTH)
+    sources, taps, is_there = np.zeros((1, 1), int), np.zeros((1, 1), int), np.ones((1, 1), bool)
+    for extent in extents:  # (points of the output, taps), in C order of the axes so far
+        twice = looks_at(np.arange(extent // of_output)[:, None], k)
+        size = extent // of_input
+        is_seen = (twice % 2 == 0) & (twice >= 0) & (twice < 2 * size)
+        sources = _outer(np.add, sources * size, twice // 2)
+        taps = _outer(np.add, taps * WIDTH, np.broadcast_to(k, twice.shape))
+        is_there = _outer(np.logical_and, is_there, is_seen)
+    offsets = np.concatenate(([0], np.cumsum(is_there.sum(axis=1))))
+    found = offsets, sources[is_there], taps[is_there]
+    return tuple(numbers.astype(np.int32) for numbers in found)  # type: ignore[return-value]
+
+
+def _outer(combine: np.ufunc, before: Array, here: Array) -> Array:
+    """Return (points, taps) of some axes and of one more."""
+    both = combine(before[:, None, :, None], here[None, :, None, :])
+    return both.reshape(len(before) * len(here), -1)
 
 
 @dataclass(frozen=True)
@@ -146,22 +154,21 @@ class Architecture:
         return math.prod(self.block)
 
     @property
-    def encoder(self) -> tuple[Layer, ...]:
-        """From a block to its latent."""
-        return tuple(self._encoder())
-
-    @property
-    def decoder(self) -> tuple[Layer, ...]:
-        """From a latent to a block."""
-        return tuple(self._decoder())
+    def parts(self) -> dict[str, tuple[Layer, ...]]:
+        """The layers of the two ways from a block to its latent, and of the two back."""
+        return {
+            "encoder": tuple(self._encoder()),
+            "linear_encoder": (Layer("gather", 1, self.latent, self.block),),
+            "decoder": tuple(self._decoder()),
+            "linear_decoder": (Layer("spread", self.latent, 1, self.block),),
+        }
 
     @property
     def named_layers(self) -> dict[str, Layer]:
         """All layers, by the names that their weights have in a file."""
-        parts = {"encoder": self.encoder, "decoder": self.decoder}
         return {
             f"{part}.{number}": layer
-            for part, layers in parts.items()
+            for part, layers in self.parts.items()
             for number, layer in enumerate(layers)
         }
 

@@ -24,7 +24,6 @@ from lowtide.core.errors import CodecError
 
 FORMAT = "lowtide.aesz/1"
 MAX_MODEL_BYTES = 1 << 28
-CODE_LIMIT = 1 << 30  # larger multiples are not used
 _PART_ELEMENTS = 1 << 20
 
 
@@ -70,19 +69,20 @@ class Model:
             found[part] = self._run("encoder", inputs, self.architecture.latent)
         return found
 
-    def multiples(self, latents: Array, step: float) -> Array:
-        """Return what the decoder predicts in steps: float32 (n, latent) -> int32 (n, elements).
+    def outputs(self, latents: Array) -> Array:
+        """Return the decoder's numbers for latents: float32 (n, latent) -> (n, elements).
 
-        Every decoder gives the same bits. What is no number, or too large for a code, becomes 0.
+        Every decoder gives the same bits. What is not finite becomes 0.
         """
-        found = np.empty((len(latents), self.architecture.elements), np.int32)
+        found = np.empty((len(latents), self.architecture.elements), np.float32)
         for part in self._parts(len(latents)):
-            outputs = self._run("decoder", latents[part], self.architecture.elements)
-            with np.errstate(all="ignore"):
-                values = outputs.astype(np.float64) * self.scale + self.offset
-                steps = np.rint(values * (1 / step))
-                found[part] = np.where(np.abs(steps) < CODE_LIMIT, steps, 0)
+            numbers = self._run("decoder", latents[part], self.architecture.elements)
+            found[part] = np.where(np.isfinite(numbers), numbers, np.float32(0))
         return found
+
+    def values(self, outputs: Array) -> Array:
+        """Return in the unit of the data what the decoder's numbers stand for: float64."""
+        return outputs.astype(np.float64) * self.scale + self.offset
 
     def _parts(self, count: int) -> list[slice]:
         """Return slices of `count` blocks that take little memory each."""
@@ -90,20 +90,30 @@ class Model:
         return [slice(begin, begin + size) for begin in range(0, count, size)]
 
     def _run(self, part: str, samples: Array, size_out: int) -> Array:
-        layers = self._layers[part]
-        threads = torch.get_num_threads()
-        found: Array = primitives().network_run(
-            layers, np.ascontiguousarray(samples), size_out, threads
+        """Return the sum of a network and of the dense layer beside it, float32."""
+        samples, threads = np.ascontiguousarray(samples), torch.get_num_threads()
+        deep, linear = (
+            primitives().network_run(self._layers[name], samples, size_out, threads)
+            for name in (part, f"linear_{part}")
         )
+        with np.errstate(all="ignore"):
+            found: Array = deep + linear
         return found
 
     @functools.cached_property
     def _layers(self) -> dict[str, list[tuple[Any, ...]]]:
-        found: dict[str, list[tuple[Any, ...]]] = {"encoder": [], "decoder": []}
-        for name, layer in self.architecture.named_layers.items():
-            weights = (self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
-            found[name.partition(".")[0]].append((layer.native_kind, *weights, *layer.sums))
-        return found
+        return {
+            part: [
+                (
+                    layer.native_kind,
+                    self.weights[f"{part}.{number}.weight"],
+                    self.weights[f"{part}.{number}.bias"],
+                    *layer.sums,
+                )
+                for number, layer in enumerate(layers)
+            ]
+            for part, layers in self.architecture.parts.items()
+        }
 
 
 def pack_model(model: Model) -> bytes:
@@ -184,7 +194,7 @@ def load_model(path: str | Path) -> Model:
 
 
 def _check(weights: Mapping[str, Array], architecture: Architecture, where: str) -> None:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in architecture.named_layers.items():
         shapes[f"{name}.weight"] = layer.weight_shape
         shapes[f"{name}.bias"] = (layer.channels_out,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,28 +75,43 @@ class Autoencoder(nn.Module):
 
     def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
         super().__init__()
-        self._named = {
-            name: _Trained(layer, generator) for name, layer in architecture.named_layers.items()
-        }
-        layers = self._named.values()
-        self._encoder = nn.Sequential(*list(layers)[: len(architecture.encoder)])
-        self._decoder = nn.Sequential(*list(layers)[len(architecture.encoder) :])
+        self._parts = nn.ModuleDict(
+            {
+                part: nn.Sequential(*(_Trained(layer, generator) for layer in layers))
+                for part, layers in architecture.parts.items()
+            }
+        )
+        with torch.no_grad():  # at first the linear ways are all there is
+            for part in ("encoder", "decoder"):
+                self._parts[part][-1].weight.zero_()
+
+    def set_linear(self, basis: Tensor) -> None:
+        """Let the linear ways be the projection on some directions, and back.
+
+        Args:
+            basis: (latent, elements), orthogonal, all rows of one length.
+        """
+        with torch.no_grad():
+            self._parts["linear_decoder"][0].weight.copy_(basis.T[:, :, None])
+            inverse = basis.T / basis[0].square().sum()
+            self._parts["linear_encoder"][0].weight.copy_(inverse[:, None, :])
 
     def encode(self, blocks: Tensor) -> Tensor:
         """Return latents (n, latent) of blocks (n, 1, *block)."""
-        latents: Any = self._encoder(blocks)
+        latents: Tensor = self._parts["encoder"](blocks) + self._parts["linear_encoder"](blocks)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return blocks (n, 1, *block) of latents (n, latent)."""
-        blocks: Any = self._decoder(latents)
+        blocks: Tensor = self._parts["decoder"](latents) + self._parts["linear_decoder"](latents)
         return blocks
 
     def exported(self) -> dict[str, Array]:
         """Return a copy of all weights as a model's file holds them: float16 numbers, in float32."""
         found = {}
-        for name, layer in self._named.items():
-            for which, tensor in zip(("weight", "bias"), layer.effective(), strict=True):
-                numbers = tensor.detach().numpy().astype(np.float16).astype(np.float32)
-                found[f"{name}.{which}"] = numbers
+        for part, layers in self._parts.items():
+            for number, layer in enumerate(layers):
+                for which, tensor in zip(("weight", "bias"), layer.effective(), strict=True):
+                    numbers = tensor.detach().numpy().astype(np.float16).astype(np.float32)
+                    found[f"{part}.{number}.{which}"] = numbers
         return found

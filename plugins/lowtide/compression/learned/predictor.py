@@ -11,7 +11,7 @@ import numpy as np
 
 from lowtide.compression.elements import Array
 from lowtide.compression.learned.blocks import BlockGrid, takes
-from lowtide.compression.learned.model import CODE_LIMIT, Model
+from lowtide.compression.learned.model import Model
 from lowtide.compression.predictors import Differences, Shape
 from lowtide.compression.primitives import primitives
 from lowtide.core.codec import compress_bytes, decompress_bytes
@@ -20,6 +20,7 @@ from lowtide.core.native import crc32c
 
 _HEAD = struct.Struct("<IIII")  # learned blocks, bytes of flags and of latents, CRC32C
 _STEP = struct.Struct("<d")
+CODE_LIMIT = 1 << 30  # larger codes are not used
 _FLAGS_LEVEL = 19  # of zstandard: a few bytes, once for each chunk
 
 
@@ -27,7 +28,8 @@ _FLAGS_LEVEL = 19  # of zstandard: a few bytes, once for each chunk
 class LearnedBlocks:
     """Predicts each block by the decoder of an autoencoder, or each of its points by differences.
 
-    All are whole steps: values are quantized first, as `Differences` does.
+    Differences are those of whole steps, as `Differences` takes them; a value of a learned block is
+    the prediction and so many steps, and counts as the whole steps next to it.
 
     Attributes:
         orders: Of the differences, which cross the borders of blocks.
@@ -45,21 +47,27 @@ class LearnedBlocks:
     def to_section(self, work: Array, shape: Shape, step: float) -> tuple[bytes, Array]:
         """Return the section of codes, and the working values that a decoder will have."""
         model, grid = self._model_for(shape)
-        plain = Differences((0,) * len(shape))
-        multiples, restored = plain.encode(work, shape, step)
-        codes, _ = Differences(self.orders).encode(work, shape, step)
+        multiples, restored = Differences((0,) * len(shape)).encode(work, shape, step)
         latents = self.quantized(model.latents(grid.cut(work)))
-        predicted = model.multiples(self.dequantized(latents), step)
-        errors = multiples - grid.join(predicted)  # int32 wraps around
+        outputs = model.outputs(self.dequantized(latents))
+        predicted = Predicted(model.values(grid.join(outputs)), step)
+        errors = predicted.errors(work)
+        codes = _differences(multiples, shape, self.orders)
         is_learned = better_learned(grid, errors, codes, latent_bits(latents))
-        codes = np.where(grid.spread(is_learned), errors, codes)
+        mask = grid.spread(is_learned) != 0
+        learned = predicted.restored(errors, restored.dtype)
+        restored = np.where(mask, learned, restored)
+        codes = _differences(
+            np.where(mask, predicted.multiples(learned), multiples), shape, self.orders
+        )
+        codes = np.where(mask, errors, codes)
         flags, chosen = b"", b""
         if is_learned.any():
             latents = np.ascontiguousarray(latents[is_learned].T)
             chosen = primitives().entropy_encode(latents.reshape(-1), latents.shape, None)
             packed = np.packbits(is_learned, bitorder="little")
             flags = compress_bytes(packed.data, _FLAGS_LEVEL)
-        checksum = crc32c(predicted[is_learned].data)
+        checksum = crc32c(outputs[is_learned].data)
         head = _HEAD.pack(np.count_nonzero(is_learned), len(flags), len(chosen), checksum)
         coded = primitives().entropy_encode(codes, shape, None)
         return b"".join((head, flags, chosen, coded)), restored
@@ -77,7 +85,7 @@ class LearnedBlocks:
         model, grid = self._model_for(shape)
         count, flags, latents, checksum, coded = _parts(section, grid.count)
         is_learned = np.zeros(grid.count, bool)
-        predicted = np.zeros((grid.count, model.architecture.elements), np.int32)
+        outputs = np.zeros((grid.count, model.architecture.elements), np.float32)
         if count:
             raw = np.frombuffer(decompress_bytes(flags, -(-grid.count // 8)), np.uint8)
             is_learned = np.unpackbits(raw, count=grid.count, bitorder="little").astype(bool)
@@ -88,30 +96,27 @@ class LearnedBlocks:
                 )
             turned = (model.architecture.latent, count)
             found = primitives().entropy_decode(latents, turned, None).reshape(turned)
-            predicted[is_learned] = model.multiples(self.dequantized(found.T), step)
-        if crc32c(predicted[is_learned].data) != checksum:
+            outputs[is_learned] = model.outputs(self.dequantized(found.T))
+        if crc32c(outputs[is_learned].data) != checksum:
             raise CorruptStreamError(
                 "the autoencoder predicts other values here than where the stream was written: "
                 "the stream or the model is damaged, or this processor's arithmetic is not that of "
                 "IEEE 754"
             )
         codes = primitives().entropy_decode(coded, shape, None)
+        mask = grid.spread(is_learned)
+        predicted = Predicted(model.values(grid.join(outputs)), step)
+        learned = predicted.restored(codes, np.dtype(np.float64 if is_double else np.float32))
+        codes[mask != 0] = 0  # those are known
         restored: Array = primitives().mixed_decode(
-            codes,
-            grid.join(predicted),
-            grid.spread(is_learned),
-            shape,
-            self.orders,
-            step,
-            is_double,
+            codes, predicted.multiples(learned), mask, shape, self.orders, step, is_double
         )
-        return restored
+        return np.where(mask != 0, learned, restored)
 
     def quantized(self, latents: Array) -> Array:
         """Return latents in whole steps: int32."""
         with np.errstate(all="ignore"):
-            steps = np.rint(latents.astype(np.float64) * (1 / self.latent_step))
-            return np.where(np.abs(steps) < CODE_LIMIT, steps, 0).astype(np.int32)
+            return _whole(latents.astype(np.float64) * (1 / self.latent_step))
 
     def dequantized(self, steps: Array) -> Array:
         """Return what the decoder of the autoencoder gets: float32."""
@@ -155,9 +160,50 @@ class LearnedKind:
             raise self.missing
         orders = Differences.parse(raw[: Differences.packed_bytes], ndim).orders
         (latent_step,) = _STEP.unpack_from(raw, Differences.packed_bytes)
-        if not 0 < latent_step < math.inf:
+        if not 0 < latent_step < math.inf or math.isinf(1 / latent_step):
             raise CorruptStreamError(f"a latent step of {latent_step}")
         return LearnedBlocks(orders, latent_step, self.model)
+
+
+class Predicted:
+    """Values around predictions.
+
+    Args:
+        values: Predictions, float64.
+        step: Of the quantizer.
+    """
+
+    def __init__(self, values: Array, step: float) -> None:
+        self._step, self._inverse = step, 1 / step
+        with np.errstate(all="ignore"):
+            self._values = np.where(np.abs(values * self._inverse) < CODE_LIMIT, values, 0.0)
+
+    def errors(self, work: Array) -> Array:
+        """Return how many steps working values are away: int32."""
+        with np.errstate(all="ignore"):
+            return _whole((work.astype(np.float64) - self._values) * self._inverse)
+
+    def restored(self, errors: Array, dtype: np.dtype[Any]) -> Array:
+        """Return the working values that are so many steps away."""
+        with np.errstate(all="ignore"):
+            return (self._values + errors.astype(np.float64) * self._step).astype(dtype)
+
+    def multiples(self, restored: Array) -> Array:
+        """Return the whole steps that restored values count as for differences: int32."""
+        with np.errstate(all="ignore"):
+            return _whole(restored.astype(np.float64) * self._inverse)
+
+
+def _whole(numbers: Array) -> Array:
+    """Return numbers rounded to int32, half to even; 0 for those that are too large or none."""
+    steps = np.rint(numbers)
+    return np.where(np.abs(steps) < CODE_LIMIT, steps, 0).astype(np.int32)
+
+
+def _differences(multiples: Array, shape: Shape, orders: Shape) -> Array:
+    # A step of 1: the multiples are the values.
+    codes, _ = Differences(orders).encode(multiples.astype(np.float64), shape, 1.0)
+    return codes
 
 
 def _parts(
@@ -186,7 +232,7 @@ def better_learned(grid: BlockGrid, errors: Array, codes: Array, latents_bits: f
 
     Args:
         grid: The blocks.
-        errors: Flat int32: what values differ by from the autoencoder's.
+        errors: Flat int32: by how many steps values differ from the autoencoder's.
         codes: Flat int32: differences.
         latents_bits: For the latent of a block.
     """

@@ -5,17 +5,25 @@ Nothing here changes what a decoder does, and the same values always get the sam
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from lowtide.compression.elements import Array
 from lowtide.compression.learned.blocks import BlockGrid, takes
 from lowtide.compression.learned.model import Model
-from lowtide.compression.learned.predictor import LearnedBlocks, bits_of_mean, latent_bits
+from lowtide.compression.learned.predictor import (
+    LearnedBlocks,
+    Predicted,
+    bits_of_mean,
+    latent_bits,
+)
 from lowtide.compression.predictors import Differences, Shape
 
-# Of the bound relative to the range that the model was trained on, times the range of the prior:
-# the paper's is 0.1.
-_FRACTIONS = tuple(0.1 * 2.0**k for k in range(0, 9))
+# Latent steps as parts of the bound, relative to the model's range, times the range of the prior;
+# the paper's is 0.1. The search begins at one in the middle and goes where it gets better.
+_FRACTIONS = tuple(0.1 * 2.0**k for k in range(-5, 6))
+_START = 4
 _SAMPLE_BLOCKS = 256
 _PRIOR_RANGE = 2.0
 
@@ -34,27 +42,50 @@ def choose_learned(
     """
     if not takes(shape, model.architecture.block):
         return None
-    grid = BlockGrid(shape, model.architecture.block)
-    count = min(_SAMPLE_BLOCKS, grid.count)
-    chosen = (np.arange(count) * grid.count) // count
-    multiples, _ = Differences((0,) * len(shape)).encode(work, shape, step)
-    codes, _ = Differences(orders).encode(work, shape, step)
-    plain = _bits(grid.cut(codes)[chosen])
-    wanted = grid.cut(multiples)[chosen]
-    latents = model.latents(grid.cut(work)[chosen])
-    best: tuple[float, LearnedBlocks] | None = None
-    for fraction in _FRACTIONS:
-        latent_step = fraction * _PRIOR_RANGE * step / (model.high - model.low)
-        if not 0 < latent_step < np.inf:
-            continue
-        tried = LearnedBlocks(orders, latent_step, model)
-        steps = tried.quantized(latents)
-        predicted = model.multiples(tried.dequantized(steps), step)
-        learned = _bits(wanted - predicted) + latent_bits(steps)
-        total = float(np.minimum(plain, learned).sum())
-        if total < plain.sum() and (best is None or total < best[0]):
-            best = total, tried
-    return None if best is None else best[1]
+    sample = _Sample(work, shape, step, model, orders)
+    costs: dict[int, float] = {}
+
+    def cost(number: int) -> float:
+        if number not in costs:
+            costs[number] = sample.cost(sample.predictor(_FRACTIONS[number]))
+        return costs[number]
+
+    best, last = _START, -1
+    while best != last:
+        last = best
+        around = (last - 1, last + 1)
+        best = min((last, *(n for n in around if 0 <= n < len(_FRACTIONS))), key=cost)
+    return sample.predictor(_FRACTIONS[best]) if cost(best) < sample.plain_cost else None
+
+
+class _Sample:
+    """Some blocks of a chunk, evenly spread."""
+
+    def __init__(self, work: Array, shape: Shape, step: float, model: Model, orders: Shape) -> None:
+        grid = BlockGrid(shape, model.architecture.block)
+        count = min(_SAMPLE_BLOCKS, grid.count)
+        chosen = (np.arange(count) * grid.count) // count
+        codes, _ = Differences(orders).encode(work, shape, step)
+        self._plain = _bits(grid.cut(codes)[chosen])
+        self._wanted = grid.cut(work)[chosen]
+        self._latents = model.latents(self._wanted)
+        self._model, self._orders, self._step = model, orders, step
+        self.plain_cost = float(self._plain.sum())
+
+    def predictor(self, fraction: float) -> LearnedBlocks:
+        """Return the predictor with a latent step of such a part of the bound."""
+        relative = self._step / (self._model.high - self._model.low)
+        return LearnedBlocks(self._orders, fraction * _PRIOR_RANGE * relative, self._model)
+
+    def cost(self, tried: LearnedBlocks) -> float:
+        """Return about how many bits the blocks take, each predicted in the better way."""
+        if not 0 < tried.latent_step < math.inf or math.isinf(1 / tried.latent_step):
+            return math.inf
+        steps = tried.quantized(self._latents)
+        outputs = self._model.outputs(tried.dequantized(steps))
+        predicted = Predicted(self._model.values(outputs), self._step)
+        learned = _bits(predicted.errors(self._wanted)) + latent_bits(steps)
+        return float(np.minimum(self._plain, learned).sum())
 
 
 def _bits(blocks: Array) -> Array:
