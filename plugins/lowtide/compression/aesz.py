@@ -27,8 +27,8 @@ from lowtide.core.stream import StreamHeader
 class AeszCodec(SzCodec):
     """`SzCodec` with a model, which the stream names, and which decoding needs again.
 
-    Chunks that the model makes no smaller are those of ``lowtide.sz``; a stream without others can be
-    decoded without the model.
+    Chunks that the model makes no smaller are those of ``lowtide.sz``; a stream without others can
+    be decoded without the model.
 
     Args:
         mode: As for `SzCodec`. In "pw_rel" the model is of no use.

@@ -91,9 +91,9 @@ def inspect(blob: Any) -> dict[str, Any]:
     Always: "codec", "dtype", "shape", "raw_bytes", "stream_bytes", "ratio" and "bits_per_value"
     (both null for an empty array). For "lowtide.sz" also "domain", "step", "chunk_elements",
     "exceptions" and "chunks", a list of what each chunk is: "shape", "kind", "stream_bytes",
-    "exceptions", and the parameters of its predictor. For "lowtide.aesz" also "model": its "sha256"
-    and, if it is at hand, "stored_bytes" and "ratio_with_model", the ratio if this were the only array
-    that it is kept for; else null.
+    "exceptions", and the parameters of its predictor. For "lowtide.aesz" also "model": its
+    "sha256" and, if it is at hand, "stored_bytes" and "ratio_with_model", the ratio if this were
+    the only array that the model is kept for; else null.
 
     Raises:
         CorruptStreamError: the stream is damaged.

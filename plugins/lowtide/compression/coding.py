@@ -93,7 +93,6 @@ class Coder:
         return probed * len(elements) / (3 * count)
 
     def _coded(self, elements: Array, original: Array, mask: Array | None, shape: Shape) -> Record:
-        step = self._limits.step
         is_log = self._limits.domain == LOGARITHMIC
         work = _working_values(original, mask, is_log=is_log)
         predictor, section, restored = self._predicted(work, shape)

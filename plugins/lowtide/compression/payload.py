@@ -15,7 +15,7 @@ import numpy as np
 
 from lowtide.compression.chunks import MAX_CHUNK_ELEMENTS, Chunk, Grid
 from lowtide.compression.elements import Array, ElementType
-from lowtide.compression.predictors import ChunkPredictor, Kind
+from lowtide.compression.predictors import KINDS, ChunkPredictor, Kind
 from lowtide.core.codec import (
     compress_bytes,
     compress_planes,
@@ -124,7 +124,7 @@ def parse_payload(
 
 
 def parse_record(
-    raw: memoryview, header: PayloadHeader, chunk: Chunk, kinds: Mapping[int, Kind]
+    raw: memoryview, header: PayloadHeader, chunk: Chunk, kinds: Mapping[int, Kind] = KINDS
 ) -> Record:
     """Return the parts of a packed record, which may be of `kinds`; none of them decoded."""
     number = raw[0] if len(raw) else -1

@@ -75,15 +75,17 @@ class Autoencoder(nn.Module):
 
     def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
         super().__init__()
-        self._parts = nn.ModuleDict(
-            {
-                part: nn.Sequential(*(_Trained(layer, generator) for layer in layers))
-                for part, layers in architecture.parts.items()
-            }
-        )
-        with torch.no_grad():  # at first the linear ways are all there is
-            for part in ("encoder", "decoder"):
-                self._parts[part][-1].weight.zero_()
+        self._layers = {
+            part: [_Trained(layer, generator) for layer in layers]
+            for part, layers in architecture.parts.items()
+        }
+        for part, layers in self._layers.items():
+            self.add_module(part, nn.ModuleList(layers))
+        for part in ("encoder", "decoder"):
+            with torch.no_grad():  # at first the linear ways are all there is
+                self._layers[part][-1].weight.zero_()
+            # They stay as they are: Adam's steps have one size, and these weights another.
+            self._layers[f"linear_{part}"][0].requires_grad_(False)
 
     def set_linear(self, basis: Tensor) -> None:
         """Let the linear ways be the projection on some directions, and back.
@@ -92,24 +94,29 @@ class Autoencoder(nn.Module):
             basis: (latent, elements), orthogonal, all rows of one length.
         """
         with torch.no_grad():
-            self._parts["linear_decoder"][0].weight.copy_(basis.T[:, :, None])
+            self._layers["linear_decoder"][0].weight.copy_(basis.T[:, :, None])
             inverse = basis.T / basis[0].square().sum()
-            self._parts["linear_encoder"][0].weight.copy_(inverse[:, None, :])
+            self._layers["linear_encoder"][0].weight.copy_(inverse[:, None, :])
 
     def encode(self, blocks: Tensor) -> Tensor:
         """Return latents (n, latent) of blocks (n, 1, *block)."""
-        latents: Tensor = self._parts["encoder"](blocks) + self._parts["linear_encoder"](blocks)
-        return latents
+        return self._sum("encoder", blocks)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return blocks (n, 1, *block) of latents (n, latent)."""
-        blocks: Tensor = self._parts["decoder"](latents) + self._parts["linear_decoder"](latents)
-        return blocks
+        return self._sum("decoder", latents)
+
+    def _sum(self, part: str, samples: Tensor) -> Tensor:
+        deep = samples
+        for layer in self._layers[part]:
+            deep = layer(deep)
+        linear: Tensor = self._layers[f"linear_{part}"][0](samples)
+        return deep + linear
 
     def exported(self) -> dict[str, Array]:
-        """Return a copy of all weights as a model's file holds them: float16 numbers, in float32."""
+        """Return a copy of all weights as a model's file holds them: float16 in float32."""
         found = {}
-        for part, layers in self._parts.items():
+        for part, layers in self._layers.items():
             for number, layer in enumerate(layers):
                 for which, tensor in zip(("weight", "bias"), layer.effective(), strict=True):
                     numbers = tensor.detach().numpy().astype(np.float16).astype(np.float32)

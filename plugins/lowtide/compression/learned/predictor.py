@@ -57,10 +57,8 @@ class LearnedBlocks:
         mask = grid.spread(is_learned) != 0
         learned = predicted.restored(errors, restored.dtype)
         restored = np.where(mask, learned, restored)
-        codes = _differences(
-            np.where(mask, predicted.multiples(learned), multiples), shape, self.orders
-        )
-        codes = np.where(mask, errors, codes)
+        multiples = np.where(mask, predicted.multiples(learned), multiples)
+        codes = np.where(mask, errors, _differences(multiples, shape, self.orders))
         flags, chosen = b"", b""
         if is_learned.any():
             latents = np.ascontiguousarray(latents[is_learned].T)

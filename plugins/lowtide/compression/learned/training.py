@@ -34,7 +34,7 @@ class TrainingOptions:
     """How to train.
 
     Attributes:
-        epochs: Passes of `batches` batches each.
+        epochs: Passes of `batches` batches each; 0 leaves the linear ways alone.
         batches: Of each epoch.
         batch_blocks: Blocks of a batch.
         learning_rate: Of Adam at the start; it falls to 0 along a cosine.
@@ -51,7 +51,7 @@ class TrainingOptions:
     epochs: int = 60
     batches: int = 100
     batch_blocks: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     wasserstein_weight: float = 1e-4
     directions: int = 32
     validation: float = 0.1
@@ -60,7 +60,7 @@ class TrainingOptions:
     time_limit_s: float = math.inf
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batches": 1, "batch_blocks": 2, "directions": 1, "seed": 0}
+        least = {"epochs": 0, "batches": 1, "batch_blocks": 2, "directions": 1, "seed": 0}
         for name, allowed in least.items():
             if getattr(self, name) < allowed:
                 raise DataError(f"{name} {getattr(self, name)}: allowed are {allowed} and more")
@@ -136,9 +136,10 @@ def train_model(
             cutter.blocks(data.train, count, chance).flatten(1), architecture.latent, generator
         )
     )
-    optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate, foreach=False)
+    trained = [each for each in network.parameters() if each.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=options.learning_rate, foreach=False)
     steps = options.epochs * options.batches
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     rest = cutter.blocks(data.rest, _VALIDATION_BLOCKS, np.random.default_rng(options.seed + 1))
     begin_s = time.monotonic()
     best_psnr_db, best, done = _psnr_db(network, rest), network.exported(), 0
@@ -149,7 +150,7 @@ def train_model(
             loss = _loss(network, blocks, options, generator)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=False)
+            nn.utils.clip_grad_norm_(trained, 1.0, foreach=False)
             optimizer.step()
             schedule.step()
             total += float(loss.detach())

@@ -1,4 +1,4 @@
-"""The primitives of ``lowtide.sz`` and ``lowtide.aesz`` in numpy: the readable reference for ``csrc/compression``.
+"""The primitives of the codecs in numpy: the readable reference for ``csrc/compression``.
 
 Same names, arguments and bits as the native functions; FORMAT.md beside this folder decides.
 It also is the way without a compiler: correct everywhere, and slow in the entropy coder, which
