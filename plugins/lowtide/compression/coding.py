@@ -23,7 +23,7 @@ from lowtide.compression.payload import (
 )
 from lowtide.compression.predictors import ChunkPredictor, Differences, Shape
 from lowtide.compression.primitives import primitives
-from lowtide.compression.selection import choose
+from lowtide.compression.selection import choose, choose_orders
 from lowtide.core.codec import compress_planes
 from lowtide.core.errors import CorruptStreamError
 
@@ -125,12 +125,12 @@ class Coder:
             return ordinary, section, restored
         from lowtide.compression.learned.selection import choose_learned
 
-        if not isinstance(ordinary, Differences):
-            policy = Differences.name
-            orders = choose(work, shape, step, policy, self._goal).orders  # type: ignore[union-attr]
-        else:
-            orders = ordinary.orders
-        learned = choose_learned(work, shape, step, self._model, orders)
+        orders = (
+            ordinary.orders
+            if isinstance(ordinary, Differences)
+            else choose_orders(work, shape, step)
+        )
+        learned = choose_learned(work, shape, step, self._model, orders, insists=self._insists)
         if learned is None:
             return ordinary, section, restored
         other_section, other_restored = learned.to_section(work, shape, step)

@@ -53,7 +53,12 @@ def choose(work: Array, shape: Shape, step: float, policy: str, goal: str) -> Pr
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _best_differences(samples: Samples) -> tuple[float, Predictor]:
+def choose_orders(work: Array, shape: Shape, step: float) -> Shape:
+    """Return the orders of the differences that make a chunk smallest; arguments as `choose`."""
+    return _best_differences(Samples(work, shape, step))[1].orders
+
+
+def _best_differences(samples: Samples) -> tuple[float, Differences]:
     """Go to the best neighbour for as long as there is a better one, from two places."""
     costs: dict[Differences, float] = {}
 
@@ -101,7 +106,7 @@ def _best_interpolation(
     return _smallest(samples, costs)
 
 
-def _smallest(samples: Samples, costs: dict[P, float]) -> tuple[float, Predictor]:
+def _smallest(samples: Samples, costs: dict[P, float]) -> tuple[float, P]:
     """Return the candidate that costs least by the entropy coder, and its cost per element."""
     best = sorted(costs, key=costs.__getitem__)[:_MOST]
     limit = costs[best[0]] + (_NEAR - 1) * abs(costs[best[0]])

@@ -29,7 +29,7 @@ _PRIOR_RANGE = 2.0
 
 
 def choose_learned(
-    work: Array, shape: Shape, step: float, model: Model, orders: Shape
+    work: Array, shape: Shape, step: float, model: Model, orders: Shape, *, insists: bool = False
 ) -> LearnedBlocks | None:
     """Return the predictor for a chunk, or None if the model helps no block of a sample.
 
@@ -39,6 +39,7 @@ def choose_learned(
         step: Of the quantizer.
         model: The autoencoder.
         orders: Of the differences for the other blocks.
+        insists: Return it also where it does not help, as long as the chunk can be cut into blocks.
     """
     if not takes(shape, model.architecture.block):
         return None
@@ -55,7 +56,8 @@ def choose_learned(
         last = best
         around = (last - 1, last + 1)
         best = min((last, *(n for n in around if 0 <= n < len(_FRACTIONS))), key=cost)
-    return sample.predictor(_FRACTIONS[best]) if cost(best) < sample.plain_cost else None
+    pays = insists or cost(best) < sample.plain_cost
+    return sample.predictor(_FRACTIONS[best]) if pays else None
 
 
 class _Sample:
