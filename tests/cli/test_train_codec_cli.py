@@ -41,9 +41,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_num_threads(threads)
 
 
+def _steps(count: int, *, seed: int) -> np.ndarray:
+    """Return (count, 8, 12)."""
+    return np.stack([field((2, 3), seed=100 * seed + step) for step in range(count)])
+
+
 def _train(folder: Path, *more: object) -> list[object]:
     for name, seed in (("a", 0), ("b", 1)):
-        np.save(folder / f"{name}.npy", field((30, 8), seed=seed))
+        np.save(folder / f"{name}.npy", _steps(30, seed=seed))
     shape = ("--block", "4,4", "--latent", 3, "--channels", "2", "--epochs", 1)
     sources = (folder / "a.npy", folder / "b.npy")
     return ["train-codec", *sources, "--out", folder / "m.safetensors", *shape, *more]
@@ -54,10 +59,10 @@ def test_a_model_is_trained_and_used(tmp_path: Path) -> None:
     trained = _json(*_train(tmp_path))
     assert trained["sha256"] == load_model(model).sha256
     assert trained["stored_bytes"] == model.stat().st_size
-    assert trained["training"]["validation_psnr_db"] > 60
+    assert trained["training"]["validation_psnr_db"] > 50
     assert trained["training"]["aligned"] is True
     test, small, back = tmp_path / "test.npy", tmp_path / "test.lt", tmp_path / "back.npy"
-    np.save(test, field((9, 8), seed=2))
+    np.save(test, _steps(20, seed=2))
     found = _json("compress", test, small, "--bound", 0.02, "--model", model)
     assert found["codec"]["id"] == "lowtide.aesz"
     assert found["codec"]["model"] == trained["sha256"]
@@ -68,7 +73,9 @@ def test_a_model_is_trained_and_used(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert trained["sha256"] in refused.stderr
     assert not back.exists()
-    assert "not at hand" in _run("inspect", small).stdout
+    shown = _run("inspect", small).stdout
+    assert "not at hand" in shown
+    assert "autoencoder" in shown
     _json("decompress", small, back, "--model", model)
     assert np.abs(np.load(back) - np.load(test)).max() <= 0.02
 
@@ -96,7 +103,6 @@ def test_people_see_progress_and_the_model(tmp_path: Path, monkeypatch: pytest.M
     shown = _run("inspect", small).stdout
     assert f"{sha256}, " in shown
     assert "the ratio with it is" in shown
-    assert "autoencoder" in shown
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
@@ -106,7 +112,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
         ((), "m.safetensors"),
         (("--force", "--block", "4x4"), "--block: '4x4'"),
         (("--force", "--block", "6,6", "--channels", "2,2"), "multiple of 4"),
-        (("--force", "--block", "64,64"), "too small"),
+        (("--force", "--block", "32,32,32", "--channels", "2"), "too small"),
         (("--force", "--epochs", -1), "epochs -1"),
     ):
         result = _run(*arguments, *more)
