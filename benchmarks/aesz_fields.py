@@ -1,7 +1,7 @@
 """Series of fields for codecs that learn: earlier steps to train on, later ones to measure.
 
-A series that is made here, and .npy files of your own with steps along the first axis. The report in
-``results/`` also used real ones, from packages: PyPI's `iris-sample-data` (A1B_north_america.nc
+A series that is made here, and .npy files of your own with steps along the first axis. The report
+in ``results/`` also used real ones, from packages: PyPI's `iris-sample-data` (A1B_north_america.nc
 air_temperature, years) and Debian's `ferret-datasets` (monthly_navy_winds.cdf UWND, months). Save
 the variables as float32 with `numpy.save` in a folder and pass it as --series.
 """
@@ -39,8 +39,8 @@ def turbulence(edge: int, steps: int, *, seed: int = 0) -> Array:
 
     Barotropic vorticity equation on a periodic square, q = vorticity + hills, forced around
     wavenumber 5 by noise and damped by drag and by the sixth power of the wavenumber; spectral, 2/3
-    dealiased, second-order Runge-Kutta. The hills stay where they are, so that the flow is another at
-    each place; the start is noise, without symmetries.
+    dealiased, second-order Runge-Kutta. The hills stay where they are, so that the flow is another
+    at each place; the start is noise, without symmetries.
 
     Args:
         edge: Points on each axis.

@@ -33,16 +33,16 @@ class Candidate:
     size: Callable[[Any], int] = len
 
 
-def ours(**parameters: Any) -> Candidate:
-    """Return `lowtide.sz` with some parameters."""
+def ours(codec: str = "lowtide.sz", *, name: str = "", **parameters: Any) -> Candidate:
+    """Return one of our codecs with some parameters; they are in its name if none is given."""
 
     def encode(values: Array, bound: float) -> bytes:
-        return get_codec({"id": "lowtide.sz", "bound": bound, **parameters}).encode(values)
+        return get_codec({"id": codec, "bound": bound, **parameters}).encode(values)
 
     def decode(blob: bytes, shape: tuple[int, ...]) -> Array:
         return np.asarray(decompress(blob)).reshape(shape)
 
-    name = " ".join(["lowtide.sz", *(str(value) for value in parameters.values())])
+    name = name or " ".join([codec, *(str(value) for value in parameters.values())])
     return Candidate(name=name, encode=encode, decode=decode)
 
 
