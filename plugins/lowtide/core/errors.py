@@ -74,6 +74,18 @@ class DataError(LowtideError, ValueError):
     """Data that a computation is asked to work on has a shape, type or value it cannot take."""
 
 
+class SandboxError(LowtideError, RuntimeError):
+    """Code under test cannot be kept apart as it must be."""
+
+
+class EndpointError(LowtideError, RuntimeError):
+    """A model behind a URL cannot be reached, refuses, or answers what cannot be used."""
+
+
+class EndpointTimeoutError(EndpointError):
+    """A model behind a URL did not answer in time."""
+
+
 class UncorrectedFaultError(LowtideError, ArithmeticError):
     """A silent error of the hardware was found in a result and could not be put right."""
 
