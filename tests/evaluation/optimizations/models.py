@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 CASES: dict[str, dict[str, Any]] = {
-    "grouped": {"model": {"seed": 1, "heads": 4, "key_heads": 2}, "tokens": {"seed": 1}},
-    "one key head": {"model": {"seed": 2, "heads": 4, "key_heads": 1}, "tokens": {"seed": 2}},
-    "all heads": {"model": {"seed": 3, "heads": 2, "key_heads": 2}, "tokens": {"seed": 3}},
+    "grouped": {
+        "model": {"seed": 1, "heads": 4, "key_heads": 2},
+        "tokens": {"seed": 1, "distinct": True},
+    },
+    "one key head": {
+        "model": {"seed": 2, "heads": 4, "key_heads": 1},
+        "tokens": {"seed": 2, "distinct": True},
+    },
+    "all heads": {
+        "model": {"seed": 3, "heads": 2, "key_heads": 2},
+        "tokens": {"seed": 3, "distinct": True},
+    },
 }
 """What kvpress was asked; see golden_kept.json."""
 
@@ -35,6 +44,12 @@ def seeded_model(
     return model
 
 
-def seeded_tokens(*, seed: int = 0, rows: int = 2, length: int = 64) -> Tensor:
+def seeded_tokens(
+    *, seed: int = 0, rows: int = 2, length: int = 64, distinct: bool = False
+) -> Tensor:
+    """Return tokens, (rows, length); `distinct` ones tie in no policy."""
     generator = torch.Generator().manual_seed(seed)
+    if distinct:
+        drawn = [torch.randperm(97, generator=generator)[:length] for _ in range(rows)]
+        return torch.stack(drawn)
     return torch.randint(0, 97, (rows, length), generator=generator)

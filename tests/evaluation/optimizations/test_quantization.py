@@ -67,7 +67,9 @@ def test_the_integer_grid_holds_zero_and_is_half_a_step_off_at_most(bits: int) -
     # The zero point is whole, so the ends may lie half a step more inside.
     assert ((nearest - weight).abs() <= scale * 1.0001).all()
     inside = (weight > nearest.amin(1, keepdim=True)) & (weight < nearest.amax(1, keepdim=True))
-    assert ((nearest - weight).abs()[inside] <= (scale / 2 * 1.0001).expand_as(weight)[inside]).all()
+    assert (
+        (nearest - weight).abs()[inside] <= (scale / 2 * 1.0001).expand_as(weight)[inside]
+    ).all()
     assert len(nearest[0].unique()) <= 2**bits
 
 
@@ -174,9 +176,7 @@ def test_awq_scales_the_inputs_that_carry_much() -> None:
     assert codes.input_scale is not None
     assert codes.input_scale.argmax() == 3
     plain = Rtn(bits=3, group_size=0, simulated=True).encoded(weight, statistics, None)
-    assert statistics.error(codes.values(), weight) < 0.5 * statistics.error(
-        plain.values(), weight
-    )
+    assert statistics.error(codes.values(), weight) < 0.5 * statistics.error(plain.values(), weight)
 
 
 def test_a_mask_stays_while_gptq_compensates() -> None:

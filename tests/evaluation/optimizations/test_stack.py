@@ -26,11 +26,11 @@ CODES = "weights held as codes"
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return seeded_model(layers=3)
+    return seeded_model(layers=3, width=16)
 
 
 def context() -> Context:
-    return Context(calibration=seeded_tokens(seed=9, rows=8, length=32))
+    return Context(calibration=seeded_tokens(seed=9, rows=4, length=16))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -84,19 +84,31 @@ def hooks_of(model: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_every_pair_is_accepted_and_works_or_is_refused_with_a_reason(model: Any) -> None:
-    before = logits(model)
-    refused = {}
+def pairs() -> tuple[list[Stack], dict[tuple[str, str], str]]:
+    """Return the pairs that are accepted, and why the others are not."""
+    accepted, refused = [], {}
     for first, second in itertools.product(SPELLED, repeat=2):
         try:
-            stack = Stack([first, second])
+            accepted.append(Stack([first, second]))
         except ConfigError as error:
-            assert first in str(error)
+            assert f'"{second}" after "{first}"' in str(error)
             refused[first, second] = str(error).rpartition('": ')[2]
-            continue
+    return accepted, refused
+
+
+@pytest.mark.slow
+def test_every_pair_that_is_accepted_works(model: Any) -> None:
+    before = logits(model)
+    accepted, _ = pairs()
+    assert len(accepted) > 450
+    for stack in accepted:
         found, _ = answer(model, stack)
         assert found.isfinite().all(), stack.name
     assert torch.equal(logits(model), before)
+
+
+def test_pairs_are_refused_with_a_reason_and_no_others() -> None:
+    _, refused = pairs()
     names = {(a.partition(":")[0], b.partition(":")[0]): why for (a, b), why in refused.items()}
     expected = {(a, a) for a in optimizations.names()}
     masks = {f"prune.{name}" for name in ("magnitude", "random", "wanda", "ria", "sparsegpt")}

@@ -48,7 +48,7 @@ class InputStatistics:
     def error(self, weight: Tensor, other: Tensor) -> float:
         """Return the mean squared difference of the outputs of two weights, (O, I) each."""
         change = (weight - other).double()
-        return float(torch.einsum("oi,ij,oj->", change, self.gram, change)) / max(1, self.count)
+        return float(((change @ self.gram) * change).sum()) / max(1, self.count)
 
 
 @contextmanager

@@ -180,7 +180,7 @@ class Ria(ScoredMask):
         tiny = torch.finfo(size.dtype).tiny  # a row or column of zeros
         relative = size / size.sum(1, keepdim=True).clamp_min(tiny)
         relative = relative + size / size.sum(0, keepdim=True).clamp_min(tiny)
-        return relative * measured(statistics).norms**self.power
+        return relative * measured(statistics).norms ** self.power
 
 
 def measured(statistics: InputStatistics | None) -> InputStatistics:

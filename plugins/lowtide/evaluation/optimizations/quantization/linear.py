@@ -50,9 +50,7 @@ def grouped(weight: Tensor, group_size: int) -> Tensor:
     return F.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def encode(
-    weight: Tensor, grid: Grid, group_size: int, input_scale: Tensor | None = None
-) -> Codes:
+def encode(weight: Tensor, grid: Grid, group_size: int, input_scale: Tensor | None = None) -> Codes:
     """Round `weight`, (O, I), to the nearest values of `grid`, fitted to each group."""
     scaled = weight.double() if input_scale is None else weight.double() * input_scale
     groups = grouped(scaled, group_size)
