@@ -140,7 +140,7 @@ def test_sparsegpt_takes_the_least_harmful_weight_of_one_row() -> None:
 
 
 def test_a_hessian_without_inverse_is_refused() -> None:
-    with pytest.raises(ModelError, match="no inverse with damping 0.0"):
+    with pytest.raises(ModelError, match=r"no inverse with damping 0\.0"):
         inverse_factor(torch.ones(3, 3, dtype=torch.float64), damping=0.0)
     dead = inverse_factor(torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64)))
     assert dead.isfinite().all()

@@ -91,8 +91,8 @@ def pairs() -> tuple[list[Stack], dict[tuple[str, str], str]]:
         try:
             accepted.append(Stack([first, second]))
         except ConfigError as error:
-            assert f'"{second}" after "{first}"' in str(error)
-            refused[first, second] = str(error).rpartition('": ')[2]
+            _, found, reason = str(error).partition(f'"{second}" after "{first}": ')
+            refused[first, second] = reason if found else ""
     return accepted, refused
 
 

@@ -78,7 +78,7 @@ def input_statistics(
     found = [InputStatistics(x.in_features, x.weight.device) for x in linears]  # type: ignore[arg-type]
 
     def listener(statistics: InputStatistics) -> Any:
-        return lambda module, args: statistics.add(args[0])
+        return lambda _, args: statistics.add(args[0])
 
     hooks = [
         linear.register_forward_pre_hook(listener(statistics))

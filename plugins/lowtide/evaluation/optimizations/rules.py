@@ -7,6 +7,7 @@ nothing or says why not. A stack is accepted when all its pairs are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from lowtide.evaluation.optimizations.base import Optimization
 from lowtide.evaluation.optimizations.cache.policies import Policy
@@ -29,7 +30,7 @@ def _twice(first: Optimization, second: Optimization) -> str | None:
 
 
 def _one_of_a_kind(first: Optimization, second: Optimization) -> str | None:
-    kinds: dict[type[Optimization], str] = {
+    kinds: dict[Any, str] = {
         LinearExchange: "weights that are quantised cannot be quantised again",
         MaskPruning: "two masks need a rule for how their parts add up, and there is none",
         Policy: "two cache policies need a merge rule, and neither declares one",

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.core.errors import DataError
 from lowtide.evaluation.optimizations.base import Context, Handle, Optimization
@@ -90,6 +91,7 @@ class Policy(Optimization):
         """Keys or queries are turned, so the model must have a rotation that can be."""
         return self.needs_rope or self.positions == "rerotated"
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         from lowtide.evaluation.optimizations.adapters.attention import listen
 
@@ -117,6 +119,7 @@ class Random(Policy):
 
     name: ClassVar[str] = "kv.random"
 
+    @override
     def scores(self, prompt: Prompt, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(prompt.seed * 1_000_003 + prompt.layer)
         return torch.rand(prompt.keys.shape[:3], generator=generator).to(prompt.keys.device)
@@ -133,6 +136,7 @@ class Streaming(Policy):
     name: ClassVar[str] = "kv.streaming"
     sink: int = 4
 
+    @override
     def scores(self, prompt: Prompt, count: int) -> Tensor:
         order = torch.arange(prompt.length, device=prompt.keys.device)
         score = torch.where(order < self.sink, 2 * prompt.length - order, order)
@@ -145,6 +149,7 @@ class KeyNorm(Policy):
 
     name: ClassVar[str] = "kv.knorm"
 
+    @override
     def scores(self, prompt: Prompt, count: int) -> Tensor:
         return -prompt.keys.float().norm(dim=-1)
 
@@ -156,6 +161,7 @@ class HeavyHitters(Policy):
     name: ClassVar[str] = "kv.h2o"
     needs_attention_weights = True
 
+    @override
     def scores(self, prompt: Prompt, count: int) -> Tensor:
         total = accumulated_attention(prompt.queries, prompt.keys, prompt.scaling)
         scores = per_key_head(total, prompt.keys.shape[1])
@@ -182,6 +188,7 @@ class SnapKv(Policy):
         self.check(self.window > 0, "window", "above 0")
         self.check(self.kernel > 0 and self.kernel % 2 == 1, "kernel", "odd and above 0")
 
+    @override
     def scores(self, prompt: Prompt, count: int) -> Tensor:
         window = min(self.window, count)
         weights = attention_weights(prompt.queries[:, :, -window:], prompt.keys, prompt.scaling)
@@ -199,6 +206,7 @@ class Tova(Policy):
     name: ClassVar[str] = "kv.tova"
     needs_attention_weights = True
 
+    @override
     def scores(self, prompt: Prompt, count: int) -> Tensor:
         weights = attention_weights(prompt.queries[:, :, -1:], prompt.keys, prompt.scaling)
         scores = weights[:, :, 0].mean(1, keepdim=True).expand(prompt.keys.shape[:3]).clone()
@@ -225,6 +233,7 @@ class Expected(Policy):
     sink: int = 4
     future: int = 512
 
+    @override
     def scores(self, prompt: Prompt, count: int) -> Tensor:
         if prompt.rope is None or prompt.length <= self.sink:
             raise DataError(

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.evaluation.optimizations.base import Context, Handle, Optimization
 from lowtide.evaluation.optimizations.quantization.packing import pack, unpack
@@ -89,6 +90,7 @@ class CacheQuantiser(Optimization):
     def __post_init__(self) -> None:
         self.check(self.group_size > 0, "group_size", "above 0")
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         from lowtide.evaluation.optimizations.adapters.attention import listen
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.core.errors import DataError
 from lowtide.evaluation.optimizations.base import Context, Handle, Optimization
@@ -38,6 +39,7 @@ class PromptCompressor(Optimization):
         self.check(0 <= self.ratio < 1, "ratio", "from 0 to below 1")
         self.check(self.unit > 0, "unit", "above 0")
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         handle = Handle(self.spelled)
         handle.replace(context.runtime, "prompt", self)
@@ -77,6 +79,7 @@ class Bm25(PromptCompressor):
     name: ClassVar[str] = "prompt.bm25"
     saturation: float = 1.2
 
+    @override
     def scores(self, model: nn.Module, prompt: Tensor, question: Tensor | None) -> Tensor:
         if question is None:
             raise DataError(
@@ -101,6 +104,7 @@ class Surprise(PromptCompressor):
 
     name: ClassVar[str] = "prompt.surprise"
 
+    @override
     def scores(self, model: nn.Module, prompt: Tensor, question: Tensor | None) -> Tensor:
         reader: Any = model
         with evaluation_mode(model):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.evaluation.optimizations.base import Context, Handle, Optimization
 from lowtide.evaluation.optimizations.blocks import blocks_of
@@ -38,6 +39,7 @@ class TokenSkipping(Optimization):
         self.check(0 <= self.ratio < 1, "ratio", "from 0 to below 1")
         self.check(self.layer >= 1, "layer", "1 or more")
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         from lowtide.evaluation.optimizations.adapters.attention import listen
 
@@ -60,7 +62,7 @@ class TokenSkipping(Optimization):
         best = score.sort(dim=1, descending=True, stable=True).indices
         return best[:, :count].sort(1).values
 
-    def _select(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _select(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         cache = kwargs.get("past_key_values")
         decider = getattr(cache, "layers", [None] * self.layer)[self.layer - 1]
         index: Tensor | None = getattr(decider, "skipped_to", None)

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.evaluation.optimizations.base import Context, Handle, Optimization
 from lowtide.evaluation.optimizations.blocks import Place, blocks_of, linears_of
@@ -55,6 +56,7 @@ class MaskPruning(Optimization):
         match = _PATTERN.fullmatch(self.amount)
         return (int(match[1]), int(match[2])) if match else None
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         handle = Handle(self.spelled)
         tokens = context.calibration_for(self.spelled) if self.needs_calibration else None
@@ -92,6 +94,7 @@ class MaskPruning(Optimization):
 class ScoredMask(MaskPruning):
     """Weights of least score go; the others stay as they are."""
 
+    @override
     def pruned(
         self, place: Place, statistics: InputStatistics | None, generator: torch.Generator
     ) -> Tensor:
@@ -130,6 +133,7 @@ class Magnitude(ScoredMask):
 
     name: ClassVar[str] = "prune.magnitude"
 
+    @override
     def score(
         self, weight: Tensor, statistics: InputStatistics | None, generator: torch.Generator
     ) -> Tensor:
@@ -142,6 +146,7 @@ class RandomMask(ScoredMask):
 
     name: ClassVar[str] = "prune.random"
 
+    @override
     def score(
         self, weight: Tensor, statistics: InputStatistics | None, generator: torch.Generator
     ) -> Tensor:
@@ -155,6 +160,7 @@ class Wanda(ScoredMask):
     name: ClassVar[str] = "prune.wanda"
     needs_calibration = True
 
+    @override
     def score(
         self, weight: Tensor, statistics: InputStatistics | None, generator: torch.Generator
     ) -> Tensor:
@@ -173,6 +179,7 @@ class Ria(ScoredMask):
     needs_calibration = True
     power: float = 0.5
 
+    @override
     def score(
         self, weight: Tensor, statistics: InputStatistics | None, generator: torch.Generator
     ) -> Tensor:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lowtide.evaluation.optimizations.blocks import Place
 from lowtide.evaluation.optimizations.calibration import InputStatistics
@@ -32,6 +33,7 @@ class SparseGpt(MaskPruning):
     name: ClassVar[str] = "prune.sparsegpt"
     needs_calibration = True
 
+    @override
     def pruned(
         self, place: Place, statistics: InputStatistics | None, generator: torch.Generator
     ) -> Tensor:
@@ -49,6 +51,7 @@ class SparseGpt(MaskPruning):
 
         return sweep(weight.double(), factor, column_of)
 
+    @override
     def kept(self, score: Tensor) -> Tensor:
         if self.pattern is not None:
             return keep_n_of_m(score, *self.pattern)

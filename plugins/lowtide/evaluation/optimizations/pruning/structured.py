@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.core.errors import ModelError
 from lowtide.evaluation.optimizations.base import Context, Handle, Optimization
@@ -54,6 +55,7 @@ class BlockPartPruning(PartPruning):
     linears: ClassVar[tuple[str, ...]]
     """Names of the layers whose rows are the parts, then of the one whose columns they are."""
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         handle = Handle(self.spelled)
         tokens = context.calibration_for(self.spelled)
@@ -86,6 +88,7 @@ class Heads(BlockPartPruning):
     group = "self_attn"
     linears = ("k_proj", "v_proj", "q_proj", "o_proj")
 
+    @override
     def shrink(
         self, handle: Handle, owner: Any, linears: list[nn.Linear], importance: Tensor
     ) -> tuple[int, int]:
@@ -116,6 +119,7 @@ class Ffn(BlockPartPruning):
     group = "mlp"
     linears = ("gate_proj", "up_proj", "down_proj")
 
+    @override
     def shrink(
         self, handle: Handle, owner: Any, linears: list[nn.Linear], importance: Tensor
     ) -> tuple[int, int]:
@@ -132,6 +136,7 @@ class Depth(PartPruning):
 
     name: ClassVar[str] = "prune.depth"
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         handle = Handle(self.spelled)
         decoder = decoder_of(model)
@@ -152,7 +157,7 @@ def block_influence(model: nn.Module, blocks: list[nn.Module], tokens: Tensor) -
     count = 0
 
     def listener(index: int) -> Any:
-        def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def listen(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal count
             before = (args[0] if args else kwargs["hidden_states"]).double()
             after = (output[0] if isinstance(output, tuple) else output).double()

@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 SCALE_DTYPE = torch.float32
 
@@ -48,6 +49,7 @@ class IntegerGrid(Grid):
 
     bits: int
 
+    @override
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         levels = 2**self.bits - 1
         low = weight.amin(1, keepdim=True).clamp_max(0)
@@ -55,10 +57,12 @@ class IntegerGrid(Grid):
         scale = rounded_scale((high - low) / levels)
         return scale, (-low / scale).round().clamp(0, levels).to(torch.uint8)
 
+    @override
     def codes(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         levels = 2**self.bits - 1
         return ((weight / scale).round() + zero).clamp_(0, levels).to(torch.uint8)
 
+    @override
     def values(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return (codes.to(scale.dtype) - zero.to(scale.dtype)) * scale
 
@@ -69,14 +73,17 @@ class NormalFloat(Grid):
 
     bits: int = 4
 
+    @override
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return rounded_scale(weight.abs().amax(1, keepdim=True)), torch.empty(0, dtype=torch.uint8)
 
+    @override
     def codes(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         table = normal_quantiles().to(weight)
         between = (table[1:] + table[:-1]) / 2
         return torch.bucketize(weight / scale, between).to(torch.uint8)
 
+    @override
     def values(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return normal_quantiles().to(scale)[codes.long()] * scale
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.evaluation.optimizations.quantization.grids import SCALE_DTYPE, Grid
 from lowtide.evaluation.optimizations.quantization.packing import pack, unpack
@@ -110,6 +111,7 @@ class PackedLinear(nn.Module):
             x = x / self.input_scale.to(x.dtype)
         return F.linear(x, self.decoded(x.dtype), self.bias)
 
+    @override
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lowtide.evaluation.optimizations.base import Context, Handle, Optimization
 from lowtide.evaluation.optimizations.blocks import blocks_of, linears_of
@@ -40,6 +41,7 @@ class LinearExchange(Optimization):
 
     stage = "weights"
 
+    @override
     def apply(self, model: nn.Module, context: Context) -> Handle:
         handle = Handle(self.spelled)
         tokens = context.calibration_for(self.spelled) if self.needs_calibration else None
@@ -90,6 +92,7 @@ class WeightQuantization(LinearExchange):
     def grid(self) -> Grid:
         """The grid that weights are put on."""
 
+    @override
     def exchange(
         self,
         handle: Handle,
@@ -106,7 +109,10 @@ class WeightQuantization(LinearExchange):
             handle.replace(parent, attribute, PackedLinear(codes, linear.bias))
 
     def encoded(
-        self, weight: Tensor, statistics: InputStatistics | None, mask: Tensor | None
+        self,
+        weight: Tensor,
+        statistics: InputStatistics | None,  # noqa: ARG002 - what a subclass needs
+        mask: Tensor | None,  # noqa: ARG002
     ) -> Codes:
         """Return the codes of `weight`, (O, I); weights where `mask` is False stay 0."""
         return encode(weight, self.grid, self.group_size)
@@ -128,6 +134,7 @@ class IntegerQuantization(WeightQuantization):
         super().__post_init__()
 
     @property
+    @override
     def grid(self) -> Grid:
         return IntegerGrid(self.bits)
 
@@ -147,6 +154,7 @@ class Nf4(WeightQuantization):
     group_size: int = 64
 
     @property
+    @override
     def grid(self) -> Grid:
         return NormalFloat()
 
@@ -166,6 +174,7 @@ class Gptq(IntegerQuantization):
     needs_calibration = True
     damping: float = DAMPING
 
+    @override
     def encoded(
         self, weight: Tensor, statistics: InputStatistics | None, mask: Tensor | None
     ) -> Codes:
@@ -206,6 +215,7 @@ class Awq(IntegerQuantization):
     name: ClassVar[str] = "quant.awq"
     needs_calibration = True
 
+    @override
     def encoded(
         self, weight: Tensor, statistics: InputStatistics | None, mask: Tensor | None
     ) -> Codes:
@@ -232,6 +242,7 @@ class W8A8(LinearExchange):
 
     name: ClassVar[str] = "quant.w8a8"
 
+    @override
     def exchange(
         self,
         handle: Handle,
@@ -244,7 +255,11 @@ class W8A8(LinearExchange):
         scale = self.input_scale(linear.weight.detach(), statistics)
         handle.replace(parent, attribute, Int8Linear(linear, scale))
 
-    def input_scale(self, weight: Tensor, statistics: InputStatistics | None) -> Tensor | None:
+    def input_scale(
+        self,
+        weight: Tensor,  # noqa: ARG002 - what a subclass needs
+        statistics: InputStatistics | None,  # noqa: ARG002
+    ) -> Tensor | None:
         """Return what activations are divided by, (I,), or None for 1."""
         return None
 
@@ -265,6 +280,7 @@ class SmoothQuant(W8A8):
     def __post_init__(self) -> None:
         self.check(0 <= self.strength <= 1, "strength", "from 0 to 1")
 
+    @override
     def input_scale(self, weight: Tensor, statistics: InputStatistics | None) -> Tensor | None:
         least = 1e-5
         activations = measured(statistics).largest.clamp_min(least)
