@@ -94,7 +94,7 @@ def test_means_of_resamples_have_the_moments_of_the_bootstrap(
     sums = cluster_sums(values, clusters)
     means = np.concatenate(list(resampled_means(sums, 20_000, 0)))[:, 0]
     assert len(means) == 20_000
-    weighted = sums.sums_CK[:, 0] - values.mean() * sums.counts_C
+    weighted = sums.sums[:, 0] - values.mean() * sums.counts
     expected_sd = math.sqrt((weighted**2).sum()) / len(values)
     assert means.mean() == pytest.approx(values.mean(), abs=4 * expected_sd / math.sqrt(20_000))
     assert means.std() == pytest.approx(expected_sd, rel=0.03)

@@ -46,17 +46,17 @@ class ClusterSums:
     """Sums of columns by cluster.
 
     Attributes:
-        sums_CK: float64.
-        counts_C: float64, items of each cluster.
+        sums: float64, shape (C, K).
+        counts: float64, shape (C,): items of each cluster.
     """
 
-    sums_CK: Floats
-    counts_C: Floats
+    sums: Floats
+    counts: Floats
 
     @property
-    def means_K(self) -> Floats:
-        """Means of the columns over all items."""
-        means: Floats = self.sums_CK.sum(axis=0) / self.counts_C.sum()
+    def means(self) -> Floats:
+        """Means of the columns over all items, shape (K,)."""
+        means: Floats = self.sums.sum(axis=0) / self.counts.sum()
         return means
 
 
@@ -109,8 +109,8 @@ def cluster_sums(
     """
     columns = columns_of(values)
     if clusters is None:
-        return ClusterSums(sums_CK=columns, counts_C=np.ones(len(columns)))
+        return ClusterSums(sums=columns, counts=np.ones(len(columns)))
     codes = cluster_codes(clusters, len(columns))
     count = int(codes.max()) + 1
     sums = np.stack([np.bincount(codes, column, count) for column in columns.T], axis=1)
-    return ClusterSums(sums_CK=sums, counts_C=np.bincount(codes, minlength=count).astype(float))
+    return ClusterSums(sums=sums, counts=np.bincount(codes, minlength=count).astype(float))

@@ -1,6 +1,6 @@
 """Standard errors, rates, families of tests, and what a comparison could have seen.
 
-Source: Miller, "Adding Error Bars to Evals" (arXiv 2411.00640): clustered standard errors and power;
+Source: Miller, "Adding Error Bars to Evals" (arXiv 2411.00640): clustered errors, power;
 Wilson (JASA 1927); Holm (Scandinavian Journal of Statistics 1979).
 """
 

@@ -101,7 +101,7 @@ def sign_flip_test(
         DataError: shapes do not fit, or a value is not finite.
     """
     one, other = _pair(first, second)
-    differences = cluster_sums(other - one, clusters).sums_CK[:, 0]
+    differences = cluster_sums(other - one, clusters).sums[:, 0]
     differences = differences[differences != 0]  # a flip does nothing to them
     if differences.size == 0:
         return 1.0

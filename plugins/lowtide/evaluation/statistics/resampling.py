@@ -68,7 +68,7 @@ def check_level(level: float) -> None:
 def resampled_means(sums: ClusterSums, resamples: int, seed: int) -> Iterator[Floats]:
     """Yield blocks of means over resampled clusters, shape (block, K), `resamples` rows in all."""
     random = np.random.Generator(np.random.SFC64(seed))  # three times as fast as PCG64 here
-    table = np.column_stack([sums.sums_CK, sums.counts_C])
+    table = np.column_stack([sums.sums, sums.counts])
     clusters = len(table)
     distinct, multiplicity = _distinct(table)
     if distinct is not None:
@@ -135,27 +135,27 @@ def bootstrap(
     if resamples < 100:
         raise DataError(f"resamples: got {resamples}, allowed is 100 or more")
     sums = cluster_sums(values, clusters)
-    estimate = float(statistic(sums.means_K))
+    estimate = float(statistic(sums.means))
     figures = np.concatenate([statistic(m) for m in resampled_means(sums, resamples, seed)])
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if method == "bca":
         tails = _bca_tails(tails, figures, estimate, _jackknife(sums, statistic))
-    if len(sums.counts_C) < 2 or np.isnan(figures).any():
+    if len(sums.counts) < 2 or np.isnan(figures).any():
         low = high = float("nan")
     else:
         low, high = (float(x) for x in np.quantile(figures, tails))
     return Interval(
         estimate=estimate, low=low, high=high, level=level, method=method,
-        n_items=int(sums.counts_C.sum()), n_clusters=len(sums.counts_C),
+        n_items=int(sums.counts.sum()), n_clusters=len(sums.counts),
     )  # fmt: skip
 
 
 def _jackknife(sums: ClusterSums, statistic: Statistic) -> Floats:
     """Return the statistic without each cluster, shape (C,)."""
-    counts = sums.counts_C.sum() - sums.counts_C
+    counts = sums.counts.sum() - sums.counts
     if not counts.all():  # a single cluster
         return np.zeros(len(counts))
-    return statistic((sums.sums_CK.sum(axis=0) - sums.sums_CK) / counts[:, None])
+    return statistic((sums.sums.sum(axis=0) - sums.sums) / counts[:, None])
 
 
 def _bca_tails(tails: Floats, figures: Floats, estimate: float, without: Floats) -> Floats:
