@@ -16,6 +16,7 @@ from lowtide.evaluation.optimizations.base import (
     Runtime,
     weight_bytes,
 )
+from lowtide.evaluation.optimizations.prompt.compressors import PromptCompressor
 from lowtide.evaluation.optimizations.registry import parse
 from lowtide.evaluation.optimizations.rules import refusal
 
@@ -54,6 +55,11 @@ class Stack:
     def needs_calibration(self) -> bool:
         """One of its parts looks at activations."""
         return any(part.needs_calibration for part in self.parts)
+
+    @property
+    def needs_question(self) -> bool:
+        """One of its parts cannot work before the question is known."""
+        return any(isinstance(p, PromptCompressor) and p.needs_question for p in self.parts)
 
     def apply(self, model: nn.Module, context: Context | None = None) -> Applied:
         """Apply every part to `model`, in order. If one fails, those before it are undone."""

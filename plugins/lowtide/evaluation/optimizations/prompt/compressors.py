@@ -28,9 +28,11 @@ class PromptCompressor(Optimization):
     Attributes:
         ratio: The part of the units that goes.
         unit: Tokens of a unit. Tokens behind the last whole unit stay.
+        needs_question: It cannot work before the question is known.
     """
 
     stage = "prompt"
+    needs_question: ClassVar[bool] = False
     positional = ("ratio",)
     ratio: float
     unit: int = 8
@@ -77,6 +79,7 @@ class Bm25(PromptCompressor):
     """
 
     name: ClassVar[str] = "prompt.bm25"
+    needs_question = True
     saturation: float = 1.2
 
     @override

@@ -1,0 +1,1 @@
+"""The bench: stacks of optimizations on long-context tasks, with costs and statistics."""
