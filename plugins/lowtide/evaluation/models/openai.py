@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lowtide.core.errors import ConfigError, DataError, EndpointError, EndpointTimeoutError
+from lowtide.core.errors import ConfigError, DataError, EndpointError
 from lowtide.evaluation.models.protocol import (
     Continuation,
     Generation,
@@ -185,7 +185,7 @@ class OpenAiModel:
             is_last = attempt == self.endpoint.retries
             try:
                 response = self._transport.send(request)
-            except EndpointTimeoutError:
+            except EndpointError:  # no connection, or no answer in time
                 if is_last:
                     raise
                 after_s = None
