@@ -117,7 +117,8 @@ def test_open_answers_are_graded_as_each_item_says(tmp_path: Path) -> None:
     rows = {row.item: row for row in read_rows(tmp_path / "rows.jsonl")}
     correct = {name: row.scores.get("correct") for name, row in rows.items()}
     assert correct == {
-        "o1": 1.0, "o2": 1.0, "o3": 1.0, "e": 1.0, "r": 1.0, "s": None, "l": None, "h": None, "n": 1.0
+        "o1": 1.0, "o2": 1.0, "o3": 1.0, "e": 1.0, "r": 1.0, "s": None, "l": None, "h": None,
+        "n": 1.0,
     }  # fmt: skip
     assert rows["s"].scores["precision"] == rows["s"].scores["recall"] == 0.5
     assert rows["l"].scores["recall"] == 0.5

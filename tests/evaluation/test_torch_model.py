@@ -144,7 +144,7 @@ def test_ranks_do_as_many_forward_passes_as_they_agreed() -> None:
         return module(tokens)
 
     module = Bigram()
-    model = byte_model(counted, batch_size=2, forwards=lambda own: own + 3)
+    model = byte_model(counted, batch_size=2, agree=lambda own: (own or 0) + 3)
     plain = byte_model(module)
     requests = [Continuation("a", "bc"), Continuation("b", "c"), Continuation("c", "d")]
     found = [each.total for each in model.loglikelihood(requests)]

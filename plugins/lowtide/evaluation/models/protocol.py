@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
 
 from lowtide.core.errors import DataError
 
@@ -20,11 +22,11 @@ class TokenRow(NamedTuple):
     """Tokens of which those from `first` on are scored, each given all before it.
 
     Attributes:
-        ids: Of the tokens.
+        ids: Of the tokens; any sequence of whole numbers, such as a slice of an array.
         first: Of the scored ones, 1 or more: the token at 0 has nothing before it.
     """
 
-    ids: tuple[int, ...]
+    ids: Sequence[int] | NDArray[Any]
     first: int
 
 

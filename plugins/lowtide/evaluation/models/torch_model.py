@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +45,9 @@ class TorchModel:
         bos: Token before a text without context; None leaves the first token of such a text out.
         eos: Token that ends an answer.
         device: Where tokens go.
-        forwards: From the number of forward passes that are needed here to that which are done:
-            ranks that hold parts of one model must agree. Extra ones repeat the last batch.
+        agree: For ranks that hold parts of one model and must do as many forward passes: from how
+            many are needed here, or None where this rank failed before them, to how many are
+            done. Extra ones repeat the last batch. Raises where another rank failed.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class TorchModel:
         bos: int | None = None,
         eos: int | None = None,
         device: torch.device | str = "cpu",
-        forwards: Callable[[int], int] | None = None,
+        agree: Callable[[int | None], int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size: got {batch_size}, allowed is 1 or more")
@@ -70,7 +73,7 @@ class TorchModel:
         self._max_length, self._batch_size = max_length, batch_size
         self._bos, self._eos = bos, eos
         self._device = torch.device(device)
-        self._forwards = forwards
+        self._agree = agree
 
     def fingerprint(self) -> str:
         """Return the hash that was given."""
@@ -86,23 +89,52 @@ class TorchModel:
         Raises:
             DataError: a row without a scored token, or whose scored tokens are too many.
         """
-        cut = [self._fitting(row) for row in rows]
-        order = sorted(range(len(cut)), key=lambda index: -len(cut[index].ids))
-        found: dict[int, LogLikelihood] = {}
-        batches = [
-            order[at : at + self._batch_size] for at in range(0, len(order), self._batch_size)
-        ]
-        for batch in self._agreed(batches):
-            scores = self._score_batch([cut[index] for index in batch])
-            found.update(zip(batch, scores, strict=True))
-        return [found[index] for index in range(len(rows))]
+        return self._score(lambda: rows)
 
-    def _agreed(self, batches: list[list[int]]) -> list[list[int]]:
-        """Return the batches, with as many more as other ranks need."""
-        wanted = len(batches) if self._forwards is None else self._forwards(len(batches))
-        if wanted > len(batches) and not batches:
-            raise DataError("a rank without rows cannot take part in forward passes")
-        return batches + batches[-1:] * (wanted - len(batches))
+    def _score(self, make_rows: Callable[[], Sequence[TokenRow]]) -> list[LogLikelihood]:
+        cut: list[TokenRow] = []
+
+        def prepare() -> list[list[int]]:
+            cut.extend(self._fitting(row) for row in make_rows())
+            return self._batches(sorted(range(len(cut)), key=lambda at: -len(cut[at].ids)))
+
+        found: dict[int, LogLikelihood] = {}
+
+        def read(batch: list[int]) -> None:
+            part = [cut[index] for index in batch]
+            found.update(zip(batch, self._score_batch(part), strict=True))
+
+        self._go_through(prepare, read)
+        return [found[index] for index in range(len(cut))]
+
+    def _batches(self, indices: Sequence[int]) -> list[list[int]]:
+        size = self._batch_size
+        return [list(indices[at : at + size]) for at in range(0, len(indices), size)]
+
+    def _go_through(
+        self, prepare: Callable[[], list[list[int]]], work: Callable[[list[int]], None]
+    ) -> None:
+        """Work on batches, as many as other ranks do.
+
+        What fails before or after forward passes is raised when the others are not kept waiting.
+        """
+        try:
+            batches = prepare()
+        except Exception:
+            if self._agree is not None:
+                self._agree(None)
+            raise
+        if self._agree is not None:
+            wanted = self._agree(len(batches))
+            batches = batches + batches[-1:] * (wanted - len(batches))
+        failure: DataError | None = None
+        for batch in batches:
+            try:
+                work(batch)
+            except DataError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _fitting(self, row: TokenRow) -> TokenRow:
         if not 1 <= row.first < len(row.ids):
@@ -124,7 +156,7 @@ class TorchModel:
         logits_BTV = self._forward([row.ids for row in rows])
         found = []
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
-            ids = torch.tensor(row.ids[row.first :], device=logits_TV.device)
+            ids = _tensor(row.ids[row.first :]).to(logits_TV.device)
             # Position t predicts token t + 1. Only these positions, or float32 would take much.
             predicted = logits_TV[row.first - 1 : len(row.ids) - 1].float().log_softmax(dim=-1)
             scores = predicted.gather(1, ids[:, None]).double()
@@ -132,12 +164,12 @@ class TorchModel:
             found.append(LogLikelihood(float(scores.sum()), len(ids), is_greedy))
         return found
 
-    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def _forward(self, rows: Sequence[Any]) -> Tensor:
         """Return logits of rows padded on the right, shape (B, T, V)."""
         width = max(len(row) for row in rows)
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)
         for at, row in enumerate(rows):
-            tokens[at, : len(row)] = torch.tensor(row)
+            tokens[at, : len(row)] = _tensor(row)
         with torch.no_grad():
             logits = self._logits(tokens.to(self._device))
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
@@ -156,7 +188,7 @@ class TorchModel:
         Raises:
             DataError: there is no `encode`, or a request cannot be scored.
         """
-        return self.score_tokens([self._row(request) for request in requests])
+        return self._score(lambda: [self._row(request) for request in requests])
 
     def _row(self, request: Continuation) -> TokenRow:
         before = self._encoded(request.context) if request.context else ()
@@ -166,14 +198,6 @@ class TorchModel:
         if first == 0 and self._bos is not None:
             return TokenRow((self._bos, *ids), 1)
         return TokenRow(ids, max(1, first))
-
-    def _encoded(self, text: str) -> tuple[int, ...]:
-        if self._encode is None:
-            raise DataError(
-                f'model "{self.name}": has no encode, so it takes tokens alone; give encode=, or '
-                'evaluate a "loss" task over bytes or tokens'
-            )
-        return tuple(int(token) for token in self._encode(text))
 
     # -- generating -------------------------------------------------------------------------
 
@@ -185,65 +209,100 @@ class TorchModel:
         Raises:
             DataError: there is no `encode` or `decode`, or a prompt without tokens.
         """
-        if self._decode is None:
-            raise DataError(f'model "{self.name}": has no decode; give decode=')
-        rows = []
-        for prompt in prompts:
-            ids = self._encoded(prompt) or (() if self._bos is None else (self._bos,))
-            if not ids:
-                raise DataError("prompt: has no tokens, and the model no bos")
-            room = None if self._max_length is None else self._max_length - options.max_tokens
-            if room is not None and room < 1:
-                raise DataError(
-                    f"max_tokens: got {options.max_tokens}, allowed is less than what the model "
-                    f"reads, {self._max_length}"
-                )
-            rows.append(list(ids if room is None else ids[-room:]))
-        drawing = [_generator(options.seed, prompt) for prompt in prompts]
-        answers: dict[int, str] = {}
-        indices = list(range(len(rows)))
-        batches = [
-            indices[at : at + self._batch_size] for at in range(0, len(rows), self._batch_size)
-        ]
-        for batch in self._agreed(batches):
-            if batch[0] in answers:  # one for the other ranks
-                self._idle(rows[batch[0]], options)
-                continue
-            texts = self._continue([rows[i] for i in batch], [drawing[i] for i in batch], options)
-            answers.update(zip(batch, texts, strict=True))
-        return [answers[index] for index in indices]
+        rows: list[list[int]] = []
 
-    def _idle(self, row: list[int], options: Generation) -> None:
-        for _ in range(options.max_tokens):
-            self._forward([row])
+        def prepare() -> list[list[int]]:
+            self._decoded(())  # before any forward pass: is there a decode?
+            rows.extend(self._prompt(prompt, options.max_tokens) for prompt in prompts)
+            return self._batches(range(len(rows)))
+
+        answers: dict[int, str] = {}
+
+        def work(batch: list[int]) -> None:
+            drawing = [_generator(options.seed, prompts[index]) for index in batch]
+            texts = self._continue([rows[index] for index in batch], drawing, options)
+            answers.update(zip(batch, texts, strict=True))
+
+        self._go_through(prepare, work)
+        return [answers[index] for index in range(len(rows))]
+
+    def _prompt(self, prompt: str, max_tokens: int) -> list[int]:
+        ids = self._encoded(prompt) or (() if self._bos is None else (self._bos,))
+        if not ids:
+            raise DataError("prompt: has no tokens, and the model no bos")
+        room = None if self._max_length is None else self._max_length - max_tokens
+        if room is not None and room < 1:
+            raise DataError(
+                f"max_tokens: got {max_tokens}, allowed is less than what the model reads, "
+                f"{self._max_length}"
+            )
+        return list(ids if room is None else ids[-room:])
 
     def _continue(
         self, prompts: list[list[int]], drawing: list[torch.Generator], options: Generation
     ) -> list[str]:
-        rows = [list(prompt) for prompt in prompts]
-        said: list[str] = [""] * len(rows)
-        is_done = [False] * len(rows)
+        answers = [_Answer(list(prompt), len(prompt)) for prompt in prompts]
+        failure: DataError | None = None
         for _ in range(options.max_tokens):
-            if all(is_done) and self._forwards is None:
+            # Other ranks count on all forward passes, whatever becomes of this one's answers.
+            if self._agree is None and (failure or all(each.is_done for each in answers)):
                 break
-            logits_BTV = self._forward(rows)
-            for at, row in enumerate(rows):
-                if is_done[at]:
-                    continue
-                token = _pick(logits_BTV[at, len(row) - 1], options.temperature, drawing[at])
-                if token == self._eos:
-                    is_done[at] = True
-                    continue
-                row.append(token)
-                text = self._decoded(row[len(prompts[at]) :])
-                said[at] = cut_at_stop(text, options.stop)
-                is_done[at] = said[at] != text
-        return said
+            try:
+                logits_BTV = self._forward([each.ids for each in answers])
+                for each, logits_TV, generator in zip(answers, logits_BTV, drawing, strict=True):
+                    self._extend(each, logits_TV, generator, options)
+            except DataError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return [each.text for each in answers]
+
+    def _extend(
+        self, answer: _Answer, logits_TV: Tensor, generator: torch.Generator, options: Generation
+    ) -> None:
+        if answer.is_done:
+            return
+        token = _pick(logits_TV[len(answer.ids) - 1], options.temperature, generator)
+        if token == self._eos:
+            answer.is_done = True
+            return
+        answer.ids.append(token)
+        text = self._decoded(answer.ids[answer.begin :])
+        answer.text = cut_at_stop(text, options.stop)
+        answer.is_done = answer.text != text
+
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        if self._encode is None:
+            raise DataError(
+                f'model "{self.name}": has no encode, so it takes tokens alone; give encode=, or '
+                'evaluate a "loss" task over bytes or tokens'
+            )
+        try:
+            return tuple(int(token) for token in self._encode(text))
+        except Exception as error:
+            raise DataError(f'model "{self.name}": encode failed: {error!r}') from error
 
     def _decoded(self, ids: Sequence[int]) -> str:
         if self._decode is None:
             raise DataError(f'model "{self.name}": has no decode; give decode=')
-        return self._decode(ids)
+        try:
+            return self._decode(ids)
+        except Exception as error:
+            raise DataError(f'model "{self.name}": decode failed: {error!r}') from error
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One that is being generated: prompt and answer, and where the answer begins."""
+
+    ids: list[int]
+    begin: int
+    text: str = ""
+    is_done: bool = False
+
+
+def _tensor(ids: Any) -> Tensor:
+    return torch.from_numpy(np.array(ids, dtype=np.int64))
 
 
 def _generator(seed: int, prompt: str) -> torch.Generator:

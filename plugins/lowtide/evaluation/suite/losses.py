@@ -89,9 +89,8 @@ class LossTask(Task[LossSettings]):
         for begin in range(1, len(tokens), window):
             end = min(begin + window, len(tokens))
             start = max(0, begin - 1 - self.settings.context)
-            ids = tuple(int(token) for token in tokens[start:end])
-            row = TokenRow(ids, begin - start)
-            found.append(self._question(begin, row, tokens[start:end].tobytes()))
+            ids = tokens[start:end]  # a view: a file of a billion tokens is not copied
+            found.append(self._question(begin, TokenRow(ids, begin - start), ids.tobytes()))
         return found
 
     def _question(self, begin: int, content: Any, raw: bytes) -> Question:
