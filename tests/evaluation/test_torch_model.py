@@ -87,10 +87,12 @@ def test_long_contexts_lose_their_beginning_and_long_texts_are_refused() -> None
     module = Prefix()
     model = byte_model(module, max_length=6)
     found = model.loglikelihood([Continuation("0123456789", "ab")])[0]
-    kept = byte_model(module).loglikelihood([Continuation("6789", "ab")])[0]
+    kept = byte_model(module).loglikelihood([Continuation("56789", "ab")])[0]
     assert found.total == pytest.approx(kept.total, rel=1e-5)
     with pytest.raises(DataError, match="take shorter windows"):
-        model.loglikelihood([Continuation("x", "abcdefgh")])
+        model.loglikelihood([Continuation("x", "abcdefg")])
+    whole = model.loglikelihood([Continuation("x", "abcdef")])[0]  # reads "xabcde"
+    assert whole.total == byte_model(module).loglikelihood([Continuation("x", "abcdef")])[0].total
 
 
 def greedy(module: Any, prompt: str, steps: int) -> str:
@@ -134,6 +136,17 @@ def test_drawn_answers_belong_to_prompt_and_seed() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     cold = Generation(max_tokens=8, temperature=1e-4)
     assert byte_model(module).generate(["a"], cold) == [greedy(module, "a", 8)]
+
+
+def test_the_last_token_is_not_read() -> None:
+    read = []
+
+    def watched(tokens: torch.Tensor) -> torch.Tensor:
+        read.append(tokens.tolist())
+        return Bigram()(tokens)
+
+    TorchModel(watched).score_tokens([TokenRow((5, 6, 7), 1)])
+    assert read == [[[5, 6]]]
 
 
 def test_ranks_do_as_many_forward_passes_as_they_agreed() -> None:

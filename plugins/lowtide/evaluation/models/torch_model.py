@@ -142,18 +142,19 @@ class TorchModel:
                 f"tokens: scoring starts at {row.first} of {len(row.ids)}; allowed is 1 or more, "
                 "with a token behind it: a text needs a context, or the model a bos"
             )
-        over = 0 if self._max_length is None else len(row.ids) - self._max_length
+        # The last token is predicted and not read.
+        over = 0 if self._max_length is None else len(row.ids) - 1 - self._max_length
         if over <= 0:
             return row
         if over >= row.first:
             raise DataError(
-                f"tokens: {len(row.ids) - row.first} are scored, the model reads "
-                f"{self._max_length} with one before them; take shorter windows"
+                f"tokens: {len(row.ids) - row.first} are scored, allowed are {self._max_length}, "
+                "which the model reads; take shorter windows"
             )
         return TokenRow(row.ids[over:], row.first - over)
 
     def _score_batch(self, rows: Sequence[TokenRow]) -> list[LogLikelihood]:
-        logits_BTV = self._forward([row.ids for row in rows])
+        logits_BTV = self._forward([row.ids[:-1] for row in rows])
         found = []
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
             ids = _tensor(row.ids[row.first :]).to(logits_TV.device)
