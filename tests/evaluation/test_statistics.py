@@ -215,6 +215,26 @@ def test_random_flips_find_the_rate_of_false_alarms_and_the_exact_p_value(
     assert 0.03 <= alarms / 800 <= 0.07
 
 
+def test_exchanges_test_any_statistic() -> None:
+    lengths = RANDOM(0).integers(10, 50, 60).astype(float)
+    first = np.column_stack([RANDOM(1).poisson(2.0 * lengths), lengths])
+    same = np.column_stack([RANDOM(2).poisson(2.0 * lengths), lengths])
+    more = np.column_stack([RANDOM(3).poisson(2.6 * lengths), lengths])
+    assert st.sign_flip_test(first, more, statistic=st.ratio, resamples=999) == 0.001
+    assert st.sign_flip_test(first, same, statistic=st.ratio, resamples=999) > 0.05
+    # The same labels on all items: one exchange of everything, which is as extreme.
+    assert st.sign_flip_test(first, more, np.zeros(60), statistic=st.ratio, resamples=99) == 1.0
+
+    def like_mean(means: Any) -> Any:
+        return means[..., 0]
+
+    a, b = RANDOM(4).normal(size=40), RANDOM(5).normal(0.3, 1, 40)
+    flips = st.sign_flip_test(a, b, resamples=20_000)
+    assert st.sign_flip_test(a, b, statistic=like_mean, resamples=20_000) == pytest.approx(
+        flips, abs=0.015
+    )
+
+
 def test_mcnemar_is_a_binomial_test_of_discordant_items() -> None:
     first = [1] * 9 + [0] * 2 + [1] * 20 + [0] * 5
     second = [0] * 9 + [1] * 2 + [1] * 20 + [0] * 5

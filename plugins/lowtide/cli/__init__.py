@@ -24,6 +24,7 @@ from lowtide.cli import (
     report,
     schema,
 )
+from lowtide.cli import eval as evaluate
 from lowtide.core.errors import LowtideError
 
 DEBUG_VARIABLE = "LOWTIDE_DEBUG"
@@ -76,6 +77,7 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(launch.app, name="launch")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(plan.app, name="plan")
+app.add_typer(evaluate.app, name="eval")
 
 
 def main(arguments: list[str] | None = None) -> None:

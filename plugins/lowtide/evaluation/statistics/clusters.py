@@ -112,5 +112,7 @@ def cluster_sums(
         return ClusterSums(sums=columns, counts=np.ones(len(columns)))
     codes = cluster_codes(clusters, len(columns))
     count = int(codes.max()) + 1
-    sums = np.stack([np.bincount(codes, column, count) for column in columns.T], axis=1)
+    sums = np.column_stack([np.bincount(codes, column, count) for column in columns.T]).astype(
+        float
+    )
     return ClusterSums(sums=sums, counts=np.bincount(codes, minlength=count).astype(float))

@@ -82,25 +82,29 @@ def sign_flip_test(
     second: ArrayLike,
     clusters: Sequence[Any] | NDArray[Any] | None = None,
     *,
+    statistic: Statistic = mean,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> float:
-    """Return the two-sided p-value of equal means, by flipping the signs of clusters' differences.
+    """Return the two-sided p-value of no difference, by exchanging the two in whole clusters.
 
-    All signs are tried where at most 16 clusters differ; else `resamples` random ones, and the
-    p-value is at least 1 / (resamples + 1).
+    For means that is flipping the signs of differences: all signs are tried where at most 16
+    clusters differ. Else `resamples` random ones, and the p-value is at least 1 / (resamples + 1).
 
     Args:
-        first: float, shape (N,).
+        first: float, shape (N,) or (N, K).
         second: The same items in the same order.
-        clusters: N labels of what is flipped as a whole; None for single items.
-        resamples: Random flips.
+        clusters: N labels of what is exchanged as a whole; None for single items.
+        statistic: As in `bootstrap`.
+        resamples: Random exchanges.
         seed: Of those.
 
     Raises:
         DataError: shapes do not fit, or a value is not finite.
     """
     one, other = _pair(first, second)
+    if statistic is not mean:
+        return _exchange_test(one, other, clusters, statistic, resamples, seed)
     differences = cluster_sums(other - one, clusters).sums[:, 0]
     differences = differences[differences != 0]  # a flip does nothing to them
     if differences.size == 0:
@@ -112,6 +116,28 @@ def sign_flip_test(
         totals = np.where(choices & 1, 1.0, -1.0) @ differences
         return float((np.abs(totals) >= observed).mean())
     extreme = _extreme_flips(np.abs(differences), observed, resamples, seed)
+    return (extreme + 1) / (resamples + 1)
+
+
+def _exchange_test(
+    one: Floats, other: Floats, clusters: Any, statistic: Statistic, resamples: int, seed: int
+) -> float:
+    random = np.random.Generator(np.random.SFC64(seed))
+    sums = cluster_sums(np.hstack([one, other]), clusters)
+    width, items = one.shape[1], len(one)
+    first, second = sums.sums[:, :width], sums.sums[:, width:]
+    gain = second - first
+    observed = abs(
+        float(statistic(second.sum(axis=0) / items) - statistic(first.sum(axis=0) / items))
+    )
+    block = max(1, _BLOCK // len(gain))
+    extreme = 0
+    for begin in range(0, resamples, block):
+        size = min(block, resamples - begin)
+        moved = random.integers(0, 2, size=(size, len(gain)), dtype=np.uint8) @ gain
+        exchanged = statistic((second.sum(axis=0) - moved) / items)
+        exchanged = exchanged - statistic((first.sum(axis=0) + moved) / items)
+        extreme += int((np.abs(exchanged) >= observed * (1 - 1e-9)).sum())
     return (extreme + 1) / (resamples + 1)
 
 

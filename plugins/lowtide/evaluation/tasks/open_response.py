@@ -40,7 +40,7 @@ class Numeric(Part):
     """The last number of the answer is within a tolerance."""
 
     type: Literal["numeric"]
-    value: float
+    value: float | Literal["nan", "inf", "-inf"]
     """The right one, in `unit`."""
     rtol: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     """Relative to `value`."""

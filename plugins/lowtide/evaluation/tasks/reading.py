@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -111,7 +111,7 @@ def _parse_row(line: str | bytes, *, schema: str | None = None) -> Item:
     if schema is not None and name != schema:
         raise _RowError(("schema", f'got "{name}", allowed here is "{schema}"'))
     try:
-        kind = cast("type[Item]", schemas.get(name))
+        kind = schemas.get(name)
     except UnknownNameError as error:
         raise _RowError(("schema", str(error))) from None
     try:

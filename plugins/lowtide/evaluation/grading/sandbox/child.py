@@ -139,13 +139,17 @@ def _where(error: BaseException, text: str) -> str:
 
 def main() -> None:
     """Read the order from stdin and work on it."""
-    role, *channels = sys.argv[1:]
+    role, *ends = sys.argv[1:]
+    channels = [int(end) for end in ends]
     order = json.loads(sys.stdin.buffer.read())
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     del sys.argv[1:]
-    (solution if role == "solution" else tests)(*map(int, channels), order)  # type: ignore[operator]
+    if role == "solution":
+        solution(channels[0], channels[1], order)
+    else:
+        tests(channels[0], channels[1], channels[2], order)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def apply() -> str | None:
     if machine not in _MACHINES:
         return f"no filter is written for {machine}"
     program = instructions(machine, os.getpid())
-    array = (_Instruction * len(program))(*program)
+    array = (_Instruction * len(program))(*(_Instruction(*each) for each in program))
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(_SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         return f"no_new_privs: {os.strerror(ctypes.get_errno())}"

@@ -1,0 +1,1 @@
+"""Where other packages' models come in."""
