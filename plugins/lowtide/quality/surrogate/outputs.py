@@ -64,7 +64,9 @@ def probed_at(metric: str, rows: Floats, item_bits: int) -> Floats:
         item_bits: Of one element.
     """
     if metric == RATIO:
-        return np.asarray((math.log2(item_bits) - rows[:, _AT["interpolation_bits"]]) * math.log10(2))
+        return np.asarray(
+            (math.log2(item_bits) - rows[:, _AT["interpolation_bits"]]) * math.log10(2)
+        )
     if metric == "psnr_db":
         return np.asarray(-rows[:, _AT["interpolation_mse"]] / 2)
     if metric in ("dssim", "ssim"):

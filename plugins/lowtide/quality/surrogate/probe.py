@@ -101,7 +101,10 @@ def _interpolated(x: Singles) -> tuple[Singles, Singles]:
                 slice(None, None, stride if other < axis else 2 * stride) for other in range(rank)
             ]
             known, wanted = list(cut), list(cut)
-            known[axis], wanted[axis] = slice(None, None, 2 * stride), slice(stride, None, 2 * stride)
+            known[axis], wanted[axis] = (
+                slice(None, None, 2 * stride),
+                slice(stride, None, 2 * stride),
+            )
             here: Cut = (Ellipsis, *wanted)
             originals = np.moveaxis(x[here], axis + 1, -1)
             if not originals.size:

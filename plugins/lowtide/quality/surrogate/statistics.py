@@ -96,7 +96,7 @@ def _singular(x: Singles) -> list[float]:
     some = x[:: max(1, len(x) // _DECOMPOSED)][:_DECOMPOSED]
     length = x.shape[-1]
     if x.ndim == 2:  # one axis: its pieces are the rows
-        rows = int(math.isqrt(length))
+        rows = math.isqrt(length)
         matrices = some[:, : rows * rows].reshape(len(some), rows, rows).astype(np.float64)
     else:
         matrices = some.reshape(len(some), -1, length).astype(np.float64)
