@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs/*.md", "examples/*/README.md", "plugins/lowtide/*/README.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted(page for pattern in FOLDERS for page in ROOT.glob(pattern))
-GROUPS = {"checkpoint", "launch", "plan"}  # verbs with verbs of their own
+GROUPS = {"checkpoint", "launch", "plan", "quality"}  # verbs with verbs of their own
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -26,8 +26,9 @@ POINTWISE = ["max_abs_error", "max_rel_error", "mse", "rmse", "nrmse", "psnr_db"
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small arrays have many pieces."""
-    for name in ("pair", "correlation", "distribution", "spectrum"):
+    for name in ("pair", "correlation", "spectrum"):
         monkeypatch.setattr(f"lowtide.quality.metrics.{name}.PIECE", 64)
+    monkeypatch.setattr("lowtide.quality.metrics.distribution.MERGED", 64)
 
 
 def test_closed_forms_of_a_known_error(small_pieces: None) -> None:

@@ -301,7 +301,7 @@ def test_estimates_between_bounds_are_interpolated_in_decades() -> None:
     family = Family("lowtide.sz", {}, "rel")
     some, grid = family.coarse(1.0), family.grid(1.0)
     estimates = Known(uniform(width=1.0), lambda b: b**0.5).predict(FIELD, some)
-    found = interpolated(estimates, grid)
+    found = interpolated(estimates, grid, ("psnr_db", "compression_ratio"))
     assert len(found) >= len(grid) - 11
     for estimate in found:
         value, width = uniform(width=1.0)(estimate.candidate.bound)

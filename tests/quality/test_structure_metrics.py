@@ -128,7 +128,7 @@ def test_correlations_are_those_of_numpy() -> None:
 
 @pytest.mark.parametrize("values", ["continuous", "ties", "shifted", "longer ties"])
 def test_ks_is_the_largest_gap(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowtide.quality.metrics.distribution.PIECE", 32)
+    monkeypatch.setattr("lowtide.quality.metrics.distribution.MERGED", 32)
     rng = np.random.default_rng(8)
     x, y = {
         "continuous": (rng.normal(size=300), rng.normal(size=300) * 1.3),

@@ -120,3 +120,4 @@ plugins.register("tensor_parallel", "lowtide.tensor_parallel.plugin:TensorParall
 plugins.register("offload", "lowtide.offload.plugin:OffloadPlugin")
 plugins.register("checkpoint", "lowtide.checkpoint.plugin:CheckpointPlugin")
 plugins.register("compression", "lowtide.compression.plugin:CompressionPlugin")
+plugins.register("quality", "lowtide.quality.plugin:QualityPlugin")

@@ -107,7 +107,7 @@ class Telemetry:
                     f"lowtide.telemetry.dir: {self._dir} cannot be written "
                     f"({error.strerror}); choose another folder or make it writable"
                 ) from error
-        self._record(
+        self.record(
             "run",
             format=FORMAT,
             attempt=attempt,
@@ -160,13 +160,13 @@ class Telemetry:
         value = float(value)
         with self._lock:
             self._scalars[name] = value
-        self._record("scalar", name=name, step=step, **_number(value))
+        self.record("scalar", name=name, step=step, **_number(value))
         for sink in self.sinks:
             sink(name, value, step)
 
     def reference(self, series: str, name: str, value: float) -> None:
         """Record a yardstick to draw beside `series`, e.g. ``"xz -9"`` in bits per byte."""
-        self._record("reference", series=series, name=name, **_number(float(value)))
+        self.record("reference", series=series, name=name, **_number(float(value)))
 
     def end_step(self, step: int) -> None:
         """Close the record of optimizer step `step`, and write files when it is time to."""
@@ -191,7 +191,7 @@ class Telemetry:
             }
             self._step_spans.clear()
             counters, gauges = dict(self._counters), dict(self._gauges)
-        self._record(
+        self.record(
             "step",
             step=step,
             steps=max(step - self._last_record_step, 1),
@@ -239,12 +239,13 @@ class Telemetry:
         if self.is_closed or os.getpid() != self._owner_pid:
             return
         self.is_closed = True
-        self._record("end", status=status)
+        self.record("end", status=status)
         self.flush()
         if self._is_tracing:
             self._write_trace()
 
-    def _record(self, kind: str, **fields: Any) -> None:
+    def record(self, kind: str, **fields: Any) -> None:
+        """Append one record of `kind`, strict JSON fields, to the rank's file."""
         if self._dir is None:
             return
         line = json.dumps({"kind": kind, "time_s": round(time.time(), 6), **fields}) + "\n"

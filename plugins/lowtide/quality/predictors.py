@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -328,12 +328,15 @@ def predictor_of(name: str) -> Predictor:
     return PREDICTORS[name]()
 
 
-def interpolated(estimates: Sequence[Estimate], candidates: Sequence[Candidate]) -> list[Estimate]:
+def interpolated(
+    estimates: Sequence[Estimate], candidates: Sequence[Candidate], names: Collection[str]
+) -> list[Estimate]:
     """Return estimates for all bounds of one family from those for some of them.
 
     Args:
         estimates: Of one family, ascending bounds, at least one.
         candidates: The same family; bounds beyond the predicted ones are left out.
+        names: Of the metrics that are wanted.
     """
     bounds = [estimate.candidate.bound or 0.0 for estimate in estimates]
     found = []
@@ -345,15 +348,17 @@ def interpolated(estimates: Sequence[Estimate], candidates: Sequence[Candidate])
             found.append(replace(after, candidate=candidate))
         elif bounds[0] < bound < bounds[-1]:
             share = math.log(bound / bounds[at - 1]) / math.log(bounds[at] / bounds[at - 1])
-            found.append(_between(estimates[at - 1], after, share, candidate))
+            found.append(_between(estimates[at - 1], after, share, candidate, names))
     return found
 
 
-def _between(before: Estimate, after: Estimate, share: float, candidate: Candidate) -> Estimate:
+def _between(
+    before: Estimate, after: Estimate, share: float, candidate: Candidate, names: Collection[str]
+) -> Estimate:
     metrics = {}
-    for name, end in after.metrics.items():
-        start = before.metrics.get(name)
-        if start is not None:
+    for name in names:
+        start, end = before.metrics.get(name), after.metrics.get(name)
+        if start is not None and end is not None:
             scale = scale_of(name)
             metrics[name] = Interval(
                 *(_mixed(scale, a, b, share) for a, b in zip(start, end, strict=True))

@@ -208,19 +208,20 @@ class _Choice:
         """Return those that are predicted to meet all targets, or why nothing can be said."""
         kept: list[Estimate] = []
         is_any_predicted = False
+        names = {target.metric for target in self._goal.targets} | {self._goal.objective}
         for family in self._families:
             some, all_of = family.coarse(self._range), family.grid(self._range)
             estimates = predictor.predict(self._data, some)
             if not all(estimate.is_familiar for estimate in estimates):
                 return f"{predictor.name}: the array is unlike those it knows"
-            for estimate in interpolated(estimates, all_of):
+            for estimate in interpolated(estimates, all_of, names):
                 if any(target.metric in estimate.metrics for target in self._goal.driving):
                     is_any_predicted = True
                     if self._is_promising(estimate):
                         kept.append(estimate)
         if not is_any_predicted:
-            names = ", ".join(target.metric for target in self._goal.driving)
-            return f"{predictor.name} predicts no {names} here"
+            wanted = ", ".join(target.metric for target in self._goal.driving)
+            return f"{predictor.name} predicts no {wanted} here"
         return kept
 
     def _is_promising(self, estimate: Estimate) -> bool:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowtide.quality.metrics.pair import PIECE, Pair
+from lowtide.quality.metrics.pair import Pair
 from lowtide.quality.metrics.registry import ERROR, SQUARE, Metric, Score
 
 Values = NDArray[np.floating[Any]]
 
+MERGED = 1 << 18  # elements of both that are put in order at once
 KL_BINS = 256
 KL_SMOOTHING = 0.5  # added to the count of every bin of both
 
@@ -26,7 +27,7 @@ def ks_statistic(pair: Pair, _: float) -> Score:
     while begin_x < count or begin_y < count:
         # Up to the next edge, all equal values together: both functions jump there at once.
         edges = [
-            float(values[min(begin + PIECE, count) - 1])
+            float(values[min(begin + MERGED, count) - 1])
             for values, begin in ((x, begin_x), (y, begin_y))
             if begin < count
         ]

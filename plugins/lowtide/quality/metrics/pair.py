@@ -23,7 +23,9 @@ Floats = NDArray[np.float64]
 
 T = TypeVar("T")
 _NARROW = {"float16", "bfloat16", "float32"}
-PIECE = 1 << 16  # elements; in float64 a few of them fit into a core's cache
+# Elements. In float64 a few of them fit into a core's cache, and stay below the size from which
+# malloc gives memory back to the system after each use.
+PIECE = 1 << 15
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lowtide.core.errors import DataError, UnknownNameError, listed, near
@@ -88,13 +90,14 @@ _MODULES = ("pointwise", "correlation", "distribution", "gradient", "spectrum", 
 _PACKAGE = __name__.rpartition(".")[0]
 
 
-def metrics() -> dict[str, Metric]:
+@functools.cache
+def metrics() -> Mapping[str, Metric]:
     """Return all metrics by name."""
     found: dict[str, Metric] = {}
     for module in _MODULES:
         for metric in importlib.import_module(f"{_PACKAGE}.{module}").METRICS:
             found[metric.name] = metric
-    return found
+    return MappingProxyType(found)
 
 
 def resolve(name: str) -> tuple[Metric, float]:

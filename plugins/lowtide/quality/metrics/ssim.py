@@ -124,11 +124,20 @@ def _windows(x: Floats, e: Floats, pair: Pair, width: int, variant: Variant) -> 
 def _moments(x: Floats, e: Floats, width: int, variant: Variant) -> Parts:
     """Return of each window the means of x and e, and the sums of squares and products about them.
 
-    Two halves are put together by the difference of their means (Chan et al., 1979), so that a
-    window with small variance far from 0 is as precise as any other.
+    Where the range is the array's, and x is about its middle, plain sums are precise enough: what
+    cancels is far below c2. Where it is the window's, two halves are put together by the difference
+    of their means (Chan et al., 1979), so that any window is as precise as any other.
     """
+    if not variant.is_range_local:
+        parts: Parts = (x, e, x * x, e * e, x * e)
+        for axis in range(1, x.ndim):
+            parts = _sliding(parts, axis, width, variant.stride, _added)
+        sum_x, sum_e, xx, ee, xe = parts
+        mean_x, mean_e = (each / width ** (x.ndim - 1) for each in (sum_x, sum_e))
+        xx, ee = np.maximum(xx - mean_x * sum_x, 0.0), np.maximum(ee - mean_e * sum_e, 0.0)
+        return mean_x, mean_e, xx, ee, xe - mean_x * sum_e
     none = np.zeros((1,) * x.ndim)
-    parts: Parts = (x, e, none, none, none)
+    parts = (x, e, none, none, none)
     each = 1  # elements that a part stands for
 
     def joined(one: Parts, other: Parts, share: tuple[int, int]) -> Parts:
@@ -145,6 +154,10 @@ def _moments(x: Floats, e: Floats, width: int, variant: Variant) -> Parts:
         parts = _sliding(parts, axis, width, variant.stride, joined)
         each *= width
     return parts
+
+
+def _added(one: Parts, other: Parts, _: tuple[int, int]) -> Parts:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 def _constants(
