@@ -1,4 +1,4 @@
-"""SZ3 and ZFP as registered codecs, so that quality is measured and predicted with them as with ours.
+"""SZ3 and ZFP as registered codecs: measured and predicted as ours are.
 
 Importing this registers those that are installed here.
 """
@@ -79,7 +79,7 @@ class Zfp(_Absolute):
         values = np.ascontiguousarray(data.values)
         return bytes(zfpy.compress_numpy(values, tolerance=self._absolute(values)))
 
-    def _decode(self, header: StreamHeader, payload: memoryview) -> NDArray[Any]:
+    def _decode(self, _: StreamHeader, payload: memoryview) -> NDArray[Any]:
         import zfpy
 
         return np.asarray(zfpy.decompress_numpy(bytes(payload))).reshape(-1)

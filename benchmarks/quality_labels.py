@@ -1,4 +1,4 @@
-"""What codecs really do to the fields of `lowtide.quality.study`: labels to learn from and to test on.
+"""What codecs really do to the fields of `lowtide.quality.study`: labels to learn and test on.
 
 Measuring takes minutes, so labels are kept in a folder, one JSON line for each field and step.
 """

@@ -184,8 +184,8 @@ def snapshots(
 
 
 def _wavenumbers(edge: int) -> tuple[tuple[Floats, Floats], Floats]:
-    kx = np.fft.fftfreq(edge)[:, None] * edge
-    ky = np.fft.rfftfreq(edge)[None, :] * edge
+    kx = np.asarray(np.fft.fftfreq(edge, 1 / edge), np.float64)[:, None]
+    ky = np.asarray(np.fft.rfftfreq(edge, 1 / edge), np.float64)[None, :]
     return (kx, ky), np.hypot(kx, ky)
 
 

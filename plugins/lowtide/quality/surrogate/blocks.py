@@ -63,7 +63,7 @@ def sample(tensor: Any) -> Blocks:
     low, high = (float(each) for each in given.aminmax())
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise DataError(
-            f"values from {low} to {high}: allowed are finite values that differ; measure this array"
+            f"values from {low} to {high}: allowed are finite values that differ; measure this one"
         )
     shape = cut_shape(tuple(given.shape))
     view = given.reshape(shape)

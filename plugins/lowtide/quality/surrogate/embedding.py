@@ -6,6 +6,8 @@ wide. Pooling makes one vector of all pictures of an array, however many there a
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,7 +48,7 @@ class Embedding(nn.Module):
         sizes = (2, *_CHANNELS)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=2, padding=1)
-            for before, after in zip(sizes[:-1], sizes[1:], strict=True)
+            for before, after in itertools.pairwise(sizes)
         )
         self.vector = nn.Linear(3 * _CHANNELS[-1], WIDTH)
 

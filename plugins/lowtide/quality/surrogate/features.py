@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -97,24 +96,20 @@ def inputs(plain: Plain, vector: Floats, relatives: Sequence[float]) -> Floats:
     return np.array(rows, np.float64).reshape(-1, len(NAMES))
 
 
-def embedded(network: Embedding, arrays: Sequence[torch.Tensor]) -> Floats:
+def embedded(network: Embedding | None, arrays: Sequence[torch.Tensor]) -> Floats:
     """Return the vectors of arrays that are given as pictures; float64, (arrays, WIDTH)."""
+    if network is None:
+        return np.zeros((len(arrays), embedding.WIDTH))
     with torch.no_grad():
         found = [network(each, [len(each)])[0] for each in arrays]
     return np.asarray(torch.stack(found).double().numpy())
 
 
-def stage_of(network: Embedding) -> str:
+def stage_of(network: Embedding | None) -> str:
     """Return the fingerprint of a stage 1: its schema and the bits of its parameters."""
     digest = hashlib.sha256(f"{SCHEMA} {NAMES}".encode())
-    for name, value in sorted(network.state_dict().items()):
+    parameters = {} if network is None else network.state_dict()
+    for name, value in sorted(parameters.items()):
         digest.update(name.encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def plain_from(values: Any) -> Plain:
-    """Return `Plain` of an array: sampling included."""
-    from lowtide.quality.surrogate.blocks import sample
-
-    return plain_of(sample(values))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lowtide.core.codec import codecs
 from lowtide.core.errors import DataError
 from lowtide.quality.surrogate import training
-from lowtide.quality.surrogate.embedding import WIDTH
+from lowtide.quality.surrogate.embedding import WIDTH, Embedding
 from lowtide.quality.surrogate.features import embedded, inputs
 from lowtide.quality.surrogate.intervals import Calibration, Familiarity, calibrated, familiar
 from lowtide.quality.surrogate.networks import DENSE, Networks, Shape, target_scales, trained
@@ -35,14 +35,14 @@ class Settings:
     Attributes:
         metrics: What is predicted.
         heads: Size of heads.
-        epochs: Passes over the training set for the embedding.
+        epochs: Passes over the training set for the embedding; 0 is none, which measured best.
         late_share: Of the steps of each series, the last ones: intervals are calibrated on them.
         seed: Of everything that is drawn.
     """
 
     metrics: tuple[str, ...] = METRICS
     heads: Shape = DENSE
-    epochs: int = 12
+    epochs: int = 0
     late_share: float = 0.25
     seed: int = 0
 
@@ -70,6 +70,23 @@ class Head:
     known: NDArray[np.bool_]
     utilisation: tuple[float, ...]
     version: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """All that a surrogate learned.
+
+    Attributes:
+        stage: Stage 1, frozen.
+        familiarity: Which arrays are like those of the training set.
+        heads: Stage 2 by name.
+        training_set: Fingerprint of what it was all learned from.
+    """
+
+    stage: Stage
+    familiarity: Familiarity
+    heads: dict[str, Head]
+    training_set: str
 
 
 @dataclass
@@ -160,7 +177,20 @@ def fitted_stage(samples: Sequence[Sample], settings: Settings) -> tuple[Stage, 
     early = [each for each, late in zip(samples, is_late, strict=True) if not late]
     table = tabulated(early, settings.metrics, np.zeros((len(early), WIDTH)))
     centre, scale = scales_of(table.raw)
-    x = (table.raw - centre) / scale
+    network = None
+    if settings.epochs:
+        network = _fitted_embedding(early, table, (table.raw - centre) / scale, settings)
+        vectors = embedded(network, [each.seen[1] for each in early])
+        centre[-WIDTH:], scale[-WIDTH:] = scales_of(vectors)
+    # As a file holds them: what is loaded is the same to the last bit.
+    stage = Stage(network, _single(centre), _single(scale))
+    described = np.stack([stage.description(each.seen[0]) for each in samples])
+    return stage, familiar(described[~is_late], described[is_late])
+
+
+def _fitted_embedding(
+    samples: Sequence[Sample], table: Table, x: Floats, settings: Settings
+) -> Embedding:
     lessons = []
     targets = np.empty_like(table.targets)
     for name in table.names:
@@ -172,21 +202,13 @@ def fitted_stage(samples: Sequence[Sample], settings: Settings) -> tuple[Stage, 
         rows = table.owners == number
         lessons.append(
             training.Lesson(
-                early[int(number)].seen[1],
+                samples[int(number)].seen[1],
                 torch.from_numpy(x[rows, :-WIDTH].astype(np.float32)),
                 torch.from_numpy(places[rows]),
                 torch.from_numpy(targets[rows].astype(np.float32)),
             )
         )
-    network = training.learned(
-        lessons, len(table.names), epochs=settings.epochs, seed=settings.seed
-    )
-    vectors = embedded(network, [each.seen[1] for each in early])
-    middle, spread = scales_of(vectors)
-    centre[-WIDTH:], scale[-WIDTH:] = middle, spread
-    stage = Stage(network, centre, scale)
-    described = np.stack([stage.description(each.seen[0]) for each in samples])
-    return stage, familiar(described[~is_late], described[is_late])
+    return training.learned(lessons, len(table.names), epochs=settings.epochs, seed=settings.seed)
 
 
 def fitted_heads(
@@ -231,7 +253,7 @@ def fitted_heads(
             decades=(float(table.decades[own].min()), float(table.decades[own].max())),
             known=np.isfinite(table.targets[own]).any(axis=0),
             utilisation=tuple(networks.utilisation(gates[own])),
-            version=_version_of(codec),
+            version=version_of(codec),
         )
     return heads
 
@@ -260,12 +282,16 @@ def _remembered(
     is_known = np.isfinite(now) & np.isfinite(before)
     products = np.where(is_known, now * before, 0.0).sum(axis=0)
     squares = np.where(is_known, before * before, 0.0).sum(axis=0)
-    memory = np.clip(products / np.maximum(squares, 1e-300), 0.0, 1.0)
+    memory = _single(np.clip(products / np.maximum(squares, 1e-300), 0.0, 1.0))
     decades = table.decades[late][[pair[0] for pair in pairs]]
     return memory, calibrated(now - memory * before, decades)
 
 
-def _version_of(codec: str) -> str:
+def _single(values: Floats) -> Floats:
+    return values.astype(np.float32).astype(np.float64)
+
+
+def version_of(codec: str) -> str:
     """Return name and version of the package that a codec comes from."""
     root = codecs.get(codec).__module__.partition(".")[0]
     return f"{root} {getattr(importlib.import_module(root), '__version__', 'unknown')}"

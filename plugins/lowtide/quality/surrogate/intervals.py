@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 
-KNOTS: Floats = -0.5 * np.arange(0, 13)  # log10 of relative bounds where the difficulty is known
+KNOTS: Floats = np.arange(
+    0.0, -6.5, -0.5, dtype=np.float64
+)  # log10 of relative bounds where the difficulty is known
 LEVELS = 200  # quantiles that are kept
 _KERNEL = 0.35  # decades
+_LEAST = 0.05  # of the mean residual: a bound where all were lucky is not certain
 _REFERENCES = 256
 _SLACK = 1.5
 
@@ -22,8 +25,9 @@ _SLACK = 1.5
 class Calibration:
     """Of one head: from residuals on arrays that it did not learn.
 
-    Residuals are divided by what is usual at the bound, so that intervals are wide where predictions
-    are bad. Source: Papadopoulos et al., Inductive confidence machines for regression (2002).
+    Residuals are divided by what is usual at the bound, so that intervals are wide where
+    predictions are bad. Source: Papadopoulos et al., Inductive confidence machines for
+    regression (2002).
 
     Attributes:
         difficulty: Usual absolute residual, shape (len(KNOTS), metrics).
@@ -64,7 +68,7 @@ def calibrated(residuals: Floats, log10_bounds: Floats) -> Calibration:
     distances = (KNOTS[:, None] - log10_bounds[None]) / _KERNEL
     weights = np.exp(-0.5 * distances**2) + 1e-12  # (knots, rows)
     local = (weights @ filled) / np.maximum(weights @ is_known, 1e-12)
-    difficulty = 0.8 * local + 0.2 * overall + 1e-9
+    difficulty = np.maximum(local, _LEAST * overall) + 1e-9
     scores = np.full((LEVELS, residuals.shape[1]), np.inf)
     for metric in range(residuals.shape[1]):
         known = is_known[:, metric]

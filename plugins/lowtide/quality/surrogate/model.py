@@ -8,7 +8,9 @@ time. Network, sizes, inputs and training are ours.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,8 @@ from lowtide.quality.candidates import Candidate
 from lowtide.quality.measurement import QualityReport
 from lowtide.quality.predictors import Estimate
 from lowtide.quality.surrogate.features import FeatureHandle
-from lowtide.quality.surrogate.fitting import Head, Settings, fitted_heads, fitted_stage
+from lowtide.quality.surrogate.fitting import Fitted, Settings, fitted_heads, fitted_stage
 from lowtide.quality.surrogate.history import Memory, recalled
-from lowtide.quality.surrogate.intervals import Familiarity
 from lowtide.quality.surrogate.outputs import from_scale, probed_at, scaled, with_derived
 from lowtide.quality.surrogate.probe import at_bound
 from lowtide.quality.surrogate.samples import (
@@ -33,18 +34,11 @@ from lowtide.quality.surrogate.samples import (
     relative_of,
 )
 from lowtide.quality.surrogate.stage import Stage
+from lowtide.quality.surrogate.storage import loaded, saved
 
 Floats = NDArray[np.float64]
 
 _EDGE = 1e-3  # decades: how far beyond what was learned a bound may be
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    stage: Stage
-    familiarity: Familiarity
-    heads: dict[str, Head]
-    training_set: str
 
 
 class QualitySurrogate:
@@ -66,7 +60,7 @@ class QualitySurrogate:
             raise DataError(f"confidence {confidence}: allowed are numbers between 0 and 1")
         self.settings = Settings() if settings is None else settings
         self.confidence = confidence
-        self._fitted: _Fitted | None = None
+        self._fitted: Fitted | None = None
 
     # -- learning -----------------------------------------------------------------------------
 
@@ -79,7 +73,7 @@ class QualitySurrogate:
         samples = list(samples)
         stage, familiarity = fitted_stage(samples, self.settings)
         heads = fitted_heads(stage, samples, self.settings)
-        self._fitted = _Fitted(stage, familiarity, heads, digest_of(samples))
+        self._fitted = Fitted(stage, familiarity, heads, digest_of(samples))
         return self
 
     def add_compressor(self, name: str, samples: Sequence[Sample]) -> list[str]:
@@ -117,7 +111,7 @@ class QualitySurrogate:
         Raises:
             DataError: the array is not floating-point, empty, constant, or not finite.
         """
-        return self._ready().stage.extract(tensor)
+        return self.stage.extract(tensor)
 
     def predict(self, tensor: Any, candidates: Sequence[Candidate]) -> list[Estimate]:
         """See `Predictor.predict`.
@@ -204,11 +198,37 @@ class QualitySurrogate:
             residual = fitted.heads[name].networks.predict(x, gates)
             yield name, numbers, np.stack(prior, axis=1) + residual
 
+    # -- on disk ------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file: arrays, and JSON about them."""
+        saved(self._ready(), self.settings, self.confidence, Path(path))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> QualitySurrogate:
+        """Return what `save` wrote; it predicts the same bits.
+
+        Logs a warning for each codec that is of another version here.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CorruptStreamError: it is damaged, or of another format or feature schema.
+        """
+        fitted, settings, confidence = loaded(Path(path))
+        surrogate = cls(settings, confidence=confidence)
+        surrogate._fitted = fitted
+        return surrogate
+
     # -- what it is ---------------------------------------------------------------------------
 
     def codecs(self) -> list[str]:
         """Return registered names of the codecs that have heads."""
         return sorted({codec_of(name) for name in self._ready().heads})
+
+    @property
+    def stage(self) -> Stage:
+        """Stage 1, frozen."""
+        return self._ready().stage
 
     def describe(self) -> dict[str, Any]:
         """Return JSON types: what was learned, from what, and how experts are used."""
@@ -230,7 +250,7 @@ class QualitySurrogate:
             },
         }
 
-    def _ready(self) -> _Fitted:
+    def _ready(self) -> Fitted:
         if self._fitted is None:
             raise DataError("this surrogate has learned nothing yet; fit it, or load one")
         return self._fitted

@@ -18,9 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from lowtide.core.errors import DataError, listed
+
 Floats = NDArray[np.float64]
 Arrays = dict[str, NDArray[np.float32]]
 
+_PARTS = (
+    "w1", "b1", "w2", "b2", "w3", "b3", "skip", "gate", "gate_bias", "target_mean", "target_scale",
+)  # fmt: skip
 _BALANCE = 0.01
 _BATCH = 128
 
@@ -50,7 +55,7 @@ class Shape:
 
 
 DENSE = Shape()
-EXPERTS = Shape(experts=4, width=23)  # as many parameters as DENSE, to 2 %
+EXPERTS = Shape(experts=4, width=22)  # as many parameters as DENSE, to 3 %
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class Networks:
     """
 
     arrays: Arrays
+
+    def __post_init__(self) -> None:
+        missing = {*_PARTS} - {*self.arrays}
+        if missing:
+            raise DataError(f"networks without {listed(missing)}; fit the surrogate anew")
 
     def predict(self, x: Floats, gates: Floats) -> Floats:
         """Return outputs, mean over members.
@@ -129,7 +139,7 @@ def trained(x: Floats, gates: Floats, targets: Floats, shape: Shape, *, seed: in
         if shape.experts > 1:
             loss = loss + _BALANCE * shape.experts * shares.mean(1).square().sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     arrays = {name: value.detach().numpy() for name, value in parameters.items()}

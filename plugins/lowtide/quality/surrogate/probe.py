@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 Cut = tuple[Any, ...]
 
 # Bounds in units of the range, half a decade apart.
-NODES: Floats = 10.0 ** (-0.5 * np.arange(1, 13))
+NODES: Floats = np.power(10.0, -0.5 * np.arange(1, 13), dtype=np.float64)
 NAMES = (
     "interpolation_bits", "interpolation_zeros", "interpolation_run_bits", "interpolation_mse",
     "interpolation_dssim", "interpolation_autocorrelation", "lorenzo_bits", "lorenzo_zeros",
@@ -92,7 +92,7 @@ def _interpolated(x: Singles) -> tuple[Singles, Singles]:
     inverse = 1 / step
     decoded = np.empty((len(NODES), *x.shape), np.float32)
     codes = np.zeros_like(decoded)
-    anchors = (Ellipsis, *(slice(None, None, 2 * _COARSEST),) * rank)
+    anchors: Cut = (Ellipsis, *(slice(None, None, 2 * _COARSEST),) * rank)
     decoded[anchors] = x[anchors]
     stride = _COARSEST
     while stride:
@@ -109,8 +109,9 @@ def _interpolated(x: Singles) -> tuple[Singles, Singles]:
             originals = np.moveaxis(x[here], axis + 1, -1)
             if not originals.size:
                 continue
-            guess = _cubic(np.moveaxis(decoded[(Ellipsis, *known)], axis + 2, -1),
-                           originals.shape[-1])  # fmt: skip
+            near: Cut = (Ellipsis, *known)
+            neighbours = np.moveaxis(decoded[near], axis + 2, -1)
+            guess = _cubic(neighbours, originals.shape[-1])
             code = originals - guess
             code *= inverse
             np.rint(code, out=code)
@@ -206,7 +207,8 @@ def _error_statistics(errors: Singles, variances: Singles) -> Floats:
 
 def _local(x: Singles, *, squared: bool) -> Singles:
     """Return mean squares, or variances, of windows of `_WINDOW` along each axis."""
-    cut = x[(slice(None), *(slice(0, n - n % min(_WINDOW, n)) for n in x.shape[1:]))]
+    whole: Cut = (slice(None), *(slice(0, n - n % min(_WINDOW, n)) for n in x.shape[1:]))
+    cut = x[whole]
     split: list[int] = [len(x)]
     for length in cut.shape[1:]:
         split += [length // min(_WINDOW, length), min(_WINDOW, length)]

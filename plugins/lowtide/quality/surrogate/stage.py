@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lowtide.core.errors import DataError
@@ -27,7 +28,8 @@ Floats = NDArray[np.float64]
 
 _CLIP = 4.0  # deviations: heads are not asked about more
 _DESCRIBED = len(statistics.NAMES)
-GATES = WIDTH + 1  # the embedding, and how far the array is from the middle of the training set
+# Statistics, the embedding, and how far the array is from the middle of the training set.
+GATES = _DESCRIBED + WIDTH + 1
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Stage:
     """A frozen stage 1.
 
     Attributes:
-        network: The embedding.
+        network: The embedding, if there is one: without, it is all zeros.
         centre: Of each input over the training set, shape (inputs,).
         scale: Deviations, the same.
         fingerprint: Of all of this.
     """
 
-    network: Embedding
+    network: Embedding | None
     centre: Floats
     scale: Floats
     fingerprint: str = field(init=False)
@@ -59,8 +61,12 @@ class Stage:
             DataError: it is not floating-point, empty, constant, or not finite.
         """
         blocks = sample(tensor)
-        vector = embedded(self.network, [pictures(blocks.values)])[0]
-        return FeatureHandle(plain_of(blocks), vector, self.fingerprint)
+        seen = pictures(blocks.values) if self.network is not None else torch.empty(0)
+        return self.handle(plain_of(blocks), seen)
+
+    def handle(self, plain: Plain, seen: torch.Tensor) -> FeatureHandle:
+        """Return the handle from what `Sample.seen` holds."""
+        return FeatureHandle(plain, embedded(self.network, [seen])[0], self.fingerprint)
 
     def checked(self, handle: FeatureHandle) -> FeatureHandle:
         """Return a handle of this stage.
@@ -85,7 +91,7 @@ class Stage:
         """Return the same from raw inputs."""
         x = np.clip((raw - self.centre) / self.scale, -_CLIP, _CLIP)
         drift = np.sqrt(np.square(x[:, :_DESCRIBED]).mean(axis=1, keepdims=True))
-        return x, np.concatenate([x[:, -WIDTH:], drift], axis=1)
+        return x, np.concatenate([x[:, :_DESCRIBED], x[:, -WIDTH:], drift], axis=1)
 
     def description(self, plain: Plain) -> Floats:
         """Return what says whether arrays are alike: their statistics, standardised."""

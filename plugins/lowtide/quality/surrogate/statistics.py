@@ -48,7 +48,8 @@ def statistics(blocks: Blocks) -> Floats:
     return np.array([
         math.log10(blocks.elements), blocks.item_bits, rank == 1, rank == 2, rank == 3,
         math.log10(min(blocks.shape)), mean, math.log10(deviation),
-        float(np.clip((unit * squares).mean(), -10, 10)), math.log10(float((squares * squares).mean())),
+        float(np.clip((unit * squares).mean(), -10, 10)),
+        math.log10(float((squares * squares).mean())),
         _log(float(np.mean([d.mean() for d in differences]))),
         _log(float(np.abs(_lorenzo(x)).mean())), _log(float(np.mean(_splines(x)))),
         float((spans > 1e-3).mean()), float((spans > 1e-5).mean()),

@@ -62,7 +62,7 @@ def learned(lessons: Sequence[Lesson], heads: int, *, epochs: int, seed: int) ->
             for numbers in torch.randperm(len(lessons)).split(_BATCH):
                 loss = _loss(network, second, [lessons[int(n)] for n in numbers], outputs)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
     return network.eval().requires_grad_(False)
