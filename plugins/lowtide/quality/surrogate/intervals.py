@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 
-KNOTS: Floats = np.arange(
-    0.0, -6.5, -0.5, dtype=np.float64
-)  # log10 of relative bounds where the difficulty is known
+# log10 of relative bounds where the difficulty is known.
+KNOTS: Floats = np.arange(0.0, -6.5, -0.5, dtype=np.float64)
 LEVELS = 200  # quantiles that are kept
 _KERNEL = 0.35  # decades
 _LEAST = 0.05  # of the mean residual: a bound where all were lucky is not certain

@@ -44,7 +44,7 @@ class Shape:
     members: int = 3
     experts: int = 1
     width: int = 64
-    steps: int = 1500
+    steps: int = 700
 
     def parameters(self, inputs: int, gates: int, outputs: int) -> int:
         """Return how many numbers one head learns."""
