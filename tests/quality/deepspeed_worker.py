@@ -47,7 +47,9 @@ def run(stage: int, dtype: str, block: Any) -> dict[str, Any]:
         found["kinds"] = engine.lowtide.quality.summary()["kinds"]
         found["failed"] = engine.lowtide.quality.summary()["failed"]
         found["newest"] = engine.lowtide.quality.newest("parameters")
-        found["counters"] = engine.lowtide.report()["telemetry"]["counters"]
+        telemetry = engine.lowtide.report()["telemetry"]
+        found["counters"] = telemetry["counters"]
+        found["looks"] = telemetry["spans"].get("quality", {"count": 0})["count"]
     engine.destroy()
     return found
 

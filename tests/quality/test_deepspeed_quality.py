@@ -37,6 +37,8 @@ def test_ranks_agree_and_only_the_first_measures(ranks: list[dict[str, Any]], ca
     assert first["failed"] == 0
     assert first["counters"]["lowtide.quality.decisions_count"] > 0
     assert "lowtide.quality.decisions_count" not in second["counters"]
+    assert first["looks"] == first["counters"]["lowtide.quality.decisions_count"]
+    assert second["looks"] == 0
 
 
 @pytest.mark.parametrize(

@@ -145,13 +145,17 @@ def test_only_the_first_forward_of_a_step_in_training_is_looked_at() -> None:
     loop.close()
 
 
-def test_a_forward_that_raises_leaves_no_hook() -> None:
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_forward_that_raises_leaves_no_hook(goes_on: bool) -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     block = block_of(applies_to=["activations"], sample={"every_n_steps": 1})
     loop = torch_loop.attach(model, optimizer, config={"lowtide": block})
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.randn(4, 5))
+    if goes_on:
+        model(torch.randn(64, 64))  # of the same step, which was looked at
+        assert loop.session.quality._waiting == []
     loop.close()
     assert_no_hooks(model, optimizer)
 

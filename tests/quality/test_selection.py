@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -219,12 +220,35 @@ def _data(x: Any) -> Any:
 
 
 def test_measurements_are_made_once() -> None:
-    trials = Trials(_data(FIELD), Goal(targets_of({"psnr_db": 60})))
+    heard: list[Any] = []
+    trials = Trials(_data(FIELD), Goal(targets_of({"psnr_db": 60})), heard.append)
     grid = Family("lowtide.sz", {}, "rel").grid(1.0)
-    search(trials, grid, 1e-3)
-    count = len(trials.all())
-    search(trials, grid, 1e-3)
-    assert len(trials.all()) <= count + 1
+    search(trials, grid, 1e-4)
+    count = len(heard)
+    assert count == len(trials.all()) > 1
+    for trial in trials.all():
+        assert trials.run(trial.report.candidate) is trial
+    assert len(heard) == count
+
+
+def test_a_family_that_gains_nothing_where_it_misses_is_left() -> None:
+    trials = Trials(_data(FIELD), Goal(targets_of({"psnr_db": 60})))
+    best = trials.run(Candidate("lowtide.sz", {}, "rel", 1.6e-3))
+    assert best.is_met
+    poor = Family("lowtide.sz", {"chunk_elements": 16}, "rel").grid(1.0)
+    search(trials, poor, 1e-2)
+    assert [trial.is_met for trial in trials.all()] == [True, False]
+    alone = Trials(_data(FIELD), Goal(targets_of({"psnr_db": 60})))
+    search(alone, poor, 1e-2)
+    assert len(alone.all()) > 1
+
+
+def test_a_miss_of_unknown_size_is_tightened_step_by_step() -> None:
+    predictor = Known(uniform())
+    select(FIELD, {"psnr_db": 60, "ssim": 1.0}, OPEN, predictor=predictor)
+    bounds = [report.candidate.bound for report in predictor.heard[:4]]
+    ratios = [after / before for before, after in itertools.pairwise(bounds)]
+    assert ratios == pytest.approx([10 ** (-1 / 48)] * 3)
 
 
 # -- predictors
@@ -250,6 +274,17 @@ def test_blocks_stand_for_the_whole(shape: tuple[int, ...]) -> None:
     report = measure(x, candidate, ["psnr_db"])
     assert estimate.metrics["psnr_db"].value == pytest.approx(report.value("psnr_db"), abs=0.3)
     assert estimate.metrics["compression_ratio"].value == pytest.approx(report.ratio, rel=0.1)
+
+
+def test_bytes_that_any_stream_has_are_counted_once() -> None:
+    x = np.zeros((200, 200), np.float32)
+    x[0, 0] = 1.0
+    candidate = Candidate("lowtide.sz", {}, "abs", 0.1)
+    (estimate,) = BlockSampling(0.1).predict(x, [candidate])
+    stored = x.nbytes / estimate.metrics["compression_ratio"].value
+    least = len(candidate.build().encode(x[:1, :1]))
+    # Counted for each share, they alone would be ten times as many.
+    assert least <= stored <= 2 * measure(x, candidate, []).stream_bytes
 
 
 def test_a_sample_is_as_large_as_asked_for_and_the_same_each_time() -> None:

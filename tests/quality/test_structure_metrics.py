@@ -64,6 +64,13 @@ def test_slabs_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         assert found.notes == whole.notes
 
 
+def test_constant_windows_have_the_range_1_in_the_units_of_the_data() -> None:
+    x = np.concatenate([np.full(20, 3.0), 3.0 + 40 * np.sin(np.arange(20.0))])
+    y = x + 0.05 * np.cos(np.arange(40.0))
+    expected = ssim_by_loop(x, y, width=7, stride=2, is_local=True, is_unbiased=False)
+    assert evaluate(x, y, ["ssim_qcat"])["ssim_qcat"] == pytest.approx(expected, abs=1e-12)
+
+
 def test_a_window_far_smaller_than_the_range_keeps_its_precision() -> None:
     x = np.concatenate([[1e9], 5.0 + 1e-3 * smooth(40)])
     y = x + 1e-4 * np.cos(np.arange(41.0))
@@ -217,6 +224,8 @@ def test_entropy_of_quantised_values_is_that_of_the_codes() -> None:
     assert quantised_entropy(np.arange(256.0), 0.5) == 8.0
     # One step everywhere, also the first one from the 0 before it.
     assert quantised_entropy(np.arange(1.0, 257.0), 0.5, of="lorenzo") == 0.0
+    first = -(np.log2(0.25) + 3 * np.log2(0.75)) / 4  # of codes 5, 1, 1, 1
+    assert quantised_entropy(np.arange(5.0, 9.0), 0.5, of="lorenzo") == pytest.approx(first)
     plane = np.add.outer(np.arange(1.0, 41.0), np.arange(40.0) * 3)
     assert quantised_entropy(plane, 0.5, of="lorenzo") < 0.5 < quantised_entropy(plane, 0.5)
     assert quantised_entropy([np.nan], 1.0) is None
