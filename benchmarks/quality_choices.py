@@ -44,7 +44,7 @@ def decisions_table(console: Console, surrogate: QualitySurrogate, split: Split)
         "surrogate, following": lambda: Following(surrogate),
     }
     table = Table(
-        title=f"Choices among {len(GRID)} bounds of {len(installed())} codecs, S2, seed 0"
+        title=f"Choices among {len(GRID)} bounds of {len(installed())} codecs, S2, first seed"
     )
     for column in ("method", "choices", "first met %", "met %", "measurements", "regret %",
                    "worst %", "fallbacks", "ms each"):  # fmt: skip
@@ -74,9 +74,9 @@ def _chosen(
             for one in each.labels
             if wanted.is_met(one.values[wanted.metric])
         ]
-        begin_s = time.perf_counter()
+        begin_s = time.process_time()
         choice = select(each.tensor, target, families, predictor=predictor)
-        elapsed_s = time.perf_counter() - begin_s
+        elapsed_s = time.process_time() - begin_s
         best = max(feasible, default=1.0)
         is_met = choice.measured is not None and wanted.is_met(choice.measured.value(wanted.metric))
         found.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -209,9 +210,11 @@ class _Choice:
         kept: list[Estimate] = []
         is_any_predicted = False
         names = {target.metric for target in self._goal.targets} | {self._goal.objective}
-        for family in self._families:
-            some, all_of = family.coarse(self._range), family.grid(self._range)
-            estimates = predictor.predict(self._data, some)
+        coarse = [family.coarse(self._range) for family in self._families]
+        # All in one call: most of what a predictor does is the same for all candidates.
+        found = iter(predictor.predict(self._data, [each for some in coarse for each in some]))
+        for family, some in zip(self._families, coarse, strict=True):
+            all_of, estimates = family.grid(self._range), list(islice(found, len(some)))
             if not all(estimate.is_familiar for estimate in estimates):
                 return f"{predictor.name}: the array is unlike those it knows"
             for estimate in interpolated(estimates, all_of, names):
