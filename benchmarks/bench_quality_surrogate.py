@@ -101,6 +101,7 @@ class Bench:
         self.gates: list[str] = []
         self.fit_s: list[float] = []
         self.drift: dict[str, list[list[float]]] = {}
+        self.decisions = Table()
         self.has_trees = importlib.util.find_spec("sklearn") is not None
 
     def run(self, seed: int) -> None:
@@ -136,7 +137,7 @@ class Bench:
                 name = f"blocks, {share:.0%} (16 arrays)"
                 self.board.add(split.name, name, truths(some), sampled(some, share))
             if seed == 0:
-                decisions_table(self.console, surrogate, split)
+                self.decisions = decisions_table(surrogate, split)
         if split.name in ABLATED:
             self.ablate(split, truth, seed, places)
 
@@ -232,6 +233,7 @@ class Bench:
             pairs = [f"{r[at]:.0%} / {r[at + 1]:.0%}" for at in (1, 3, 5, 7)]
             table.add_row(name, f"{r[0]:.0%}", *pairs, f"{r[9]:.2f}")
         self.console.print(table)
+        self.console.print(self.decisions)
         self.console.print(f"Fitting: {np.median(self.fit_s):.0f} s, median of {len(self.fit_s)}")
 
 

@@ -29,8 +29,8 @@ TARGETS: tuple[dict[str, float], ...] = ({"psnr_db": 60}, {"psnr_db": 80}, {"dss
 STEP = 3  # every so many steps of each series
 
 
-def decisions_table(console: Console, surrogate: QualitySurrogate, split: Split) -> None:
-    """Print how selections on later steps do, with each predictor, against the best label."""
+def decisions_table(surrogate: QualitySurrogate, split: Split) -> Table:
+    """Return how selections on later steps do, with each predictor, against the best label."""
     series: dict[str, list[Sample]] = {}
     for each in split.test:
         if each.step % STEP == 0:
@@ -56,7 +56,7 @@ def decisions_table(console: Console, surrogate: QualitySurrogate, split: Split)
         table.add_row(name, *_summary([row for each in rows for row in each]))
     count = len(GRID) * len(installed())
     table.add_row("exhaustive", "", "", "100.0", f"{count}", "0.0", "0.0", "", "")
-    console.print(table)
+    return table
 
 
 def _chosen(

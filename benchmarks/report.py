@@ -25,7 +25,7 @@ from rich.console import Console
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
-SHOWN_LINES = 80
+SHOWN_LINES = 160
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 
 
