@@ -148,3 +148,49 @@ def test_wrong_arguments_are_exit_code_2(
     result = _run(*given)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert text in result.stderr
+
+
+CANDIDATES = json.dumps(
+    [{"codec": {"id": "lowtide.sz", "predictor": "differences"}, "mode": "rel",
+      "bounds": [1e-2, 1e-3, 1e-4]}]
+)  # fmt: skip
+
+
+def test_fit_predict_and_select_hang_together(tmp_path: Path) -> None:
+    files = []
+    for step in range(13):
+        values = _field() * (1 + step) + np.random.default_rng(step).normal(0, 1e-2, (60, 70))
+        tensors = {"field": torch.from_numpy(values.astype(np.float32)), "flat": torch.ones(9)}
+        files.append(tmp_path / f"{step}.safetensors")
+        save_file(tensors, files[-1])
+    model = tmp_path / "model.safetensors"
+    found = _json("fit", *files[:-1], "--output", model, "--candidates", CANDIDATES)
+    assert (found["samples"], found["labels"]) == (12, 36)
+    assert len(found["skipped"]) == 12
+    assert "measure this" in next(iter(found["skipped"].values()))
+    shown = _run("fit", *files[:-1], "--output", model, "--candidates", CANDIDATES)
+    assert "learned from 12 tensors, 36 measurements" in shown.stdout
+    assert "left out" in shown.stderr
+
+    only = ("--tensor", "field")
+    answer = _json("predict", files[-1], "--model", model, "--candidates", CANDIDATES, *only)
+    estimates = answer["tensors"]["field"]
+    assert [each["codec"]["bound"] for each in estimates] == [1e-4, 1e-3, 1e-2]
+    for each in estimates:
+        with_file = measure(values.astype(np.float32), each["codec"])
+        assert each["metrics"]["psnr_db"]["value"] == pytest.approx(
+            with_file.value("psnr_db"), abs=2
+        )
+    assert "psnr_db" in _run("predict", files[-1], "--model", model, *only).stdout
+
+    options = ("--target", "psnr_db=50", "--candidates", CANDIDATES, *only)
+    chosen = _json("select", files[-1], "--predictor", model, *options)["tensors"]["field"]
+    assert chosen["decision"] == "predicted"
+    assert chosen["predicted"]["source"] == "surrogate"
+    assert chosen["measured"]["metrics"]["psnr_db"] >= 50
+
+
+def test_predict_names_the_file_that_is_no_surrogate(field: Path) -> None:
+    result = _run("predict", field, "--model", field)
+    assert result.exit_code != 0
+    assert "is no safetensors file" in str(result.exception) + result.output

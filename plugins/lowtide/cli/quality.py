@@ -16,6 +16,7 @@ from lowtide.cli.output import plain, print_json, print_table, size_text, table_
 from lowtide.core.errors import CodecError, ConfigError, DataError, listed
 
 if TYPE_CHECKING:
+    from lowtide.quality.predictors import Predictor
     from lowtide.quality.selection import Selection
 
 app = typer.Typer(help="Measure quality, and choose codec and bound by it.", no_args_is_help=True)
@@ -27,6 +28,9 @@ Names = Annotated[
 Metrics = Annotated[
     list[str] | None,
     typer.Option("--metric", help="A metric, such as ssim or error_autocorr:5; several times."),
+]
+Candidates = Annotated[
+    str, typer.Option("--candidates", help='JSON: [{"codec": ..., "mode": ..., "bounds": ...}]')
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -113,30 +117,27 @@ def select(
     target: Annotated[
         list[str], typer.Option("--target", help="METRIC=VALUE, such as psnr_db=60; several times.")
     ],
-    candidates: Annotated[
-        str, typer.Option("--candidates", help='JSON: [{"codec": ..., "mode": ..., "bounds": ...}]')
-    ] = "auto",
+    candidates: Candidates = "auto",
     objective: Annotated[
         str, typer.Option("--objective", help="compression_ratio, or psnr_db at a size.")
     ] = "compression_ratio",
     predictor: Annotated[
-        str | None, typer.Option("--predictor", help="closed_form or block_sampling.")
+        str | None,
+        typer.Option("--predictor", help="closed_form, block_sampling, or fit's file."),
     ] = None,
     tensor: Names = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the codec and bound with the best ratio that meet the targets, by measuring."""
-    from lowtide.quality.predictors import predictor_of
     from lowtide.quality.selection import select as selected
 
     targets = dict(_target(text) for text in target)
-    wanted = candidates if candidates == "auto" else _json("--candidates", candidates)
+    wanted = _candidates(candidates)
     found: dict[str, Selection] = {}
     for name, values in read_tensors(source, tensor):
         with _naming(source, name):
             found[name] = selected(
-                values, targets, wanted, objective, None if predictor is None else
-                predictor_of(predictor),
+                values, targets, wanted, objective, _predictor(predictor),
             )  # fmt: skip
     raw = sum(each.raw_bytes for each in found.values())
     stored = sum(each.stored_bytes for each in found.values())
@@ -157,6 +158,108 @@ def select(
         )  # fmt: skip
     print_table(table)
     typer.echo(f"ratio of all: {_number(total)}")
+
+
+@app.command()
+def fit(
+    sources: Annotated[
+        list[Path], typer.Argument(help=".npy or .safetensors files: the same tensors over time.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Surrogate to write, .safetensors.")],
+    candidates: Candidates = "auto",
+    tensor: Names = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure candidates on tensors, and learn to predict what was measured.
+
+    Tensors of one name (in .npy files: of one shape) are one series, in the order of the files.
+    """
+    from lowtide.quality.candidates import families_of
+    from lowtide.quality.surrogate.model import QualitySurrogate
+    from lowtide.quality.surrogate.samples import Sample, learning_candidates
+    from lowtide.quality.surrogate.samples import labelled as measured
+
+    families = families_of(_candidates(candidates), "--candidates")
+    samples: list[Sample] = []
+    skipped: dict[str, str] = {}
+    for step, source in enumerate(sources):
+        for name, values in read_tensors(source, tensor):
+            series = name if source.suffix == ".safetensors" else str(tuple(values.shape))
+            found = Sample(values, [], series, step)
+            try:
+                spread = found.seen[0].value_range
+            except DataError as error:
+                skipped[f"{source}: {name}"] = str(error)
+                continue
+            asked = learning_candidates(families, spread)
+            samples.append(measured(values, asked, series=series, step=step))
+    surrogate = QualitySurrogate().fit(samples)
+    surrogate.save(output)
+    about = surrogate.describe()
+    labels = sum(len(each.labels) for each in samples)
+    if as_json:
+        print_json({**about, "samples": len(samples), "labels": labels, "skipped": skipped})
+        return
+    for where, reason in skipped.items():
+        typer.echo(f"left out: {where}: {reason}", err=True)
+    table = table_of("codec", "bounds", "calibrated on")
+    for name, head in about["heads"].items():
+        low, high = head["bounds"]
+        table.add_row(name, f"{low:.3g} to {high:.3g}", str(max(head["calibration_count"])))
+    print_table(table)
+    typer.echo(f"{output}: learned from {len(samples)} tensors, {labels} measurements")
+
+
+@app.command()
+def predict(
+    source: Source,
+    model: Annotated[Path, typer.Option("--model", help="What `fit` wrote.")],
+    candidates: Candidates = "auto",
+    tensor: Names = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict sizes and qualities without running a codec."""
+    from lowtide.quality.candidates import families_of
+    from lowtide.quality.predictors import Estimate
+    from lowtide.quality.surrogate.model import QualitySurrogate
+    from lowtide.quality.surrogate.samples import learning_candidates
+
+    families = families_of(_candidates(candidates), "--candidates")
+    surrogate = QualitySurrogate.load(model)
+    found: dict[str, list[Estimate]] = {}
+    for name, values in read_tensors(source, tensor):
+        with _naming(source, name):
+            handle = surrogate.extract_features(values)
+            asked = learning_candidates(families, handle.plain.value_range)
+            found[name] = surrogate.predict_from_features(handle, asked)
+    if as_json:
+        print_json({"tensors": {n: [each.as_dict() for each in e] for n, e in found.items()}})
+        return
+    metrics = surrogate.settings.metrics
+    table = table_of("tensor", "codec", "familiar", *metrics)
+    for name, estimates in found.items():
+        for each in estimates:
+            cells = [
+                f"{i.value:.3g} ({i.lower:.3g} to {i.upper:.3g})" if i is not None else "-"
+                for i in map(each.metrics.get, metrics)
+            ]
+            table.add_row(
+                plain(name), str(each.candidate), "yes" if each.is_familiar else "NO", *cells
+            )
+    print_table(table)
+
+
+def _predictor(name: str | None) -> Predictor | None:
+    from lowtide.quality.predictors import predictor_of
+    from lowtide.quality.surrogate.model import QualitySurrogate
+
+    if name is None:
+        return None
+    return QualitySurrogate.load(name) if name.endswith(".safetensors") else predictor_of(name)
+
+
+def _candidates(text: str) -> Any:
+    return text if text == "auto" else _json("--candidates", text)
 
 
 @contextlib.contextmanager

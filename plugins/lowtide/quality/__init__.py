@@ -1,7 +1,8 @@
 """Quality of lossy compression: metrics, measurement, choice of codec and bound.
 
 ``evaluate`` compares two arrays, ``measure`` puts one through a codec, ``select`` finds the codec
-and bound that are smallest under quality targets.
+and bound that are smallest under quality targets, `QualitySurrogate` predicts what would be
+measured.
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ if TYPE_CHECKING:
     from lowtide.quality.metrics.evaluation import Evaluation, evaluate
     from lowtide.quality.predictors import Estimate, Predictor
     from lowtide.quality.selection import Selection, select
+    from lowtide.quality.surrogate.history import Following
+    from lowtide.quality.surrogate.model import QualitySurrogate
+    from lowtide.quality.surrogate.samples import Sample, labelled
     from lowtide.quality.targets import Target
 
 __all__ = [
     "Candidate",
     "Estimate",
     "Evaluation",
+    "Following",
     "Predictor",
     "QualityReport",
+    "QualitySurrogate",
+    "Sample",
     "Selection",
     "Target",
     "dataset_ratio",
     "evaluate",
+    "labelled",
     "measure",
     "select",
 ]
@@ -42,6 +50,10 @@ _HOMES = {
     "Predictor": "predictors",
     "Selection": "selection",
     "select": "selection",
+    "Following": "surrogate.history",
+    "QualitySurrogate": "surrogate.model",
+    "Sample": "surrogate.samples",
+    "labelled": "surrogate.samples",
     "Target": "targets",
 }
 

@@ -6,13 +6,14 @@ autocorrelations as their area tangent: errors on these scales are what a user f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowtide.quality.metrics.registry import resolve
+from lowtide.quality.metrics.registry import Scale, resolve
 from lowtide.quality.predictors import Interval
 from lowtide.quality.surrogate.probe import NAMES as PROBED
 from lowtide.quality.targets import SIZES, scale_of
@@ -32,7 +33,7 @@ def to_scale(metric: str, value: float | None) -> float:
     if _has_both_signs(metric):
         return math.atanh(min(max(value, -_MOST_CORRELATED), _MOST_CORRELATED))
     try:
-        found = scale_of(metric).decades(value)
+        found = _scale(metric).decades(value)
     except ValueError:
         return math.nan
     return found if math.isfinite(found) else math.nan
@@ -47,10 +48,16 @@ def from_scale(metric: str, place: float, half_width: float) -> Interval:
 def _value(metric: str, place: float) -> float:
     if _has_both_signs(metric):
         return math.tanh(place)
-    value = scale_of(metric).value(min(max(place, -30.0), 30.0))
+    value = _scale(metric).value(min(max(place, -30.0), 30.0))
     return max(1.0, value) if metric == RATIO else value
 
 
+@functools.cache
+def _scale(metric: str) -> Scale:
+    return scale_of(metric)
+
+
+@functools.cache
 def _has_both_signs(metric: str) -> bool:
     return metric not in SIZES and resolve(metric)[0].better == "zero"
 

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowtide.quality.candidates import Candidate
+from lowtide.quality.candidates import Candidate, Family
 from lowtide.quality.measurement import QualityReport, measure
 from lowtide.quality.surrogate.blocks import sample
 from lowtide.quality.surrogate.embedding import pictures
 from lowtide.quality.surrogate.features import Plain, plain_of
 from lowtide.quality.surrogate.outputs import METRICS, RATIO
+from lowtide.quality.surrogate.probe import NODES
 
 Floats = NDArray[np.float64]
+LEARNED = NODES[1:]  # of open families, in units of the range: 1e-1 to 1e-6
 MODES = ("abs", "rel")  # the same in other units; a bound relative to each value is another thing
 
 
@@ -73,6 +75,23 @@ def labelled(
     asked = [name for name in metrics if name != RATIO]
     labels = [Label.of(measure(tensor, candidate, asked)) for candidate in candidates]
     return Sample(tensor, labels, series, step)
+
+
+def learning_candidates(families: Iterable[Family], value_range: float) -> list[Candidate]:
+    """Return what is worth measuring to learn some families: two bounds in each decade.
+
+    Args:
+        families: Those without a bound, or with one relative to each value, are left out.
+        value_range: Of the array: the unit of open "abs" bounds.
+    """
+    found = []
+    for family in families:
+        if family.mode not in MODES:
+            continue
+        unit = value_range if family.mode == "abs" else 1.0
+        bounds = family.bounds or tuple(float(each) * unit for each in LEARNED)
+        found += [Candidate(family.codec, family.options, family.mode, each) for each in bounds]
+    return found
 
 
 def head_of(candidate: Candidate) -> str | None:
