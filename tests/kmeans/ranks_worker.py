@@ -1,11 +1,13 @@
 """One rank of test_distributed.py: all scenarios on shards of the same samples.
 
-python -m tests.kmeans.ranks_worker
+python -m tests.kmeans.ranks_worker FOLDER
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lowtide.core.errors import LowtideError
-from lowtide.kmeans import KMeans
+from lowtide.kmeans import KMeans, runs
 from lowtide.kmeans.distributed import Ranks
 from tests.helpers.ranks import leave_result
 from tests.kmeans.points import points
@@ -81,6 +83,37 @@ def fits() -> dict[str, Any]:
         batches.partial_fit(samples_of(np.float64)[own])
     done["batches"] = facts(batches)
     return done
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """A fit that is stopped on all ranks and goes on from rank 0's file."""
+    runs.EVERY_S = 0.0
+    samples, right, written = samples_of(np.float64), runs._File.write, []
+
+    def write(self: Any, position: Any) -> None:
+        right(self, position)
+        written.append(1)
+        if len(written) == 5:
+            raise InterruptedError
+
+    path = folder / f"rank{dist.get_rank()}.npy"  # ranks need not share a disk
+    options: dict[str, Any] = {"random_state": 3, "tol": 0.0, "process_group": "world"}
+    whole = KMeans(8, **options).fit(shard(samples))
+    runs._File.write = write  # type: ignore[method-assign]
+    try:
+        KMeans(8, **options, checkpoint=path).fit(shard(samples))
+    except InterruptedError:
+        is_stopped = True
+    runs._File.write = right  # type: ignore[method-assign]
+    is_there = path.exists()
+    again = KMeans(8, **options, checkpoint=path).fit(shard(samples))
+    return {
+        "whole": facts(whole),
+        "again": facts(again),
+        "is_stopped": is_stopped,
+        "is_there": is_there,
+        "is_gone": not path.exists(),
+    }
 
 
 def damaged(where: str) -> dict[str, Any]:
@@ -161,6 +194,7 @@ def main() -> None:
     rows = group.gather(shard(np.ones((COUNT, 1))))
     result: dict[str, Any] = {"fits": fits(), "gathered": [len(part) for part in rows]}
     if group.size > 1:
+        result["resumed"] = resumed(Path(sys.argv[1]))
         result["failures"] = failures()
         result["damaged"] = {w: damaged(w) for w in ("sent", "received", "everywhere")}
     leave_result(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ pytestmark = pytest.mark.dist
 
 @functools.cache
 def results(nproc: int) -> list[Any]:
-    worker = ["-m", "tests.kmeans.ranks_worker"]
-    return run_ranks(worker, nproc=nproc, timeout_s=100).check().results
+    with tempfile.TemporaryDirectory(prefix="lowtide-kmeans-") as folder:
+        worker = ["-m", "tests.kmeans.ranks_worker", folder]
+        return run_ranks(worker, nproc=nproc, timeout_s=200).check().results
 
 
 NAMES = [*starts(), "batches"]
@@ -112,6 +114,16 @@ def test_a_wrong_message_is_found_and_sent_again(where: str, nproc: int) -> None
 def test_messages_that_stay_wrong_raise_on_all_ranks() -> None:
     for each in results(2):
         assert "UncorrectedFaultError: fault_tolerance:" in each["damaged"]["everywhere"]["error"]
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_a_stopped_fit_goes_on_with_the_same_bits_on_all_ranks(nproc: int) -> None:
+    for rank, each in enumerate(results(nproc)):
+        found = each["resumed"]
+        assert found["is_stopped"]
+        assert found["is_there"] == (rank == 0)
+        assert found["is_gone"]
+        assert found["again"] == found["whole"]
 
 
 def test_a_group_has_to_be_one() -> None:

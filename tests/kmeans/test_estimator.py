@@ -300,7 +300,7 @@ def test_faults_are_put_right_during_a_fit(monkeypatch: pytest.MonkeyPatch) -> N
         ({"n_init": "many"}, "n_init: got 'many', allowed are whole numbers from 1 or \"auto\""),
         ({"tol": -1e-3}, "tol: got -0.001, allowed are numbers from 0"),
         ({"backend": "cuda"}, 'backend: "cuda" is unknown'),
-        ({"fault_tolerance": "corect"}, 'mode "corect" is unknown. Did you mean "correct"'),
+        ({"fault_tolerance": "correcd"}, 'mode "correcd" is unknown. Did you mean "correct"'),
         ({"fault_tolerance": {"kapa": 1}}, 'option "kapa" is unknown. Did you mean "kappa"'),
         ({"init": "kmeans||"}, 'init: "kmeans||" is unknown. Did you mean "k-means||"'),
         ({"random_state": "7"}, "random_state: got '7'"),

@@ -86,7 +86,7 @@ def fit(
             with whole_file(labels, may_replace=force) as other:
                 np.lib.format.write_array(other, to_numpy(model.labels_), allow_pickle=False)
     sizes = np.bincount(to_numpy(model.labels_), minlength=clusters)
-    found = {
+    found: dict[str, Any] = {
         "source": str(source), "out": str(out), "labels": None if labels is None else str(labels),
         "shape": list(samples.shape), "dtype": str(to_numpy(model.cluster_centers_).dtype),
         "clusters": clusters, "iterations": model.n_iter_, "inertia": model.inertia_,
@@ -133,7 +133,7 @@ def predict(
         labels = to_numpy(_or_exit(lambda: model.predict(samples), f"{out} is not written"))
         np.lib.format.write_array(file, labels, allow_pickle=False)
     sizes = np.bincount(labels, minlength=model.n_clusters)
-    found = {
+    found: dict[str, Any] = {
         "source": str(source), "out": str(out), "shape": list(samples.shape),
         "clusters": model.n_clusters, "smallest": int(sizes.min()), "largest": int(sizes.max()),
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import numbers
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,15 @@ from lowtide.core.errors import ConfigError, DataError, UncorrectedFaultError
 from lowtide.kmeans.backends import NAMES, choose
 from lowtide.kmeans.distributed import Group, group_of
 from lowtide.kmeans.initial import initial
-from lowtide.kmeans.lloyd import Run, State, lloyd
+from lowtide.kmeans.lloyd import State
 from lowtide.kmeans.minibatch import MiniBatches
 from lowtide.kmeans.passes import Pass, Problem
 from lowtide.kmeans.protection import Protection
+from lowtide.kmeans.runs import Plan, best_run
 from lowtide.kmeans.samples import Samples, as_samples, blocks_of, check_not_empty, to_numpy
 from lowtide.kmeans.scikit import ConvergenceWarning, Estimator, NotFittedError
 
 _log = logging.getLogger("lowtide")
-_SAME = 1e-10  # relative: inertias nearer than this are of the same clustering
 
 
 class KMeans(Estimator):
@@ -48,6 +49,8 @@ class KMeans(Estimator):
             or its options; see there.
         process_group: None, "world", or a torch.distributed group whose ranks each call with their
             own samples, and end with the same centroids. A shard may be empty.
+        checkpoint: A file that `fit` writes every few seconds and removes at its end, and goes on
+            from, with the same result, where it finds it. In a group rank 0 reads and writes it.
         verbose: Whether iterations are logged (``logging``, level INFO).
 
     Attributes:
@@ -73,6 +76,7 @@ class KMeans(Estimator):
         backend: str = "auto",
         fault_tolerance: Any = "off",
         process_group: Any = None,
+        checkpoint: str | Path | None = None,
         verbose: int = 0,
     ) -> None:
         self.n_clusters = n_clusters
@@ -84,6 +88,7 @@ class KMeans(Estimator):
         self.backend = backend
         self.fault_tolerance = fault_tolerance
         self.process_group = process_group
+        self.checkpoint = checkpoint
         self.verbose = verbose
 
     @classmethod
@@ -120,16 +125,15 @@ class KMeans(Estimator):
         group = group_of(self.process_group)
         samples = group.together(lambda: self._first_samples(X, sample_weight))
         problem, generator = self._problem(samples, group)
-        tol = self.tol * problem.moments.mean_variance
-        best: Run | None = None
-        for number in range(self._runs()):
-            start = State(initial(problem, self.init, self.n_clusters, generator))
-            on_iteration = self._logged(number) if self.verbose else None
-            run = lloyd(problem, start, max_iter=self.max_iter, tol=tol, on_iteration=on_iteration)
-            if best is None or run.inertia < best.inertia * (1 - _SAME):
-                best = run
-        if best is None:
-            raise AssertionError  # there is at least one run
+        plan = Plan(
+            init=self.init,
+            n_clusters=self.n_clusters,
+            runs=self._runs(),
+            max_iter=self.max_iter,
+            tol=self.tol * problem.moments.mean_variance,
+            checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
+        )
+        best = best_run(problem, plan, generator, _logged if self.verbose else None)
         self.fault_report_ = problem.end()
         self._keep(samples, best.centroids)
         self.labels_ = samples.like_given(best.labels)
@@ -157,7 +161,7 @@ class KMeans(Estimator):
         if is_first:
             samples = group.together(lambda: self._first_samples(X, sample_weight))
         else:
-            samples = group.together(lambda: self._more_samples(X, sample_weight))
+            samples = group.together(lambda: self._more_samples(X, sample_weight, is_shard=True))
         problem, generator = self._problem(samples, group, is_first=is_first)
         if is_first:
             centroids = initial(problem, self.init, self.n_clusters, generator)
@@ -238,14 +242,15 @@ class KMeans(Estimator):
         self.look_at(given, samples.values.shape[1], is_first=True)
         return samples
 
-    def _more_samples(self, given: Any, weights: Any) -> Samples:
+    def _more_samples(self, given: Any, weights: Any, *, is_shard: bool = False) -> Samples:
         if not hasattr(self, "cluster_centers_"):
             raise NotFittedError(
                 f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with "
                 f"appropriate arguments before using this estimator."
             )
         samples = as_samples(given, weights)
-        check_not_empty(samples.values.shape)
+        if not is_shard:
+            check_not_empty(samples.values.shape)
         self.look_at(given, samples.values.shape[1], is_first=False)
         return samples
 
@@ -313,12 +318,6 @@ class KMeans(Estimator):
         self.cluster_centers_ = samples.like_given(centroids)
         self._n_features_out = len(centroids)
 
-    def _logged(self, number: int) -> Any:
-        def on_iteration(state: State, found: Pass) -> None:
-            _log.info("run %d, iteration %d: inertia %g", number, state.iteration, found.inertia)
-
-        return on_iteration
-
     def _warn_of_few(self, group: Group) -> None:
         seen = np.bincount(np.asarray(to_numpy(self.labels_)), minlength=self.n_clusters)
         found = int((group.sum(seen.astype(np.float64)) > 0).sum())
@@ -346,3 +345,7 @@ def _generator(random_state: Any, group: Group) -> tuple[np.random.RandomState, 
     if group.size > 1:
         generator = np.random.RandomState(group.same(int(generator.randint(2**31 - 1))))
     return generator, -1
+
+
+def _logged(run: int, state: State, found: Pass) -> None:
+    _log.info("run %d, iteration %d: inertia %g", run, state.iteration, found.inertia)

@@ -18,10 +18,10 @@ import torch
 from lowtide.kmeans.protection import FaultReport, Protection
 
 TILE = 128  # centroids under one checksum
-# Limit of a row's sum, in units of ``u * sqrt(D + T) * |C| (2 |x| + |C|)``: twice the largest residual
-# of 4.6 million fault-free rows (2.26), D from 1 to 3000, T from 1 to 128, both types, centred and
-# not, heavy tails, 1e-15, repeated samples. No order of summation is taken for granted, so the unit
-# grows with the number of terms, unlike that of a kernel whose order is known.
+# Limit of a row's sum, in units of ``u * sqrt(D + T) * |C| (2 |x| + |C|)``: twice the largest
+# residual of 4.6 million fault-free rows (2.26), D from 1 to 3000, T from 1 to 128, both types,
+# centred and not, heavy tails, 1e-15, repeated samples. No order of summation is taken for granted,
+# so the unit grows with the number of terms, unlike that of a kernel whose order is known.
 KAPPA = 5.0
 
 

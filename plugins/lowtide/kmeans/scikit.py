@@ -32,7 +32,7 @@ else:
 __all__ = ["HAS_SKLEARN", "ConvergenceWarning", "Estimator", "NotFittedError"]
 
 
-class NotFittedError(LowtideError, _NotFittedError):  # type: ignore[misc]
+class NotFittedError(LowtideError, _NotFittedError):
     """An estimator is asked for something that it only knows after `fit`."""
 
 
@@ -72,9 +72,7 @@ class _Parameters:
 
 if HAS_SKLEARN:
 
-    class Estimator(  # type: ignore[misc]
-        ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator
-    ):
+    class Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
         """A clusterer and transformer of scikit-learn."""
 
         def __sklearn_tags__(self) -> Any:
