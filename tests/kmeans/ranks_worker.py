@@ -93,13 +93,15 @@ def resumed(folder: Path) -> dict[str, Any]:
     def write(self: Any, position: Any) -> None:
         right(self, position)
         written.append(1)
-        if len(written) == 5:
+        if len(written) == 12:
             raise InterruptedError
 
     path = folder / f"rank{dist.get_rank()}.npy"  # ranks need not share a disk
     options: dict[str, Any] = {"random_state": 3, "tol": 0.0, "process_group": "world"}
+    options |= {"init": "random", "n_init": 3}
     whole = KMeans(8, **options).fit(shard(samples))
     runs._File.write = write  # type: ignore[method-assign]
+    is_stopped = False
     try:
         KMeans(8, **options, checkpoint=path).fit(shard(samples))
     except InterruptedError:

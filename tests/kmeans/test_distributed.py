@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lowtide.core.errors import ConfigError
 from lowtide.kmeans import KMeans
 from lowtide.kmeans.distributed import Group, group_of
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import RankResult, run_ranks
 from tests.kmeans.points import points
 from tests.kmeans.ranks_worker import COUNT, bounds, samples_of, starts, weights_of
 
@@ -21,10 +21,14 @@ pytestmark = pytest.mark.dist
 
 
 @functools.cache
-def results(nproc: int) -> list[Any]:
+def start(nproc: int) -> RankResult:
     with tempfile.TemporaryDirectory(prefix="lowtide-kmeans-") as folder:
         worker = ["-m", "tests.kmeans.ranks_worker", folder]
-        return run_ranks(worker, nproc=nproc, timeout_s=200).check().results
+        return run_ranks(worker, nproc=nproc, timeout_s=200)
+
+
+def results(nproc: int) -> list[Any]:
+    return start(nproc).check().results
 
 
 NAMES = [*starts(), "batches"]
