@@ -1,20 +1,17 @@
 // Part of kernels.hpp: work on the samples' rows one by one.
 namespace lowtide::kmeans::LOWTIDE_KMEANS_LEVEL {
 
-// The widest vectors of float64 below stand for `features` elements, of which a last vector may
-// have fewer; sums have room for whole vectors.
+// Add a vector's worth of a row's elements, of which `rest` are left, to sums, which have room for
+// whole vectors.
 template <class V, bool is_weighted>
-LOWTIDE_KMEANS_INLINE void add_row(double *sums, const typename V::T *row, std::size_t features,
-                                   double weight) {
+LOWTIDE_KMEANS_INLINE void add_vector(double *sums, const typename V::T *row, std::size_t rest,
+                                      double weight) {
     using Wide = typename V::Wide;
-    const typename Wide::R factor = Wide::broadcast(weight);
-    for (std::size_t d = 0; d < features; d += Wide::width) {
-        typename Wide::R x = V::widened(row + d, features - d);
-        if constexpr (is_weighted) {
-            x = Wide::multiply(x, factor);
-        }
-        Wide::store(sums + d, Wide::add(Wide::load(sums + d), x));
+    typename Wide::R x = V::widened(row, rest);
+    if constexpr (is_weighted) {
+        x = Wide::multiply(x, Wide::broadcast(weight));
     }
+    Wide::store(sums, Wide::add(Wide::load(sums), x));
 }
 
 template <class V>

@@ -32,23 +32,37 @@ LOWTIDE_KMEANS_TARGET void assign(const Pass<typename V::T> &pass, Variant varia
     }
 }
 
-template <class V> LOWTIDE_KMEANS_TARGET void sum(const Summation<typename V::T> &what) {
-    const SampleView<typename V::T> &samples = *what.samples;
+// `is_short`: a row is one vector. Sums of so few features take as long as the distances do, and
+// the general loop would double that.
+template <class V, bool is_weighted, bool is_short>
+LOWTIDE_KMEANS_TARGET void sum_rows(const Summation<typename V::T> &work) {
+    const Summation<typename V::T> what = work; // a copy, which the stores below cannot change
+    const typename V::T *const rows = what.samples->rows + what.first;
+    const std::size_t pitch = what.samples->features;
+    const double *const weights = what.samples->weights;
     const std::size_t features = what.last - what.first;
     for (std::size_t i = what.begin; i < what.end; ++i) {
-        const std::size_t place =
-            i % what.copies * what.clusters + static_cast<std::size_t>(what.labels[i]);
-        const typename V::T *const row = samples.rows + i * samples.features + what.first;
+        const std::size_t copy = i & (what.copies - 1);
+        const std::size_t place = copy * what.clusters + static_cast<std::size_t>(what.labels[i]);
+        const double weight = is_weighted ? weights[i] : 1.0;
         double *const sums = what.sums + place * what.stride;
-        const double weight = samples.weights == nullptr ? 1.0 : samples.weights[i];
-        if (samples.weights == nullptr) {
-            add_row<V, false>(sums, row, features, weight);
+        if constexpr (is_short) {
+            add_vector<V, is_weighted>(sums, rows + i * pitch, features, weight);
         } else {
-            add_row<V, true>(sums, row, features, weight);
+            for (std::size_t d = 0; d < features; d += V::Wide::width) {
+                add_vector<V, is_weighted>(sums + d, rows + i * pitch + d, features - d, weight);
+            }
         }
-        if (what.counts != nullptr) {
-            what.counts[place] += weight;
-        }
+        what.counts[place] += weight;
+    }
+}
+
+template <class V> LOWTIDE_KMEANS_TARGET void sum(const Summation<typename V::T> &what) {
+    const bool is_short = what.last - what.first <= V::Wide::width;
+    if (what.samples->weights == nullptr) {
+        is_short ? sum_rows<V, false, true>(what) : sum_rows<V, false, false>(what);
+    } else {
+        is_short ? sum_rows<V, true, true>(what) : sum_rows<V, true, false>(what);
     }
 }
 

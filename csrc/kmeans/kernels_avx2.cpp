@@ -22,7 +22,7 @@ struct Double {
     using R = __m256d;
     using Mask = __m256d;
     static constexpr std::size_t width = 4;
-    static constexpr int columns = 6; // two vectors each, of 16 registers
+    static constexpr int columns = columns_with(16);
 
     OP R load(const T *p) { return _mm256_loadu_pd(p); }
     OP void store(T *p, R a) { _mm256_storeu_pd(p, a); }
@@ -61,7 +61,7 @@ struct Float {
     using R = __m256;
     using Mask = __m256;
     static constexpr std::size_t width = 8;
-    static constexpr int columns = 6;
+    static constexpr int columns = columns_with(16);
 
     OP R load(const T *p) { return _mm256_loadu_ps(p); }
     OP void store(T *p, R a) { _mm256_storeu_ps(p, a); }

@@ -21,7 +21,7 @@ struct Double {
     using R = __m512d;
     using Mask = __mmask8;
     static constexpr std::size_t width = 8;
-    static constexpr int columns = 12;
+    static constexpr int columns = columns_with(32);
 
     OP R load(const T *p) { return _mm512_loadu_pd(p); }
     OP void store(T *p, R a) { _mm512_storeu_pd(p, a); }
@@ -51,7 +51,7 @@ struct Float {
     using R = __m512;
     using Mask = __mmask16;
     static constexpr std::size_t width = 16;
-    static constexpr int columns = 12; // two vectors each, of 32 registers
+    static constexpr int columns = columns_with(32);
 
     OP R load(const T *p) { return _mm512_loadu_ps(p); }
     OP void store(T *p, R a) { _mm512_storeu_ps(p, a); }

@@ -22,7 +22,7 @@ template <typename Element, typename Register, typename Integers> struct Vector 
     using R = Register;
     using Mask = Integers;
     static constexpr std::size_t width = sizeof(R) / sizeof(T);
-    static constexpr int columns = 6; // two vectors each, of 16 registers
+    static constexpr int columns = columns_with(16);
 
     OP R load(const T *p) {
         R a;

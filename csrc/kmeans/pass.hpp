@@ -118,12 +118,22 @@ template <typename T> struct Summation {
     std::size_t begin, end;       // rows
     std::size_t first, last;      // features
     double *sums;                 // [copies][clusters][stride], features from `first` on
-    double *counts;               // [copies][clusters], or null
+    double *counts;               // [copies][clusters]
     std::size_t clusters, stride; // stride: a multiple of sum_lanes
-    std::size_t copies;           // row i adds to copy i % copies: independent chains
+    std::size_t copies; // row i adds to copy i % copies, a power of two: independent chains
 };
 
 constexpr std::size_t sum_lanes = 8;
+
+// Columns of a tile: accumulators of two vectors each, and room for what they are made of. An even
+// number, for the signs of the checksum.
+constexpr int columns_with([[maybe_unused]] int registers) {
+#ifdef LOWTIDE_KMEANS_COLUMNS // few compile fast, where the sanitizers make that slow
+    return LOWTIDE_KMEANS_COLUMNS;
+#else
+    return registers * 3 / 8;
+#endif
+}
 
 // One instruction set. All levels with a fused multiply-add give the same labels and sums.
 template <typename T> struct Kernels {

@@ -15,6 +15,9 @@ namespace {
 // Fewer rows than this are not worth a buffer of sums of their own, and more ranges than this
 // not worth the memory.
 constexpr std::size_t least_rows = 1024;
+
+// A multiple of the lanes of any level, so that all have the same ranges.
+constexpr std::size_t range_align = 64;
 constexpr std::size_t most_ranges = 256;
 
 // Rows that the frame is estimated from, spread over all.
@@ -41,11 +44,13 @@ template <typename T> Frame<T> frame_of(const SampleView<T> &samples) {
     double looked_at = 0;
     for (std::size_t i = 0; i < samples.count; i += stride, ++looked_at) {
         for (std::size_t d = 0; d < features; ++d) {
-            means[d] += static_cast<double>(samples.rows[i * features + d]);
+            // From the first row on, so that the mean of rows that are alike is that row.
+            means[d] += static_cast<double>(samples.rows[i * features + d]) -
+                        static_cast<double>(samples.rows[d]);
         }
     }
-    for (double &mean : means) {
-        mean /= std::max(1.0, looked_at);
+    for (std::size_t d = 0; d < features && samples.count != 0; ++d) {
+        means[d] = means[d] / looked_at + static_cast<double>(samples.rows[d]);
     }
     for (std::size_t i = 0; i < samples.count; i += stride) {
         for (std::size_t d = 0; d < features; ++d) {
@@ -56,8 +61,12 @@ template <typename T> Frame<T> frame_of(const SampleView<T> &samples) {
     for (const double each : spreads) {
         spread = std::max(spread, each / std::max(1.0, looked_at));
     }
-    if (!std::isfinite(spread) || spread < std::numeric_limits<T>::min()) {
-        return frame; // all rows alike, or not finite, which packing finds
+    if (!std::isfinite(spread)) {
+        return frame; // which packing finds, if it is the samples' fault
+    }
+    if (spread < static_cast<double>(std::numeric_limits<T>::min())) { // rows are alike
+        std::copy_n(samples.rows, samples.count == 0 ? 0 : features, frame.origin.begin());
+        return frame;
     }
     const int exponent = exponent_of(spread);
     const double step = std::ldexp(1.0, exponent);
@@ -83,9 +92,10 @@ template <typename T> void refuse_if_not_finite(const SampleView<T> &samples) {
 
 } // namespace
 
-Ranges ranges_of(std::size_t rows, std::size_t lanes) {
+Ranges ranges_of(std::size_t rows) {
     const std::size_t wanted = std::clamp<std::size_t>(rows / least_rows, 1, most_ranges);
-    const std::size_t each = std::max(lanes, rounded_up((rows + wanted - 1) / wanted, lanes));
+    const std::size_t each =
+        std::max(range_align, rounded_up((rows + wanted - 1) / wanted, range_align));
     return {(rows + each - 1) / each, each, rows};
 }
 
@@ -102,7 +112,7 @@ Samples<T>::Samples(Span<const T> rows, std::size_t count, std::size_t features,
     }
     const std::size_t lanes = kernels_->lanes;
     view_ = {rows.data(), count, features, weights, nullptr, nullptr};
-    ranges_ = ranges_of(count, lanes);
+    ranges_ = ranges_of(count);
     frame_ = frame_of(view_);
     panels_ = AlignedArray<T>(rounded_up(count, lanes) * features);
     view_.panels = panels_.data();

@@ -10,7 +10,7 @@
 namespace lowtide::kmeans {
 
 // Rows are worked on in ranges that depend on their number alone, so that results do not depend on
-// the number of threads. A range is a whole number of panels, except for the last.
+// the number of threads. A range is a whole number of panels of any level, except for the last.
 struct Ranges {
     std::size_t count; // of ranges
     std::size_t rows;  // in each but the last
@@ -20,7 +20,7 @@ struct Ranges {
     std::size_t end(std::size_t range) const { return begin(range + 1); }
 };
 
-Ranges ranges_of(std::size_t rows, std::size_t lanes);
+Ranges ranges_of(std::size_t rows);
 
 // What the sums of any pass must add up to in each range of rows, and how large the terms were.
 struct RangeSums {

@@ -84,7 +84,8 @@ class _Prepared(Prepared):
     ) -> Assignment:
         """See `Prepared.assign`."""
         protection = protection or Protection()
-        places = np.ascontiguousarray(centroids, self._rows.dtype)
+        with np.errstate(over="ignore"):  # refused below
+            places = np.ascontiguousarray(centroids, self._rows.dtype)
         if not np.isfinite(places).all():
             raise DataError(
                 f"centroids: {int((~np.isfinite(places)).sum())} elements are not finite in "
